@@ -68,7 +68,10 @@ class Config:
     tool_modules: str = ""                        # imported once for all programs
     tool_unsafe: bool = False                     # run programs even where they escape
     rollout_batch: int = WORLD.rollout_batch      # trajectories sampled side by side
-    chunk: int = WORLD.chunk                      # sampled tokens until ended rows leave the batch
+    rollout_engine: str = WORLD.rollout_engine    # slots: a kept KV cache, Qwen3; generate: HF's
+    chunk: int = WORLD.chunk                      # generate: sampled tokens until ended rows leave
+    look: int = WORLD.look                        # slots: sampled tokens until ended rows are seen
+    tool_wait: float = WORLD.tool_wait            # slots: seconds a look waits for a slow tool
     device: str = "auto"                          # auto: cuda where there is one, else cpu
     dtype: str = "auto"                           # auto: bfloat16 on cuda, float32 on cpu
     seed: int = 0                                 # of all runs
@@ -94,7 +97,7 @@ class Config:
 
 PAPER = dict(k=32, runs=5, temperature=1.0, top_p=0.6, max_turns=16, max_prompt=4096,
              max_response=20_480, system=sod.SYSTEM, silent_rate=0.0, tool_modules="numpy,sympy",
-             rollout_batch=64, chunk=512)
+             rollout_batch=64, rollout_engine="generate", chunk=512, tool_wait=0.0)
 EMBEDDED = dict(limit=WORLD.eval_problems)
 
 
@@ -566,7 +569,7 @@ def evaluate(name, data, problems, model, tokenizer, config):
     """Sample what the file lacks, a line a sample; the finished Evaluation and its path."""
     sampling = config.sampling()
     check_window(name, model, config)
-    agent = sod.Agent(sampling, model, None, tokenizer, sod.load_tool(sampling), random.Random(0))
+    agent = sod.Agent(sampling, model, None, tokenizer, sod.load_tool(sampling))
     prompts, skipped = sod.fitting_prompts(agent, problems)
     used = {key: value for key, value in asdict(config).items() if key not in FOLDERS}
     used |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
@@ -653,11 +656,10 @@ def resume(file, evaluation, plan):
 
 def sample_chunk(agent, prompts, config, run, start):
     """k samples of some problems, as rows. Their randomness is the place's, whatever came before"""
-    seed = zlib.crc32(f"{config.seed} {run} {start}".encode())
-    torch.manual_seed(seed)
+    rng = sod.random_numbers(config.seed, f"run {run}", start)
     rollouts = sod.sample_rollouts(agent.student, agent.tokenizer,
                                    [prompt for prompt in prompts for _ in range(config.k)],
-                                   agent.tool, agent.config, random.Random(seed),
+                                   agent.tool, agent.config, rng,
                                    config.temperature, config.top_p)
     return [sample_row(rollout, run, number % config.k, config.transcripts)
             for number, rollout in enumerate(rollouts)]
@@ -889,7 +891,7 @@ def parse(argv=None):
     what.add_argument("--download", metavar="NAME", help="fetch a benchmark from the Hub")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
-    sod.add_options(parser, Config, __file__, {"dtype": sod.choices()["dtype"]})
+    sod.add_options(parser, Config, __file__, sod.choices())
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     for command, takes in TAKES.items():

@@ -21,20 +21,21 @@ import copy
 import json
 import math
 import os
-import random
 import re
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 from transformers.utils import logging as transformers_logging
 
 import tools
@@ -98,7 +99,10 @@ class Config:
     dtype: str = "auto"                     # auto: bfloat16 on cuda, float32 on cpu
     threads: int = 1                        # CPU threads of torch; 0: as many as it likes
     rollout_batch: int = 256                # rollouts sampled side by side
-    chunk: int = 24                         # sampled tokens after which ended rows leave the batch
+    rollout_engine: str = "slots"           # slots: a kept KV cache, Qwen3; generate: HF's, plain
+    chunk: int = 24                         # generate: sampled tokens until ended rows leave
+    look: int = 8                           # slots: sampled tokens until ended rows are looked after
+    tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
     micro_batch_tokens: int = 16_384        # tokens in a micro-batch, padding included
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
     seed: int = 0                           # of sampling, data order and tool silence
@@ -127,7 +131,7 @@ def choices():
     """Options that take one of a few words."""
     return {"method": ["vanilla", "sft", *METHODS], "weights": list(WEIGHTS),
             "kl": ["sampled", "full"], "init": ["pretrained", "random"],
-            "dtype": ["auto", "float32", "bfloat16"]}
+            "rollout_engine": list(ENGINES), "dtype": ["auto", "float32", "bfloat16"]}
 
 
 # What is not "at least 0 and finite": name -> (lowest, first value that is too high).
@@ -135,7 +139,7 @@ TINY = 1e-12
 BOUNDS = {
     **dict.fromkeys(["steps", "prompts_per_step", "group_size", "updates_per_step", "max_turns",
                      "max_prompt", "max_response", "sft_epochs", "sft_batch", "eval_problems",
-                     "eval_samples", "rollout_batch", "chunk",
+                     "eval_samples", "rollout_batch", "chunk", "look",
                      "micro_batch_tokens"], (1, math.inf)),
     **dict.fromkeys(["temperature", "eval_temperature", "epsilon", "lr", "sft_lr", "grad_clip",
                      "tool_timeout"], (TINY, math.inf)),
@@ -149,7 +153,7 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_per_step=8,
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
            silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
-           threads=0, gradient_checkpointing=True, show_every=1)
+           rollout_engine="generate", tool_wait=0.0,            threads=0, gradient_checkpointing=True, show_every=1)
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
     "world": {},
@@ -516,7 +520,7 @@ def encode_demonstration(tokenizer, problem, messages, system=""):
 FINE = ("", "ok", "output_truncated", "not_run")  # every other outcome of a call is a failure
 
 
-@dataclass
+@dataclass(eq=False)
 class Rollout:
     """One attempt at one problem, recorded while it is sampled."""
     problem: tools.Problem
@@ -531,6 +535,8 @@ class Rollout:
     right: bool = False   # the grader's verdict on the last turn
     reason: str = ""      # and its reason
     reward: float = 0.0   # +1 right, about -1 wrong; see outcome_reward
+    noise: np.ndarray | None = None  # (max_response,) uniform: noise[n] picks response token n
+    luck: np.ndarray | None = None   # (max_turns,) uniform: luck[k] decides if the tool is silent
 
     @property
     def response_len(self):
@@ -540,6 +546,20 @@ class Rollout:
         self.ids += ids
         self.step_id += [k] * len(ids)
 
+    def next_noise(self, n):
+        """(n,) numbers of the next n response tokens; 0 beyond the token budget."""
+        noise = self.noise[self.response_len:self.response_len + n]
+        return np.pad(noise, (0, n - len(noise)))
+
+
+def random_numbers(seed, purpose, at):
+    """The generator of one place in a run, such as (0, "rollouts", 17): step 17 of seed 0.
+
+    Nothing random is carried from step to step. A run can be continued anywhere, a batch sampled
+    again comes out the same, and no rollout depends on who happens to be beside it.
+    """
+    return np.random.default_rng([seed, at, *purpose.encode()])
+
 
 def end_ids(model, tokenizer):
     """Every id that ends a turn: the tokenizer's and those of the model's shipped settings."""
@@ -548,42 +568,75 @@ def end_ids(model, tokenizer):
     return sorted({i for i in [tokenizer.eos_token_id, *shipped] if i is not None})
 
 
+def pick_tokens(logits, noise, temperature=1.0, top_p=1.0):
+    """The token at which the cumulated distribution passes a uniform number (inverse CDF).
+
+    logits   (B, V)
+    noise    (B,) uniform in [0, 1), fp64
+    top_p    keep the likeliest tokens whose share before them is below top_p
+    returns  (B,) ids
+    """
+    p = (logits.float() / temperature).softmax(-1)  # (B, V)
+    if top_p < 1:
+        p, order = p.sort(-1, descending=True)
+        p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)
+    edges = p.cumsum(-1, dtype=torch.float64)  # fp32 would lose the rare tokens of a large V
+    at = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
+    at = at.clamp(max=p.shape[1] - 1)  # (B, 1)
+    return (order.gather(1, at) if top_p < 1 else at)[:, 0]
+
+
+class OwnNoise(LogitsProcessor):
+    """Makes HF generate pick each row's tokens by the row's own numbers."""
+
+    def __init__(self, noise, pick):
+        self.noise, self.pick, self.t = noise, pick, 0  # noise: (B, tokens)
+
+    def __call__(self, ids, logits):
+        chosen = self.pick(logits, self.noise[:, self.t])
+        self.t += 1
+        return torch.full_like(logits, -math.inf).scatter_(1, chosen[:, None], 0.0)
+
+
 @torch.no_grad()
-def sample_tokens(model, tokenizer, prefixes, tokens, temperature, top_p):
-    """Sample at most `tokens` ids after each prefix with HF generate, up to an end id."""
+def sample_tokens(model, tokenizer, rollouts, tokens, pick):
+    """At most `tokens` new ids of each rollout, up to an end id, from HF generate."""
     # generate on a model in train() with checkpointing drops its cache: wrong tokens, no warning.
     assert not model.training, "call model.eval() before sampling"
-    ends, width = end_ids(model, tokenizer), max(map(len, prefixes))
+    ends, width = end_ids(model, tokenizer), max(len(r.ids) for r in rollouts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prefixes])  # (B, width)
+    ids = torch.tensor([[pad_id] * (width - len(r.ids)) + r.ids for r in rollouts])  # (B, width)
     # The mask is not optional: the pad id may be an end id, and so cannot be told from text.
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes])
-    settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=top_p,
-                                max_new_tokens=tokens, eos_token_id=ends, pad_token_id=pad_id)
+    mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in rollouts])
+    noise = torch.tensor(np.stack([r.next_noise(tokens) for r in rollouts]), device=model.device)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=ends,
+                                pad_token_id=pad_id)
     out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                         generation_config=settings)[:, width:].tolist()
-    return [new[:next((t + 1 for t, i in enumerate(new) if i in ends), len(new))] for new in out]
+                         generation_config=settings, logits_processor=[OwnNoise(noise, pick)])
+    return [up_to_end(new, ends) for new in out[:, width:].tolist()]
 
 
-def sample_turns(model, tokenizer, prefixes, room, chunk, temperature, top_p=1.0):
-    """Sample one turn after each prefix.
+def up_to_end(ids, ends):
+    """The ids up to and including the first end id."""
+    return ids[:next((n + 1 for n, i in enumerate(ids) if i in ends), len(ids))]
 
-    prefixes  lists of ids
-    room      most new ids of each
-    chunk     ids between two looks: rows that have ended leave, so that one long turn does not
-              hold up a whole batch
-    returns   lists of new ids; the last is an end id unless the turn was cut off
+
+def sample_turns(model, tokenizer, rollouts, config, pick):
+    """Sample the next turn of each rollout: up to an end id, or to the token budget.
+
+    Rows that have ended leave the batch after every config.chunk ids, so that one long turn does
+    not hold up the others.
     """
-    ends, turns = end_ids(model, tokenizer), [[] for _ in prefixes]
-    active = list(range(len(prefixes)))
+    ends, active = end_ids(model, tokenizer), rollouts
     while active:
-        tokens = min(chunk, max(room[i] - len(turns[i]) for i in active))
-        new = sample_tokens(model, tokenizer, [prefixes[i] + turns[i] for i in active], tokens,
-                            temperature, top_p)
-        for i, ids in zip(active, new):
-            turns[i] += ids[:room[i] - len(turns[i])]
-        active = [i for i in active if turns[i][-1] not in ends and len(turns[i]) < room[i]]
-    return turns
+        tokens = min(config.chunk, max(config.max_response - r.response_len for r in active))
+        for r, ids in zip(active, sample_tokens(model, tokenizer, active, tokens, pick)):
+            r.extend(ids[:config.max_response - r.response_len], len(r.turns))
+        active = [r for r in active if not turn_is_over(r, ends, config)]
+
+
+def turn_is_over(rollout, ends, config):
+    return rollout.ids[-1] in ends or rollout.response_len >= config.max_response
 
 
 def sample_rollouts(model, tokenizer, prompts, tool, config, rng, temperature=None, top_p=1.0):
@@ -591,70 +644,74 @@ def sample_rollouts(model, tokenizer, prompts, tool, config, rng, temperature=No
 
     prompts  [(Problem, prompt ids), ...], one for each rollout
     tool     has run(codes) -> observations
-    rng      random.Random of the tool's silence (embedded world)
+    rng      see random_numbers
     returns  [Rollout, ...] in the same order, graded and rewarded
     """
-    rollouts = [Rollout(p, list(ids), [-1] * len(ids), len(ids)) for p, ids in prompts]
-    for turn in range(config.max_turns):
-        active = [r for r in rollouts if not r.finish]
-        for start in range(0, len(active), config.rollout_batch):
-            batch = active[start:start + config.rollout_batch]
-            room = [config.max_response - r.response_len for r in batch]
-            new = sample_turns(model, tokenizer, [r.ids for r in batch], room, config.chunk,
-                               temperature or config.temperature, top_p)
-            for rollout, ids in zip(batch, new):
-                rollout.extend(ids, turn)
-        use_tool(model, tokenizer, active, tool, config, rng, last=turn == config.max_turns - 1)
+    noise = rng.random((len(prompts), config.max_response))
+    luck = rng.random((len(prompts), config.max_turns))
+    rollouts = [Rollout(problem, list(ids), [-1] * len(ids), len(ids), noise=n, luck=u)
+                for (problem, ids), n, u in zip(prompts, noise, luck)]
+    pick = partial(pick_tokens, temperature=temperature or config.temperature, top_p=top_p)
+    ENGINES[config.rollout_engine](model, tokenizer, rollouts, tool, config, pick)
     grade_rollouts(rollouts, tool, config)
     return rollouts
 
 
-def use_tool(model, tokenizer, rollouts, tool, config, rng, last):
-    """Run the calls that the newest turn of each rollout holds; append what the tool says."""
-    ends, calls = end_ids(model, tokenizer), []
-    for r in rollouts:
-        ids = [i for i, k in zip(r.ids, r.step_id) if k == len(r.turns)]
-        r.turns.append(tokenizer.decode(ids, skip_special_tokens=True))
-        call = tools.parse_tool_call(r.turns[-1])
-        if ids[-1] not in ends:
-            r.finish = "budget"
-        elif call is None:
-            r.finish = "answer"
-        elif last:
-            r.finish = "turns"
-        r.outcomes.append("not_run" if call and r.finish else "")
-        if not r.finish:
-            calls.append((r, call))
-    for (r, call), seen in zip(calls, observe([c for _, c in calls], [r for r, _ in calls],
-                                              tool, config, rng)):
-        r.outcomes[-1] = seen.outcome
-        r.answers.append(seen.text)
-        answer = encode_tool_turn(tokenizer, seen.text)
-        if r.response_len + len(answer) >= config.max_response:
-            r.finish = "budget"
-        else:
-            r.extend(answer, -1)
+def sample_by_generate(model, tokenizer, rollouts, tool, config, pick):
+    """The plain engine: turn by turn, all rollouts wait for the slowest, then for their tools."""
+    ends = end_ids(model, tokenizer)
+    while active := [r for r in rollouts if not r.finish]:
+        for start in range(0, len(active), config.rollout_batch):
+            sample_turns(model, tokenizer, active[start:start + config.rollout_batch], config, pick)
+        calls = [(r, call) for r in active if (call := end_turn(tokenizer, r, ends, config))]
+        # A call is a pure function of its code, and rollouts of a problem often agree: once each.
+        codes = list(dict.fromkeys(call.code for r, call in calls if must_run(r, call)))
+        results = dict(zip(codes, tool.run(codes)))
+        for r, call in calls:
+            take_answer(tokenizer, r, observe(r, call, results.get(call.code)), config)
 
 
-def observe(calls, rollouts, tool, config, rng):
-    """What the model is told about each call: the fault of the call, silence, or a real run."""
-    for r in rollouts:
-        r.silent = rng.random() < (config.silent_persist if r.silent else config.silent_rate)
-    # A call is a pure function of its code, and rollouts of one problem often agree: run each once.
-    codes = list(dict.fromkeys(call.code for call, r in zip(calls, rollouts)
-                               if not call.fault and not r.silent))
-    results = dict(zip(codes, tool.run(codes)))
-    for call, r in zip(calls, rollouts):
-        if call.fault:
-            seen = tools.Observation(call.message, call.fault, 0.0)
-        elif r.silent:
-            seen = tools.Observation(tools.TIMEOUT_TEXT, "timeout", 0.0)
-        else:
-            seen = results[call.code]
-        if call.ignored:
-            note = f"\n(Only the first call of this turn ran; {call.ignored} did not.)"
-            seen = replace(seen, text=seen.text + note)
-        yield seen
+def end_turn(tokenizer, r, ends, config):
+    """Record the turn that r has just sampled. Returns its tool call, or None where r ends here."""
+    k = len(r.turns)
+    r.turns.append(tokenizer.decode(r.ids[r.step_id.index(k):], skip_special_tokens=True))
+    call = tools.parse_tool_call(r.turns[-1])
+    if r.ids[-1] not in ends:
+        r.finish = "budget"
+    elif call is None:
+        r.finish = "answer"
+    elif len(r.turns) == config.max_turns:
+        r.finish = "turns"
+    r.outcomes.append("not_run" if call and r.finish else "")
+    r.silent = r.luck[k] < (config.silent_persist if r.silent else config.silent_rate)
+    return None if r.finish else call
+
+
+def must_run(r, call):
+    return not call.fault and not r.silent
+
+
+def observe(r, call, result):
+    """What the model is told about its call: the fault of the call, silence, or the `result`."""
+    if call.fault:
+        seen = tools.Observation(call.message, call.fault, 0.0)
+    elif r.silent:
+        seen = tools.Observation(tools.TIMEOUT_TEXT, "timeout", 0.0)
+    else:
+        seen = result
+    note = f"\n(Only the first call of this turn ran; {call.ignored} did not.)"
+    return replace(seen, text=seen.text + note) if call.ignored else seen
+
+
+def take_answer(tokenizer, r, seen, config):
+    """Append what the tool said; a rollout whose budget it does not fit is cut off here."""
+    r.outcomes[-1] = seen.outcome
+    r.answers.append(seen.text)
+    answer = encode_tool_turn(tokenizer, seen.text)
+    if r.response_len + len(answer) >= config.max_response:
+        r.finish = "budget"
+    else:
+        r.extend(answer, -1)
 
 
 def grade_rollouts(rollouts, tool, config):
@@ -675,6 +732,185 @@ def outcome_reward(rollout, verdict, config):
         reward += 0.1 * min(sum(o != "" for o in rollout.outcomes), 4)
     over = rollout.response_len - (config.max_response - config.overlong)
     return reward - (min(max(over / config.overlong, 0.0), 1.0) if config.overlong else 0.0)
+
+
+# --- Rollouts, sooner: each keeps its keys and values from turn to turn ------------------------
+
+
+class Slots:
+    """A KV cache with one row, a slot, for each rollout under way (Qwen3 models).
+
+    HF generate reads the whole conversation again at each turn, and its rows move in lockstep. Here
+    every slot has its own length: a tool's answer is read in where the last turn ended, a finished
+    rollout makes room for the next, and one that waits for its tool takes no part. The forward pass
+    is Qwen3's own on its own weights, with torch's one kernel for RMSNorm in place of six: in small
+    models starting the kernels takes longer than their work.
+    """
+
+    def __init__(self, model, size):
+        c = model.config
+        if c.model_type != "qwen3" or set(c.layer_types) != {"full_attention"}:
+            raise ValueError(f"rollout_engine slots knows Qwen3 models with full attention, and "
+                             f"this is a {c.model_type} model; use --rollout_engine generate")
+        # generate()'s trap, here too: dropout and checkpointing belong to training.
+        assert not model.training, "call model.eval() before sampling"
+        self.model, self.device = model, model.device
+        self.seats = [None] * size  # the rollout in each slot
+        self.fed = [0] * size       # how many of its ids the cache holds
+        self.length = 0             # positions to attend to
+        shape = (c.num_hidden_layers, size, 0, c.num_key_value_heads, c.head_dim)
+        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.values = torch.empty_like(self.keys)
+
+    def reach(self, length):
+        """Attend to `length` positions from now on; make room for them."""
+        self.length = -(-length // 64) * 64  # few different shapes: kinder to the allocator
+        more = max(self.length, self.keys.shape[2] * 3 // 2) - self.keys.shape[2]
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, 0, 0, more))
+                                      for x in (self.keys, self.values))
+
+    def seat(self, queue):
+        """Give free slots to the next rollouts of the queue."""
+        for i, r in enumerate(self.seats):
+            if queue and (r is None or r.finish):
+                self.seats[i], self.fed[i] = queue.popleft(), 0
+
+    def to_front(self, ready):
+        """Exchange slots until those of `ready` come first, so that a batch is a plain slice."""
+        front, n = [r in ready for r in self.seats], len(ready)
+        holes = [i for i in range(n) if not front[i]]
+        strays = [i for i in range(n, len(front)) if front[i]]
+        for i, j in zip(holes, strays):
+            for column in (self.seats, self.fed):
+                column[i], column[j] = column[j], column[i]
+        for x in (self.keys, self.values):
+            x[:, holes + strays] = x[:, strays + holes]
+
+    def catch_up(self, n, budget):
+        """Read what is new in the first n slots, all but the last id: prompts, tool answers."""
+        behind = [i for i in range(n) if self.fed[i] < len(self.seats[i].ids) - 1]
+        news = [self.seats[i].ids[self.fed[i]:-1] for i in behind]
+        for batch in micro_batches([len(ids) for ids in news], budget):
+            rows, ids = [behind[b] for b in batch], pad([news[b] for b in batch], 0, self.device)
+            at = [self.fed[i] for i in rows]
+            self.reach(max(at) + ids.shape[1])
+            # What padding writes lies behind the row's last id; later ids overwrite it unseen.
+            self.read(ids, torch.tensor(at, device=self.device),
+                      torch.tensor(rows, device=self.device))
+
+    def sample(self, n, tokens, pick):
+        """(n, tokens) new ids of the first n slots; what follows an end id has no meaning."""
+        seats = self.seats[:n]
+        last = torch.tensor([r.ids[-1] for r in seats], device=self.device)  # (n,) not read yet
+        at = torch.tensor([len(r.ids) - 1 for r in seats], device=self.device)  # its position
+        noise = torch.tensor(np.stack([r.next_noise(tokens) for r in seats]), device=self.device)
+        self.reach(max(len(r.ids) for r in seats) + tokens)
+        sampled = []
+        for t in range(tokens):  # without waiting for the device
+            hidden = self.read(last[:, None], at + t)  # (n, 1, D)
+            last = pick(self.model.lm_head(hidden[:, 0]), noise[:, t])
+            sampled.append(last)
+        return torch.stack(sampled, 1).tolist()
+
+    @torch.no_grad()
+    def read(self, ids, at, rows=None):
+        """Feed ids to slots; each attends to all that its slot holds before it.
+
+        ids      (R, n), for positions at[r] .. at[r] + n - 1
+        rows     (R,) slots, or None for the first R
+        returns  (R, n, D) last hidden states
+        """
+        core, (R, n), L = self.model.model, ids.shape, self.length
+        where = at[:, None] + torch.arange(n, device=ids.device)  # (R, n)
+        into = (torch.arange(R, device=ids.device) if rows is None else rows)[:, None], where
+        held = (slice(R) if rows is None else rows, slice(L))
+        x = core.embed_tokens(ids)
+        cos, sin = (part[:, :, None] for part in core.rotary_emb(x, where))  # (R, n, 1, head_dim)
+        seen = torch.arange(L, device=ids.device) <= where[:, :, None]  # (R, n, L)
+        heads = self.model.config.num_attention_heads // self.keys.shape[3]
+        seen = seen.repeat_interleave(heads, 1)[:, None]  # (R, 1, n * heads of a group, L)
+        for layer, keys, values in zip(core.layers, self.keys, self.values):
+            a, h = layer.self_attn, rms_norm(x, layer.input_layernorm)
+            q, k, v = (part(h).unflatten(-1, (-1, a.head_dim)) for part in
+                       (a.q_proj, a.k_proj, a.v_proj))  # (R, n, heads, head_dim)
+            keys[into], values[into] = rotate(rms_norm(k, a.k_norm), cos, sin), v
+            q = rotate(rms_norm(q, a.q_norm), cos, sin)
+            # Query heads that share a key head are put side by side, as if they were positions.
+            q = q.unflatten(2, (-1, heads)).transpose(1, 2).flatten(2, 3)  # (R, kv, n * heads, .)
+            mixed = F.scaled_dot_product_attention(q, keys[held].transpose(1, 2),
+                                                   values[held].transpose(1, 2), attn_mask=seen)
+            x = x + a.o_proj(mixed.unflatten(2, (n, heads)).transpose(1, 2).flatten(2))
+            x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm))
+        return rms_norm(x, core.norm)
+
+
+def rms_norm(x, norm):
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of (R, n, heads, head_dim)."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+CALLS_AT_ONCE = 32  # threads that wait for tools
+
+
+def sample_by_slots(model, tokenizer, rollouts, tool, config, pick):
+    """The fast engine: a kept KV cache (Slots), and nobody waits for another one's tool.
+
+    A call runs while the others sample `look` tokens; then its answer is read. Where it takes more
+    than `tool_wait` seconds longer, the others go on without it. The rollouts are those of
+    sample_by_generate, token for token, up to the rounding of sums. While tool_wait is longer than
+    any program, they are also the same bit by bit each time; else the clock decides who is sampled
+    beside whom, and so the rounding.
+    """
+    ends, queue = end_ids(model, tokenizer), deque(rollouts)
+    slots = Slots(model, min(config.rollout_batch, len(rollouts)))
+    called, late, runs = {}, {}, {}  # Rollout -> (call, Future) twice, code -> Future
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+        while not all(r.finish for r in rollouts):
+            slots.seat(queue)
+            ready = {r for r in slots.seats if r and not r.finish} - called.keys() - late.keys()
+            slots.to_front(ready)
+            over = sample_a_look(slots, len(ready), ends, config, pick)
+            wait_for_tools(called, late, ready, config)
+            late |= called
+            for r in [r for r, (_, run) in late.items() if run is None or run.done()]:
+                call, run = late.pop(r)
+                take_answer(tokenizer, r, observe(r, call, run and run.result()), config)
+            called = {}
+            for r in over:
+                if call := end_turn(tokenizer, r, ends, config):
+                    if must_run(r, call) and call.code not in runs:  # equal programs run once
+                        runs[call.code] = pool.submit(lambda code: tool.run([code])[0], call.code)
+                    called[r] = call, runs[call.code] if must_run(r, call) else None
+
+
+def sample_a_look(slots, n, ends, config, pick):
+    """Sample `look` tokens in the first n slots; the rollouts whose turn is over."""
+    if not n:
+        return []
+    slots.catch_up(n, config.micro_batch_tokens)
+    for i, (r, ids) in enumerate(zip(slots.seats, slots.sample(n, config.look, pick))):
+        ids = up_to_end(ids, ends)[:config.max_response - r.response_len]
+        r.extend(ids, len(r.turns))
+        slots.fed[i] = len(r.ids) - 1
+    return [r for r in slots.seats[:n] if turn_is_over(r, ends, config)]
+
+
+def wait_for_tools(called, late, ready, config):
+    """Wait for the calls of the last look; for any call where nothing else is left to do."""
+    runs = [run for _, run in called.values() if run]
+    if runs:
+        wait(runs, config.tool_wait)
+    elif not ready and not called:
+        wait([run for _, run in late.values()], return_when=FIRST_COMPLETED)
+
+
+ENGINES = {"slots": sample_by_slots, "generate": sample_by_generate}
 
 
 # --- Scoring: log-probabilities of exactly the ids that were sampled ---------------------------
@@ -879,7 +1115,6 @@ class Agent:
     teacher: torch.nn.Module | None  # frozen; None where the method has none
     tokenizer: object
     tool: object                     # run(codes) -> observations
-    rng: random.Random               # data order and tool silence
     practice: tuple = ([], 0)        # (problems or demonstrations as ids, how many were too long)
     optimizer: Optimizer | None = None
     scored: Scored | None = None     # the newest batch, for files and eyes
@@ -902,14 +1137,15 @@ def distil(agent, config):
     """Algorithm 1: sample, reward, score, weigh, update."""
     prompts, skipped = agent.practice
     agent.optimizer = agent.optimizer or Optimizer(agent.student, config.lr, config)
-    order = shuffled_forever(prompts, agent.rng)
     for step in range(1, config.steps + 1):
         clock = [time.perf_counter()]
-        chosen = [next(order) for _ in range(config.prompts_per_step)]
+        chosen = draw(prompts, config.seed, (step - 1) * config.prompts_per_step,
+                      config.prompts_per_step)
         agent.student.eval()
         rollouts = sample_rollouts(agent.student, agent.tokenizer,
                                    [p for p in chosen for _ in range(config.group_size)],
-                                   agent.tool, config, agent.rng)
+                                   agent.tool, config,
+                                   random_numbers(config.seed, "rollouts", step))
         clock.append(time.perf_counter())
         agent.student.train()
         scored = agent.scored = score_batch(agent, rollouts, config)
@@ -928,10 +1164,9 @@ def imitate(agent, config):
     agent.optimizer = agent.optimizer or Optimizer(agent.student, config.sft_lr, config)
     agent.student.train()
     total = math.ceil(config.sft_epochs * len(pairs) / config.sft_batch)
-    order = shuffled_forever(pairs, agent.rng)
     for step in range(1, total + 1):
         clock = time.perf_counter()
-        batch = [next(order) for _ in range(config.sft_batch)]
+        batch = draw(pairs, config.seed, (step - 1) * config.sft_batch, config.sft_batch)
         warm, done = max(0.1 * total, 1), step / total
         scale = min(step / warm, 0.5 * (1 + math.cos(math.pi * max(done - 0.1, 0) / 0.9)))
         loss, norm = imitation_step(agent, batch, config, scale)
@@ -952,10 +1187,12 @@ def imitation_step(agent, batch, config, scale=1.0):
     return total, agent.optimizer.step(scale)
 
 
-def shuffled_forever(items, rng):
-    """Yield items in a new random order each epoch, without end."""
-    while True:
-        yield from rng.sample(items, len(items))
+def draw(items, seed, start, count):
+    """Items start .. start + count - 1 of an endless list: all of them, shuffled anew each epoch."""
+    N = len(items)
+    order = {epoch: random_numbers(seed, "order", epoch).permutation(N)
+             for epoch in range(start // N, (start + count - 1) // N + 1)}
+    return [items[order[n // N][n % N]] for n in range(start, start + count)]
 
 
 def batch_metrics(scored, config):
@@ -1009,12 +1246,11 @@ def evaluate(model, agent, problems, config):
 
     The seeds are the same for every model; the tool falls silent at the same rate.
     """
-    torch.manual_seed(config.seed + 1)
     prompts, _ = fitting_prompts(agent, problems)
     model.eval()
     rollouts = sample_rollouts(model, agent.tokenizer,
                                [p for p in prompts for _ in range(config.eval_samples)],
-                               agent.tool, config, random.Random(config.seed + 1),
+                               agent.tool, config, random_numbers(config.seed, "evaluation", 0),
                                config.eval_temperature, config.eval_top_p)
     return np.array([r.right for r in rollouts]).reshape(len(prompts), config.eval_samples)
 
@@ -1157,8 +1393,7 @@ def load_agent(config):
         teacher.requires_grad_(False)
         teacher.to(device if config.teacher_device == "same" else config.teacher_device)
         check_vocabulary(student, teacher, config)
-    agent = Agent(config, student, teacher, tokenizer, load_tool(config),
-                  random.Random(config.seed))
+    agent = Agent(config, student, teacher, tokenizer, load_tool(config))
     if config.method == "sft":
         rows = tools.load_demonstrations(config.demonstrations)
         agent.practice = fitting_demonstrations(agent, rows)
@@ -1441,7 +1676,6 @@ def run(config, preset):
 
 def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
-    torch.manual_seed(config.seed)
     with (open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics_file,
           open(folder / "rollouts.jsonl", "w", encoding="utf-8") as rollouts_file):
         total = config.steps if config.method in METHODS else None

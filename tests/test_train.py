@@ -42,7 +42,7 @@ def batch_of_rollouts(**changes):
     prompts, _ = sod.fitting_prompts(agent, problems)
     rollouts = sod.sample_rollouts(agent.student, agent.tokenizer,
                                    [p for p in prompts for _ in range(c.group_size)],
-                                   agent.tool, c, agent.rng)
+                                   agent.tool, c, sod.random_numbers(c.seed, "rollouts", 1))
     agent.student.train()
     return agent, sod.score_batch(agent, rollouts, c), c
 
