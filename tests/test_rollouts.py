@@ -344,7 +344,7 @@ def play_world(agent, config, prompts, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 1e-12], ids=["sampled", "greedy"])
 def test_the_fast_engine_gives_the_rollouts_of_the_plain_one_token_for_token(temperature):
     torch.set_num_threads(1)
-    config = sod.Config(max_response=110, eval_data="")
+    config = sod.Config(max_response=80, eval_data="")
     agent = sod.load_agent(config)
     prompts = [p for p in agent.practice[0][:12] for _ in range(3)]
     plain, *fast = (play_world(agent, dataclasses.replace(config, **changes), prompts, temperature)
@@ -356,7 +356,7 @@ def test_the_fast_engine_gives_the_rollouts_of_the_plain_one_token_for_token(tem
         assert [(r.step_id, r.turns, r.answers, r.outcomes, r.finish, r.reward) for r in rollouts
                 ] == [(r.step_id, r.turns, r.answers, r.outcomes, r.finish, r.reward)
                       for r in plain]
-    assert len({len(r.turns) for r in plain}) > 3 and len({r.finish for r in plain}) > 1
+    assert len({len(r.turns) for r in plain}) > 2 and len({r.finish for r in plain}) > 1
 
 
 class Stuck:
