@@ -35,7 +35,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                          LogitsProcessor)
 from transformers.utils import logging as transformers_logging
 
 import tools
@@ -101,7 +102,7 @@ class Config:
     rollout_batch: int = 256                # rollouts sampled side by side
     rollout_engine: str = "slots"           # slots: a kept KV cache, Qwen3; generate: HF's, plain
     chunk: int = 24                         # generate: sampled tokens until ended rows leave
-    look: int = 8                           # slots: sampled tokens until ended rows are looked after
+    look: int = 8                           # slots: sampled tokens until ended rows are seen to
     tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
     micro_batch_tokens: int = 16_384        # tokens in a micro-batch, padding included
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
@@ -153,7 +154,8 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_per_step=8,
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
            silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
-           rollout_engine="generate", tool_wait=0.0,            threads=0, gradient_checkpointing=True, show_every=1)
+           rollout_engine="generate", tool_wait=0.0, threads=0, gradient_checkpointing=True,
+           show_every=1)
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
     "world": {},
@@ -1188,7 +1190,7 @@ def imitation_step(agent, batch, config, scale=1.0):
 
 
 def draw(items, seed, start, count):
-    """Items start .. start + count - 1 of an endless list: all of them, shuffled anew each epoch."""
+    """`count` items from place `start` of an endless list: all items, shuffled anew each epoch."""
     N = len(items)
     order = {epoch: random_numbers(seed, "order", epoch).permutation(N)
              for epoch in range(start // N, (start + count - 1) // N + 1)}
