@@ -27,6 +27,7 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,7 @@ class Config:
     device: str = "auto"                    # auto: cuda where there is one, else cpu
     teacher_device: str = "same"            # same as the student's, or another
     dtype: str = "auto"                     # auto: bfloat16 on cuda, float32 on cpu
+    offload: str = "none"                   # to the CPU while idle: teacher; all: optimiser too
     threads: int = 1                        # CPU threads of torch; 0: as many as it likes
     rollout_batch: int = 256                # rollouts sampled side by side
     rollout_engine: str = "slots"           # slots: a kept KV cache, Qwen3; generate: HF's, plain
@@ -123,6 +125,9 @@ class Config:
         if self.method not in ("sod", "sod_only") and self.weights != "sod":
             raise ValueError(f"method {self.method} fixes its own weights; "
                              f"--weights {self.weights} goes with --method sod or sod_only")
+        if self.kl == "full" and self.offload != "none":
+            raise ValueError(f"kl full needs the teacher in every update, and offload "
+                             f"{self.offload} sends it away; use --offload none or --kl sampled")
         if self.prompts_per_step % self.updates_per_step:
             raise ValueError(f"prompts_per_step {self.prompts_per_step} does not divide into "
                              f"{self.updates_per_step} optimiser steps; choose a multiple")
@@ -132,7 +137,8 @@ def choices():
     """Options that take one of a few words."""
     return {"method": ["vanilla", "sft", *METHODS], "weights": list(WEIGHTS),
             "kl": ["sampled", "full"], "init": ["pretrained", "random"],
-            "rollout_engine": list(ENGINES), "dtype": ["auto", "float32", "bfloat16"]}
+            "rollout_engine": list(ENGINES),
+            "offload": ["none", "teacher", "all"], "dtype": ["auto", "float32", "bfloat16"]}
 
 
 # What is not "at least 0 and finite": name -> (lowest, first value that is too high).
@@ -978,32 +984,63 @@ class Scored:
     """A batch of rollouts with everything the update needs; (B, T) unless said otherwise."""
     rollouts: list[Rollout]
     step_id: torch.Tensor     # k or -1
-    logp_s: torch.Tensor      # the old policy, nats
-    logp_t: torch.Tensor      # the teacher, nats; equal to logp_s where there is none
-    entropy_s: torch.Tensor   # nats
-    entropy_t: torch.Tensor   # nats
+    failed: torch.Tensor      # (B, K) bool: the call of step k failed
     A: torch.Tensor           # (B,)
+    logp_t: torch.Tensor      # the teacher, nats; equal to logp_s where there is none
+    entropy_t: torch.Tensor   # nats
+    logp_s: torch.Tensor      # the old policy, nats
+    entropy_s: torch.Tensor   # nats
     d: torch.Tensor           # (B, K) nats/token
     w: torch.Tensor           # (B, K)
     advantages: torch.Tensor  # A_it
+    fresh: bool               # the old policy is still the student: its update fills in the rest
 
 
 def score_batch(agent, rollouts, config):
     """Steps 3 to 6 of the method: log-probabilities, A, d, w and the token advantages."""
-    method = METHODS[config.method]
-    step_id = pad([r.step_id for r in rollouts], -1, "cpu")
-    logp_s, entropy_s = score(agent.student, rollouts, config)
-    logp_t, entropy_t = logp_s, entropy_s
-    if method.view:
-        logp_t, entropy_t = score(agent.teacher, rollouts, config, teacher_prompts(agent, rollouts))
+    step_id = pad([r.step_id for r in rollouts], -1, "cpu")  # (B, T)
+    failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")  # (B, K)
     A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size)
-    K = max(len(r.outcomes) for r in rollouts)
-    d = step_divergence(logp_s, logp_t, step_id, K)
-    failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")
-    w = WEIGHTS[config.weights if method.weights == "sod" else "uniform"](d, failed, config)
+    # With one update a batch, that update's own forward pass is the old policy's: no second one.
+    fresh = config.updates_per_step == 1
+    logp_s, entropy_s = (torch.zeros(step_id.shape) for _ in range(2)) if fresh else score(
+        agent.student, rollouts, config)
+    logp_t, entropy_t = logp_s, entropy_s
+    if METHODS[config.method].view:
+        with visiting(agent.teacher, agent.student.device, config.offload != "none"):
+            logp_t, entropy_t = score(agent.teacher, rollouts, config,
+                                      teacher_prompts(agent, rollouts))
+    empty = (torch.zeros(shape) for shape in (failed.shape, failed.shape, step_id.shape))
+    scored = Scored(rollouts, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s, *empty,
+                    fresh)
+    if not fresh:
+        weigh(scored, slice(None), config)
+    return scored
+
+
+def weigh(scored, at, config):
+    """Steps 5 and 6 of the method on some rows: divergence, weights, token advantages."""
+    method, step_id = METHODS[config.method], scored.step_id[at]
+    logp_s, logp_t = scored.logp_s[at], scored.logp_t[at]
+    d = step_divergence(logp_s, logp_t, step_id, scored.d.shape[1])
+    scheme = config.weights if method.weights == "sod" else "uniform"
+    w = WEIGHTS[scheme](d, scored.failed[at], config)
     coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
-    advantages = token_advantages(config.method, A, logp_s, logp_t, step_id, w, coef)
-    return Scored(rollouts, step_id, logp_s, logp_t, entropy_s, entropy_t, A, d, w, advantages)
+    scored.d[at], scored.w[at] = d, w
+    scored.advantages[at] = token_advantages(config.method, scored.A[at], logp_s, logp_t, step_id,
+                                             w, coef)
+
+
+@contextmanager
+def visiting(model, device, wanted=True):
+    """The model on `device` for a while, where it is `wanted` there, then back home."""
+    home = model.device
+    if wanted:
+        model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def teacher_prompts(agent, rollouts):
@@ -1021,70 +1058,137 @@ class Optimizer:
     """AdamW on fp32 weights, whatever the model computes in.
 
     At lr 1e-6 a step is far below the spacing of bf16 numbers (2^-8 of the weight), so a bf16
-    weight that is updated in place never moves. The model therefore keeps bf16 weights to compute
-    with, the optimiser fp32 ones to add up in, and gradients are summed in fp32 too.
+    weight that is updated in place never moves. A weight is therefore fp32, in two halves: the
+    bf16 number that the model computes with, and in `low` the 16 bits that rounding took off. With
+    the gradient and both moments in fp32 that is 16 bytes a parameter, and no bit less exact than
+    AdamW on an fp32 model. With offload "all", 10 of the 16 lie in the CPU's memory and come over
+    one piece after the other.
     """
 
     def __init__(self, model, lr, config):
-        self.lr, self.taken, self.clip = lr, 0, config.grad_clip
+        self.lr, self.taken, self.config = lr, 0, config
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.master = [p if p.dtype == torch.float32 else p.detach().float() for p in self.weights]
-        for p, m in zip(self.weights, self.master):
-            if m is not p:
-                m.grad = torch.zeros_like(m)
-                p.register_post_accumulate_grad_hook(lambda p, m=m: self._collect(p, m))
-        self.adamw = torch.optim.AdamW(self.master, lr=lr, betas=(config.beta1, config.beta2),
-                                       weight_decay=config.weight_decay)
+        place = torch.device("cpu") if config.offload == "all" else model.device
+        zeros = lambda dtype: [torch.zeros_like(p, dtype=dtype, device=place) for p in self.weights]
+        self.m, self.v = zeros(torch.float32), zeros(torch.float32)
+        self.low = zeros(torch.int16)
+        for i, p in enumerate(self.weights):
+            if p.dtype == torch.float32:
+                self.low[i] = None
+            p.register_post_accumulate_grad_hook(partial(self._collect, i))
+        self.clear()
 
-    @staticmethod
-    def _collect(p, m):
-        m.grad += p.grad
+    def clear(self):
+        """Forget the gradient."""
+        self.grads = [None] * len(self.weights)
+
+    def _collect(self, i, p):
+        """Add p.grad to the fp32 sum over micro-batches, and free it."""
+        if self.grads[i] is None:
+            self.grads[i] = p.grad.float()
+        else:
+            self.grads[i] += p.grad
         p.grad = None
 
+    @torch.no_grad()
     def step(self, scale=1.0):
         """Take one step with `scale` * lr; returns the gradient's norm before clipping.
 
         A step whose norm is not finite is not taken.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.master, self.clip))
+        norm = float(torch.stack([g.norm() for g in self.grads if g is not None]).norm())
         if math.isfinite(norm):
-            for group in self.adamw.param_groups:
-                group["lr"] = self.lr * scale
-            self.adamw.step()
             self.taken += 1
-        with torch.no_grad():
-            for p, m in zip(self.weights, self.master):
-                if m.grad is not None:
-                    m.grad.zero_()
-                if m is not p:
-                    p.copy_(m)
+            shrink = min(1.0, self.config.grad_clip / (norm + 1e-6))
+            for p, grad, *state in zip(self.weights, self.grads, self.low, self.m, self.v):
+                for start in range(0, p.numel() if grad is not None else 0, PIECE):
+                    piece = lambda x: None if x is None else x.view(-1)[start:start + PIECE]
+                    self._adamw(piece(p), piece(grad), map(piece, state), scale * self.lr, shrink)
+        self.clear()
         return norm
+
+    def _adamw(self, p, grad, state, lr, shrink):
+        """AdamW on one piece: flat views, changed in place."""
+        c, t, g = self.config, self.taken, grad.mul_(shrink)
+        state = list(state)
+        low, m, v = (None if x is None else x.to(p.device) for x in state)  # offload "all": copies
+        w = p if low is None else join(p, low)
+        m.lerp_(g, 1 - c.beta1)
+        v.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
+        size = (v.sqrt() / math.sqrt(1 - c.beta2 ** t)).add_(1e-8)
+        w.mul_(1 - lr * c.weight_decay).addcdiv_(m, size, value=-lr / (1 - c.beta1 ** t))
+        if low is not None:
+            split(w, p, low)
+        for x, new in zip(state, (low, m, v)):
+            if x is not new:
+                x.copy_(new)
+
+    def state_dict(self):
+        """What to keep beside the model's own weights."""
+        return {"taken": self.taken, "low": self.low, "m": self.m, "v": self.v}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+        for mine, theirs in ((self.low, state["low"]), (self.m, state["m"]), (self.v, state["v"])):
+            for x, y in zip(mine, theirs, strict=True):
+                if x is not None:
+                    x.copy_(y)
+        self.clear()
+
+
+PIECE = 2 ** 24  # weights at a time: an fp32 copy of a whole embedding would take 1.2 GiB
+
+
+def join(p, low):
+    """bf16 weights and the bits they lost -> the fp32 weights, exactly."""
+    return ((p.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+def split(w, p, low):
+    """fp32 weights -> the nearest bf16 into p, and what it lacks, -32768..32767, into low."""
+    bits = w.view(torch.int32)
+    nearest = (bits + 2 ** 15) >> 16
+    p.view(torch.int16).copy_(nearest)
+    low.copy_(bits - (nearest << 16))
 
 
 def update(agent, scored, rows, config):
     """One optimiser step on some rollouts of a batch: (norm, loss, share of clipped tokens)."""
-    device, lengths = agent.student.device, [len(scored.rollouts[i].ids) for i in rows]
+    lengths = [len(scored.rollouts[i].ids) for i in rows]
     num_tokens = int((scored.step_id[rows] >= 0).sum())
-    loss_sum, clipped = 0.0, 0
+    totals = torch.zeros(2, device=agent.student.device)  # read once: each read waits for the GPU
     for batch in micro_batches(lengths, config.micro_batch_tokens):
-        at, width = [rows[i] for i in batch], max(lengths[i] for i in batch)
-        ids = pad([scored.rollouts[i].ids for i in at], 0, device)
-        step_id, old, advantages = (x[at, :width].to(device) for x in
-                                    (scored.step_id, scored.logp_s, scored.advantages))
-        mask = step_id >= 0
-        hidden = hidden_states(agent.student, ids)[:, :-1]  # position t predicts token t+1
-        head = agent.student.get_output_embeddings().weight
-        logp = F.pad(token_logprobs(hidden, head, ids[:, 1:], config.temperature), (1, 0))
-        loss = policy_loss(logp, old, advantages, mask, config.clip_low, config.clip_high,
-                           config.clip_dual, num_tokens)
-        if config.kl == "full" and METHODS[config.method].view:
-            loss = loss + full_kl_loss(agent, scored, at, hidden, head, step_id, num_tokens, config)
+        loss, clipped = batch_loss(agent, scored, [rows[i] for i in batch], num_tokens, config)
         loss.backward()
-        loss_sum += float(loss.detach())
-        ratio = torch.where(mask, logp.detach() - old, 0.0).exp()
-        clipped += int(((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum())
+        totals += torch.stack([loss.detach(), clipped])
     scale = min(1.0, (agent.optimizer.taken + 1) / max(config.warmup, 1))
-    return agent.optimizer.step(scale), loss_sum, clipped / max(num_tokens, 1)
+    norm = agent.optimizer.step(scale)
+    loss_sum, clipped = totals.tolist()
+    return norm, loss_sum, clipped / max(num_tokens, 1)
+
+
+def batch_loss(agent, scored, at, num_tokens, config):
+    """Loss of the rows `at`, as their share of the step's, and their number of clipped tokens."""
+    device, width = agent.student.device, max(len(scored.rollouts[i].ids) for i in at)
+    ids = pad([scored.rollouts[i].ids for i in at], 0, device)
+    hidden = hidden_states(agent.student, ids)[:, :-1]  # (B, T-1, D); t predicts token t+1
+    head = agent.student.get_output_embeddings().weight
+    logp = token_logprobs(hidden, head, ids[:, 1:], config.temperature, entropy=scored.fresh)
+    if scored.fresh:
+        logp, entropy = logp
+        scored.logp_s[at, 1:width] = logp.detach().cpu()
+        scored.entropy_s[at, 1:width] = entropy.cpu()
+        weigh(scored, at, config)
+    logp = F.pad(logp, (1, 0))
+    step_id, old, advantages = (x[at, :width].to(device) for x in
+                                (scored.step_id, scored.logp_s, scored.advantages))
+    mask = step_id >= 0
+    loss = policy_loss(logp, old, advantages, mask, config.clip_low, config.clip_high,
+                       config.clip_dual, num_tokens)
+    if config.kl == "full" and METHODS[config.method].view:
+        loss = loss + full_kl_loss(agent, scored, at, hidden, head, step_id, num_tokens, config)
+    ratio = torch.where(mask, logp.detach() - old, 0.0).exp()
+    return loss, ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum()
 
 
 def full_kl_loss(agent, scored, at, hidden, head, step_id, num_tokens, config):
@@ -1393,7 +1497,8 @@ def load_agent(config):
         teacher = copy.deepcopy(student).eval()
     if teacher is not None:
         teacher.requires_grad_(False)
-        teacher.to(device if config.teacher_device == "same" else config.teacher_device)
+        there = device if config.teacher_device == "same" else config.teacher_device
+        teacher.to("cpu" if config.offload != "none" else there)
         check_vocabulary(student, teacher, config)
     agent = Agent(config, student, teacher, tokenizer, load_tool(config))
     if config.method == "sft":

@@ -49,13 +49,11 @@ def batch_of_rollouts(**changes):
 
 def gradient(agent, scored, c):
     """What update() would hand to AdamW."""
-    kept = {}
-    agent.optimizer = sod.Optimizer(agent.student, c.lr, c)
-    agent.optimizer.step = lambda scale: kept.update(
-        {n: p.grad.clone() for n, p in agent.student.named_parameters()}) or 0.0
-    agent.student.zero_grad()
+    agent.optimizer = agent.optimizer or sod.Optimizer(agent.student, c.lr, c)
+    agent.optimizer.clear()
+    agent.optimizer.step = lambda scale: 0.0
     sod.update(agent, scored, list(range(len(scored.rollouts))), c)
-    return torch.cat([g.flatten() for g in kept.values()])
+    return torch.cat([g.flatten() for g in agent.optimizer.grads])
 
 
 # --- Scoring ----------------------------------------------------------------------------------
@@ -151,12 +149,14 @@ def travel(dtype, make, steps=40):
     for _ in range(steps):
         sum(p.float().sum() for p in model.parameters()).backward()
         optimizer.step()
-    master = getattr(optimizer, "master", None) or list(model.parameters())
-    moved = torch.cat([(s - m.detach().double()).flatten() for s, m in zip(start, master)])
+    low = getattr(optimizer, "low", [None] * len(start))
+    master = [p.detach() if x is None else sod.join(p.detach(), x)
+              for p, x in zip(model.parameters(), low)]
+    moved = torch.cat([(s - m.double()).flatten() for s, m in zip(start, master)])
     return float(moved.mean()) / (1e-6 * steps)
 
 
-def test_at_lr_1e_6_a_bf16_weight_stands_still_and_the_fp32_master_moves():
+def test_at_lr_1e_6_a_weight_in_bf16_stands_still_and_ours_moves():
     class InPlace(torch.optim.AdamW):
         def __init__(self, model, c):
             super().__init__(model.parameters(), lr=1e-6, weight_decay=0.0)
@@ -169,13 +169,59 @@ def test_at_lr_1e_6_a_bf16_weight_stands_still_and_the_fp32_master_moves():
     assert abs(travel(torch.bfloat16, InPlace)) < 0.2
 
 
+def test_both_halves_of_a_weight_are_the_weight_to_the_bit():
+    bits = torch.randint(-2 ** 31, 2 ** 31, (100_000,), dtype=torch.int64).to(torch.int32)
+    edge = torch.tensor([0.0, -0.0, 1.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8, -1 - 2 ** -8, 3e38, 1e-40])
+    w = torch.cat([edge, bits.view(torch.float32)])
+    w = w[w.abs() < 3.38e38]
+    p, low = torch.empty_like(w, dtype=torch.bfloat16), torch.empty_like(w, dtype=torch.int16)
+    sod.split(w, p, low)
+    assert torch.equal(sod.join(p, low).view(torch.int32), w.view(torch.int32))
+    assert ((p.float() - w).abs() <= (w.to(torch.bfloat16).float() - w).abs()).all()  # nearest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_adamw_is_torchs_adamw_on_fp32_weights(dtype, monkeypatch):
+    monkeypatch.setattr(sod, "PIECE", 100)  # every weight in several pieces
+    c = config(grad_clip=0.5, lr=1e-3)
+    for offload in ("none", "all"):
+        model = small_model(dtype)
+        ours = sod.Optimizer(model, c.lr, dataclasses.replace(c, offload=offload))
+        reference = [torch.nn.Parameter(p.detach().float().clone()) for p in model.parameters()]
+        theirs = torch.optim.AdamW(reference, c.lr, (c.beta1, c.beta2), weight_decay=c.weight_decay)
+        for step in range(5):
+            ours.grads = [torch.randn(p.shape) for p in reference]
+            for p, g in zip(reference, ours.grads):
+                p.grad = g.clone()
+            norm = torch.nn.utils.clip_grad_norm_(reference, c.grad_clip)
+            theirs.step()
+            assert ours.step() == pytest.approx(float(norm), rel=1e-6)
+        for p, low, q in zip(model.parameters(), ours.low, reference):
+            w = p if low is None else sod.join(p, low)
+            torch.testing.assert_close(w, q, atol=1e-8, rtol=1e-6)
+
+
+def test_one_update_a_batch_needs_no_forward_pass_for_the_old_policy(monkeypatch):
+    agent, scored, c = batch_of_rollouts(updates_per_step=2)
+    once, plain = dataclasses.replace(c, updates_per_step=1), gradient(agent, scored, c)
+    passes, forward = [], sod.hidden_states
+    monkeypatch.setattr(sod, "hidden_states", lambda m, ids: passes.append(m) or forward(m, ids))
+    fresh = sod.score_batch(agent, scored.rollouts, once)
+    assert agent.student not in passes and agent.teacher in passes
+    torch.testing.assert_close(gradient(agent, fresh, once), plain, atol=1e-6, rtol=1e-4)
+    for name in ("logp_s", "entropy_s", "advantages"):
+        a, b = (torch.where(x.step_id >= 0, getattr(x, name), 0.0) for x in (fresh, scored))
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fresh.w, scored.w, atol=1e-4, rtol=1e-4)
+
+
 def test_bf16_gradients_are_summed_in_fp32_over_micro_batches():
     model = small_model(torch.bfloat16)
     optimizer = sod.Optimizer(model, 1e-3, config())
     for scale in [1.0] + [2.0 ** -10] * 64:  # in bf16, 1 + 2^-10 is 1
         (sum(p.float().sum() for p in model.parameters()) * scale).backward()
     assert all(p.grad is None for p in model.parameters())
-    assert float(optimizer.master[0].grad.flatten()[0]) == 1.0 + 64 * 2.0 ** -10
+    assert float(optimizer.grads[0].flatten()[0]) == 1.0 + 64 * 2.0 ** -10
 
 
 def test_a_step_with_a_non_finite_norm_is_not_taken_and_leaves_no_trace():
@@ -220,10 +266,11 @@ def test_two_runs_with_one_seed_are_the_same_run():
 
 def test_step_counts_optimiser_steps_and_warms_up():
     agent = sod.load_agent(config(updates_per_step=4, warmup=4))
-    lrs = []
-    for _ in sod.train(agent.config, agent):
-        lrs.append(agent.optimizer.adamw.param_groups[0]["lr"])
-    assert agent.optimizer.taken == 8 and lrs == pytest.approx([1e-3, 1e-3])
+    agent.optimizer = sod.Optimizer(agent.student, 1e-3, agent.config)
+    step, scales = agent.optimizer.step, []
+    agent.optimizer.step = lambda scale: scales.append(scale) or step(scale)
+    list(sod.train(agent.config, agent))
+    assert agent.optimizer.taken == 8 and scales == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
 
 
 def test_distillation_brings_the_student_closer_to_the_teacher():
