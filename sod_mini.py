@@ -950,33 +950,63 @@ def hidden_states(model, ids):
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def sampled_logprobs(model, ids, temperature, entropy=False):
-    """(B, T) ids -> (B, T) log-probability of each id given those before it; 0 for the first."""
-    hidden = hidden_states(model, ids)[:, :-1]  # (B, T-1, D); position t predicts token t+1
-    result = token_logprobs(hidden, model.get_output_embeddings().weight, ids[:, 1:],
-                            temperature, entropy)
-    return tuple(F.pad(x, (1, 0)) for x in result) if entropy else F.pad(result, (1, 0))
+def sampled_hidden(model, ids, step_id):
+    """The hidden states from which the student's tokens were, or might have been, predicted.
+
+    ids      (B, T)
+    step_id  (B, T) on the CPU, where finding the tokens makes no one wait for a GPU
+    returns  (N, D) for the N tokens with step_id >= 0, row by row, and their places in (B, T).
+             Prompts and tool answers are read, but never multiplied with the vocabulary
+    """
+    hidden = hidden_states(model, ids)  # (B, T, D)
+    rows, columns = (x.to(ids.device) for x in (step_id[:, 1:] >= 0).nonzero(as_tuple=True))
+    at = rows * ids.shape[1] + columns  # position t predicts token t+1
+    return hidden.flatten(0, 1).index_select(0, at), (rows, columns + 1)
+
+
+def sampled_logprobs(model, ids, step_id, temperature, entropy=False):
+    """(B, T) log-probability of each sampled token given all before it; 0 for every other token.
+
+    With entropy=True also the (B, T) entropy of the distributions they were drawn from, nats.
+    """
+    hidden, places = sampled_hidden(model, ids, step_id)
+    found = token_logprobs(hidden, model.get_output_embeddings().weight, ids[places], temperature,
+                           entropy)
+    return tuple(spread(x, places, ids) for x in found) if entropy else spread(found, places, ids)
+
+
+def spread(values, places, like):
+    """(N,) values at their places in a (B, T) of zeros."""
+    return values.new_zeros(like.shape).index_put(places, values)
 
 
 @torch.no_grad()
 def score(model, rollouts, config, prompts=None):
-    """Log-probability and entropy of each response token, on the ids that were sampled.
+    """Log-probability and entropy of each sampled token, on the ids that were sampled.
 
     prompts  prompt ids of each rollout where the scorer sees another prompt than the student
     returns  (B, T) logp and (B, T) entropy in nats, on the CPU, aligned with the student's ids
     """
     width = max(len(r.ids) for r in rollouts)
     logp, entropy = torch.zeros(len(rollouts), width), torch.zeros(len(rollouts), width)
-    prompts = prompts or [r.ids[:r.prompt_len] for r in rollouts]
-    rows = [p + r.ids[r.prompt_len:] for p, r in zip(prompts, rollouts)]
+    rows, marks = as_seen(rollouts, prompts)
     for batch in micro_batches([len(row) for row in rows], config.micro_batch_tokens):
         ids = pad([rows[i] for i in batch], 0, model.device)
-        found = sampled_logprobs(model, ids, config.temperature, entropy=True)
+        step_id = pad([marks[i] for i in batch], -1, "cpu")
+        found = sampled_logprobs(model, ids, step_id, config.temperature, entropy=True)
         for i, *row in zip(batch, *(x.float().cpu() for x in found)):
-            r, response = rollouts[i], slice(len(prompts[i]), len(rows[i]))
+            r, response = rollouts[i], slice(len(rows[i]) - rollouts[i].response_len, len(rows[i]))
             logp[i, r.prompt_len:len(r.ids)] = row[0][response]
             entropy[i, r.prompt_len:len(r.ids)] = row[1][response]
     return logp, entropy
+
+
+def as_seen(rollouts, prompts=None):
+    """ids and step ids of each rollout, after other prompts than its own where these are given."""
+    if prompts is None:
+        return [r.ids for r in rollouts], [r.step_id for r in rollouts]
+    return ([p + r.ids[r.prompt_len:] for p, r in zip(prompts, rollouts)],
+            [[-1] * len(p) + r.step_id[r.prompt_len:] for p, r in zip(prompts, rollouts)])
 
 
 @dataclass
@@ -1171,43 +1201,37 @@ def batch_loss(agent, scored, at, num_tokens, config):
     """Loss of the rows `at`, as their share of the step's, and their number of clipped tokens."""
     device, width = agent.student.device, max(len(scored.rollouts[i].ids) for i in at)
     ids = pad([scored.rollouts[i].ids for i in at], 0, device)
-    hidden = hidden_states(agent.student, ids)[:, :-1]  # (B, T-1, D); t predicts token t+1
+    step_id = scored.step_id[at, :width]
+    hidden, places = sampled_hidden(agent.student, ids, step_id)  # (N, D)
     head = agent.student.get_output_embeddings().weight
-    logp = token_logprobs(hidden, head, ids[:, 1:], config.temperature, entropy=scored.fresh)
+    logp = token_logprobs(hidden, head, ids[places], config.temperature, entropy=scored.fresh)
     if scored.fresh:
         logp, entropy = logp
-        scored.logp_s[at, 1:width] = logp.detach().cpu()
-        scored.entropy_s[at, 1:width] = entropy.cpu()
+        scored.logp_s[at, :width] = spread(logp.detach(), places, ids).cpu()
+        scored.entropy_s[at, :width] = spread(entropy, places, ids).cpu()
         weigh(scored, at, config)
-    logp = F.pad(logp, (1, 0))
-    step_id, old, advantages = (x[at, :width].to(device) for x in
-                                (scored.step_id, scored.logp_s, scored.advantages))
-    mask = step_id >= 0
+    logp = spread(logp, places, ids)  # (B, T)
+    old, advantages = (x[at, :width].to(device) for x in (scored.logp_s, scored.advantages))
+    mask = step_id.to(device) >= 0
     loss = policy_loss(logp, old, advantages, mask, config.clip_low, config.clip_high,
                        config.clip_dual, num_tokens)
     if config.kl == "full" and METHODS[config.method].view:
-        loss = loss + full_kl_loss(agent, scored, at, hidden, head, step_id, num_tokens, config)
+        kl = full_kl(agent, [scored.rollouts[i] for i in at], hidden, config)  # (N,)
+        w = scored.w[at].to(device)[places[0], step_id.to(device)[places]]  # of each token's step
+        loss = loss + config.opd_coef * (w * kl).sum() / max(num_tokens, 1)
     ratio = torch.where(mask, logp.detach() - old, 0.0).exp()
     return loss, ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum()
 
 
-def full_kl_loss(agent, scored, at, hidden, head, step_id, num_tokens, config):
-    """opd_coef * token mean of w_k KL(student || teacher), the exact KL (kl="full")."""
-    prompts = teacher_prompts(agent, [scored.rollouts[i] for i in at])
-    rollouts = [scored.rollouts[i] for i in at]
-    prompts = prompts or [r.ids[:r.prompt_len] for r in rollouts]
-    rows = [p + r.ids[r.prompt_len:] for p, r in zip(prompts, rollouts)]
+def full_kl(agent, rollouts, hidden, config):
+    """Exact KL(student || teacher) where each sampled token was drawn: (N,) nats (kl="full")."""
+    rows, marks = as_seen(rollouts, teacher_prompts(agent, rollouts))
     with torch.no_grad():
-        seen = hidden_states(agent.teacher, pad(rows, 0, agent.teacher.device)).to(hidden.device)
-    # Move the teacher's positions under the student's, where their prompts differ in length.
-    shift = torch.tensor([len(p) - r.prompt_len for p, r in zip(prompts, rollouts)])[:, None]
-    where = (torch.arange(hidden.shape[1]) + shift).clamp(0, seen.shape[1] - 1).to(hidden.device)
-    seen = seen.gather(1, where[..., None].expand(-1, -1, seen.shape[-1]))
-    head_t = agent.teacher.get_output_embeddings().weight.to(hidden.device)
-    kl = reverse_kl(hidden, head, seen, head_t, config.temperature)  # (B, T-1)
-    w = scored.w[at].to(hidden.device).gather(1, step_id.clamp(min=0))[:, 1:]  # of the next token
-    total = torch.where(step_id[:, 1:] >= 0, w * kl, 0.0).sum()
-    return config.opd_coef * total / max(num_tokens, 1)
+        seen, _ = sampled_hidden(agent.teacher, pad(rows, 0, agent.teacher.device),
+                                 pad(marks, -1, "cpu"))
+    head_s, head_t = (m.get_output_embeddings().weight.to(hidden.device)
+                      for m in (agent.student, agent.teacher))
+    return reverse_kl(hidden, head_s, seen.to(hidden.device), head_t, config.temperature)
 
 
 # --- Training ---------------------------------------------------------------------------------
@@ -1285,9 +1309,8 @@ def imitation_step(agent, batch, config, scale=1.0):
     num_tokens, total = max(sum(k >= 0 for _, step_id in batch for k in step_id), 1), 0.0
     for at in micro_batches([len(ids) for ids, _ in batch], config.micro_batch_tokens):
         ids = pad([batch[i][0] for i in at], 0, agent.student.device)
-        mask = pad([batch[i][1] for i in at], -1, agent.student.device) >= 0
-        logp = sampled_logprobs(agent.student, ids, 1.0)
-        loss = torch.where(mask, -logp, 0.0).sum() / num_tokens
+        step_id = pad([batch[i][1] for i in at], -1, "cpu")
+        loss = -sampled_logprobs(agent.student, ids, step_id, 1.0).sum() / num_tokens
         loss.backward()
         total += float(loss.detach())
     return total, agent.optimizer.step(scale)
