@@ -18,11 +18,13 @@ Notation (code: paper)
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import Counter, deque
@@ -112,6 +114,9 @@ class Config:
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
     show_every: int = 10                    # steps between two rollouts shown, 0 for never
+    save_every: int = 5                     # steps between two saves, 0: only when interrupted
+    resume: str = ""                        # go on with an interrupted run: its folder or name
+    change: bool = False                    # on resume: take options that differ from the run's
 
     def __post_init__(self):
         for name, allowed in choices().items():
@@ -1248,6 +1253,10 @@ class Agent:
     practice: tuple = ([], 0)        # (problems or demonstrations as ids, how many were too long)
     optimizer: Optimizer | None = None
     scored: Scored | None = None     # the newest batch, for files and eyes
+    step: int = 0                    # steps done: where a resumed run goes on
+    saved: int = 0                   # the step of the newest save
+    settled: bool = True             # the weights are those after `step` steps, and files say so
+    stop: int = 0                    # number of the signal that asked this run to stop
 
 
 def train(config, agent=None):
@@ -1263,12 +1272,17 @@ def train(config, agent=None):
         yield from distil(agent, config)
 
 
+def new_optimizer(agent, config):
+    return Optimizer(agent.student, config.sft_lr if config.method == "sft" else config.lr, config)
+
+
 def distil(agent, config):
     """Algorithm 1: sample, reward, score, weigh, update."""
     prompts, skipped = agent.practice
-    agent.optimizer = agent.optimizer or Optimizer(agent.student, config.lr, config)
-    for step in range(1, config.steps + 1):
+    agent.optimizer = agent.optimizer or new_optimizer(agent, config)
+    for step in range(agent.step + 1, config.steps + 1):
         clock = [time.perf_counter()]
+        seed_dropout(config, step)
         chosen = draw(prompts, config.seed, (step - 1) * config.prompts_per_step,
                       config.prompts_per_step)
         agent.student.eval()
@@ -1280,10 +1294,12 @@ def distil(agent, config):
         agent.student.train()
         scored = agent.scored = score_batch(agent, rollouts, config)
         clock.append(time.perf_counter())
+        agent.settled = False  # until the weights have moved and the step is written down
         size = len(rollouts) // config.updates_per_step
         updates = [update(agent, scored, list(range(i, i + size)), config)
                    for i in range(0, len(rollouts), size)]
         clock.append(time.perf_counter())
+        agent.step = step
         yield {"step": step, **batch_metrics(scored, config), **update_metrics(updates),
                "skipped": skipped, **clock_metrics(clock, scored)}
 
@@ -1291,15 +1307,18 @@ def distil(agent, config):
 def imitate(agent, config):
     """Supervised fine-tuning on demonstrations (method sft): the cold start before SOD."""
     pairs, skipped = agent.practice
-    agent.optimizer = agent.optimizer or Optimizer(agent.student, config.sft_lr, config)
+    agent.optimizer = agent.optimizer or new_optimizer(agent, config)
     agent.student.train()
     total = math.ceil(config.sft_epochs * len(pairs) / config.sft_batch)
-    for step in range(1, total + 1):
+    for step in range(agent.step + 1, total + 1):
         clock = time.perf_counter()
+        seed_dropout(config, step)
         batch = draw(pairs, config.seed, (step - 1) * config.sft_batch, config.sft_batch)
         warm, done = max(0.1 * total, 1), step / total
         scale = min(step / warm, 0.5 * (1 + math.cos(math.pi * max(done - 0.1, 0) / 0.9)))
+        agent.settled = False
         loss, norm = imitation_step(agent, batch, config, scale)
+        agent.step = step
         yield {"step": step, "steps": total, "loss": loss, "grad_norm": norm,
                "skipped": skipped, "seconds": time.perf_counter() - clock}
 
@@ -1314,6 +1333,11 @@ def imitation_step(agent, batch, config, scale=1.0):
         loss.backward()
         total += float(loss.detach())
     return total, agent.optimizer.step(scale)
+
+
+def seed_dropout(config, step):
+    """Dropout, in models that have it, is the only thing that torch's own generators decide."""
+    torch.manual_seed(config.seed * 2**32 + step)
 
 
 def draw(items, seed, start, count):
@@ -1588,19 +1612,90 @@ def check_view(problems, config):
 # --- Files ------------------------------------------------------------------------------------
 
 
-def make_run_folder(config):
-    """runs/NAME, new and writable, with the settings in it."""
+LOGS = ("metrics.jsonl", "clock.jsonl", "rollouts.jsonl")  # they grow by lines with each step
+
+
+def open_run_folder(config):
+    """(runs/NAME, its lock): new and writable with the settings in it, or one to go on with."""
     name = config.name or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.out) / name
+    folder = Path(config.resume or Path(config.out) / name)
     try:
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=bool(config.resume))
+        lock = tools.lock(folder / "lock")
+        if not config.resume:
+            write_config(config, folder)
     except FileExistsError:
-        raise ValueError(f"{folder} exists already; give this run another --name") from None
+        raise ValueError(f"{folder} exists already; go on with it by --resume {folder}, or give "
+                         "this run another --name") from None
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out"
                          ) from None
-    return folder
+    if (folder / "checkpoint").exists() and not (folder / "saves").exists():
+        raise ValueError(f"{folder} is finished; to train its result further, start a run with "
+                         f"--student {folder / 'checkpoint'}")
+    return folder, lock
+
+
+def write_config(config, folder):
+    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "change")}
+    tools.write_whole(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+
+
+def resumed_config(given):
+    """The settings of an interrupted run, and what is given now; a difference must be wanted.
+
+    given  {option: value} of the command line, "resume" among them
+    """
+    folder = Path(given["resume"])
+    if not (folder / "config.json").exists():  # not a folder: the name of a run
+        folder = Path(given.get("out", Config.out)) / folder
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{given['resume']} holds no run to resume (no config.json that can be "
+                         "read); name its folder, such as runs/NAME") from None
+    known = {f.name: f.default for f in fields(Config)}
+    if stored.keys() - known.keys():
+        raise ValueError(f"{folder}/config.json has options unknown to this version: "
+                         f"{', '.join(sorted(stored.keys() - known.keys()))}")
+    settings = {**known, **stored, "resume": str(folder), "change": given.get("change", False)}
+    changed = {k: v for k, v in given.items() if k != "resume" and settings[k] != v}
+    if changed and not given.get("change"):
+        listed = ", ".join(f"{k} {v!r} (was {settings[k]!r})" for k, v in changed.items())
+        raise ValueError(f"{folder} ran with other options: {listed}; leave them out to go on as "
+                         "before, or add --change true to go on with the new ones")
+    return Config(**{**settings, **changed})
+
+
+class WriteError(ValueError):
+    """The disk takes no more."""
+
+
+@contextmanager
+def writing(folder):
+    """A full disk, in a sentence; each library that writes has a kind of error of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise WriteError(f"cannot write to {folder} ({error}); what was saved before is whole: "
+                         "make room on the disk and resume") from error
+
+
+def write_step(agent, m, folder):
+    """The numbers and rollouts of a step, as lines of the logs.
+
+    What the clock says goes to a file of its own, so that the others depend on the seed alone.
+    """
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+             for k, v in m.items()}  # JSON has no NaN
+    clock = {k: v for k, v in plain.items() if "second" in k}
+    lines = {"metrics.jsonl": [{k: v for k, v in plain.items() if k not in clock}],
+             "clock.jsonl": [{"step": m["step"], **clock}],
+             "rollouts.jsonl": rollout_rows(agent.scored, m["step"]) if agent.scored else []}
+    with writing(folder):
+        for name in LOGS:
+            with open(folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in lines[name])
 
 
 def rollout_rows(scored, step):
@@ -1617,21 +1712,84 @@ def rollout_rows(scored, step):
                                                         scored.d[i], scored.w[i])]}
 
 
-def save_checkpoint(agent, folder):
-    """A folder that AutoModelForCausalLM.from_pretrained and HF-compatible servers load.
-
-    Written beside its place and renamed, so that a half-written one never carries the name.
-    """
-    aside, place = folder / "checkpoint.tmp", folder / "checkpoint"
+def write_model(agent, folder, results):
+    """Fill a folder that AutoModelForCausalLM.from_pretrained and HF-compatible servers load."""
     student, ours = agent.student, agent.student.generation_config
     student.generation_config = student.shipped_generation
     try:
-        student.save_pretrained(aside)
+        student.save_pretrained(folder)
     finally:
         student.generation_config = ours
-    agent.tokenizer.save_pretrained(aside)
-    write_card(aside, agent.config, {})
-    aside.rename(place)
+    agent.tokenizer.save_pretrained(folder)
+    write_card(folder, agent.config, results)
+
+
+def save_run(agent, folder):
+    """Save all that the rest of the run depends on; the newest two saves are kept.
+
+    A save is a model folder with the state of the optimiser beside the weights. No state of a
+    random generator is in it: every random number is a function of seed and step.
+    """
+    if agent.saved == agent.step:
+        return
+    with (writing(folder),
+          tools.whole_folder(folder / "saves" / f"step-{agent.step}") as place):
+        for name in LOGS:
+            tools.sync(folder / name)
+        state = {"step": agent.step, "optimizer": agent.optimizer.state_dict(),
+                 "data": digest(agent.practice),
+                 "lengths": {name: (folder / name).stat().st_size for name in LOGS}}
+        write_model(agent, place, {})
+        with open(place / "state.pt", "wb") as file:
+            torch.save(state, file)
+        tools.seal(place)
+    for old in tools.numbered(folder / "saves")[:-2]:
+        tools.remove(old)
+    agent.saved = agent.step
+
+
+def digest(practice):
+    """A word that changes with any problem, demonstration or token id to be trained on."""
+    return hashlib.sha256(repr(practice).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def restore(agent, config, folder):
+    """Take over the newest whole save, and cut the logs back to where they were at the time."""
+    place, faults = tools.newest_whole(folder / "saves")
+    for path, fault in faults.items():
+        print(f"{path} is damaged ({fault}): an older save is used")
+    if place is None and faults:
+        raise ValueError(f"no whole save is left in {folder / 'saves'}; begin anew under another "
+                         "--name")
+    state = take_over(agent, config, place) if place else {"lengths": {}}
+    for name in LOGS:
+        with open(folder / name, "ab") as file:
+            if file.tell() < state["lengths"].get(name, 0):
+                raise ValueError(f"{folder / name} has lost lines since {place} was saved; put "
+                                 "them back, or begin anew under another --name")
+            file.truncate(state["lengths"].get(name, 0))
+    for path in faults:
+        tools.remove(path)
+    write_config(config, folder)
+    print(f"resumed {place}" if place else f"resumed {folder}, which has no save yet: from step 1")
+
+
+def take_over(agent, config, place):
+    """Weights, optimiser and counters of a save; returns its state."""
+    state = torch.load(place / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    if state["data"] != digest(agent.practice) and not config.change:
+        raise ValueError("the training data are not those that this run began with; bring them "
+                         "back, or add --change true to go on with the new ones")
+    saved = load_model(place, "cpu", agent.student.dtype)
+    try:
+        agent.student.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {place} do not fit the student {config.student}: "
+                         f"{str(error).splitlines()[-1].strip()}") from None
+    agent.optimizer = new_optimizer(agent, config)
+    agent.optimizer.load_state_dict(state["optimizer"])
+    agent.step = agent.saved = state["step"]
+    return state
 
 
 def write_card(folder, config, results):
@@ -1762,8 +1920,11 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     data = [given[k] for k in ("train_data", "eval_data", "demonstrations") if given.get(k)]
     embedded = all(Path(d).resolve().is_relative_to(Path(WORLD).resolve()) for d in data)
-    preset = given.pop("preset", None) or ("world" if embedded else "gpu")
+    preset = given.pop("preset", None)
     try:
+        if given.get("resume"):
+            return resumed_config({**PRESETS[preset or "world"], **given}), preset or "as before"
+        preset = preset or ("world" if embedded else "gpu")
         return Config(**{**PRESETS[preset], **given}), preset
     except ValueError as error:
         parser.error(str(error))
@@ -1771,62 +1932,118 @@ def parse_config(argv=None):
 
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
-    folder = make_run_folder(config)
+    folder, lock = open_run_folder(config)
     device, dtype, reason = choose_device(config)
     print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
     try:
         agent = load_agent(config)
         describe(agent, config)
-        problems, results = eval_problems(agent, config), {}
+        problems = eval_problems(agent, config)
     except BaseException:
-        shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
+        if not config.resume:
+            shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
         raise
+    try:
+        measure_and_train(agent, config, folder, problems)
+    except BaseException:
+        print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
+        raise
+    lock.close()
+
+
+def measure_and_train(agent, config, folder, problems):
+    """The run itself, from wherever it stands."""
+    results = {} if config.change else read_results(folder)
 
     def measure(name, model):
-        if problems and model is not None:
+        if problems and model is not None and name not in results:
             results[name] = evaluate(model, agent, problems, config)
+            listed = {name: correct.tolist() for name, correct in results.items()}
+            tools.write_whole(folder / "results.json", json.dumps(listed) + "\n")
 
     measure("student before", agent.student)
     if config.method != "vanilla":
-        try:
-            train_to_files(agent, config, folder)
-        finally:  # after an error or Ctrl-C too: the weights so far
-            save_checkpoint(agent, folder)
+        if config.resume:
+            restore(agent, config, folder)
+        train_to_files(agent, config, folder)
         measure("student after", agent.student)
         if METHODS.get(config.method, METHODS["grpo"]).view == "teacher":
             measure("teacher", agent.teacher)
-        write_card(folder / "checkpoint", config, results)
+        finish(agent, folder, results)
         print(f"checkpoint  {folder / 'checkpoint'}\nmetrics     {folder / 'metrics.jsonl'}")
-    if agent.scored is not None:
+    if config.method not in ("vanilla", "sft"):
         print(f"rollouts    {folder / 'rollouts.jsonl'}")
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
               + results_table(results))
 
 
+def read_results(folder):
+    """What an interrupted run has measured: {name: (problems, samples) array}."""
+    path = folder / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: np.array(correct) for name, correct in found.items()}
+
+
+def finish(agent, folder, results):
+    """The result, with its card; the saves have done their work."""
+    with writing(folder), tools.whole_folder(folder / "checkpoint") as place:
+        write_model(agent, place, results)
+    tools.remove(folder / "saves")
+
+
 def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
-    with (open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics_file,
-          open(folder / "rollouts.jsonl", "w", encoding="utf-8") as rollouts_file):
-        total = config.steps if config.method in METHODS else None
-        for m in tqdm(train(config, agent), total=total, desc=config.method, unit="step",
-                      disable=None):  # no bar where nobody watches
-            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                     for k, v in m.items()}  # JSON has no NaN
-            metrics_file.write(json.dumps(plain) + "\n")
-            metrics_file.flush()
-            if m["step"] == 1 and m["skipped"]:
-                tqdm.write(f"{m['skipped']} problems or demonstrations are too long and skipped: "
-                           f"max_prompt {config.max_prompt}, max_response {config.max_response}")
-            if agent.scored is None:  # sft
-                if m["step"] % 20 == 0 or m["step"] == m["steps"]:
-                    tqdm.write(progress_line(m, config))
-                continue
-            tqdm.write(progress_line(m, config))
-            rollouts_file.writelines(json.dumps(row) + "\n"
-                                     for row in rollout_rows(agent.scored, m["step"]))
-            if config.show_every and (m["step"] - 1) % config.show_every == 0:
-                tqdm.write(show_rollout(agent.scored))
+    total = config.steps if config.method in METHODS else None
+    try:
+        with stoppable(agent):
+            for m in tqdm(train(config, agent), total=total, initial=agent.step, unit="step",
+                          desc=config.method, disable=None):  # no bar where nobody watches
+                write_step(agent, m, folder)
+                agent.settled = True
+                if agent.stop:
+                    raise KeyboardInterrupt(agent.stop)
+                show_step(agent, m, config)
+                if config.save_every and m["step"] % config.save_every == 0:
+                    save_run(agent, folder)
+        save_run(agent, folder)
+    except WriteError:
+        raise
+    except BaseException:  # Ctrl-C or an error; in the middle of an update nothing can be saved
+        if agent.settled:
+            save_run(agent, folder)
+            print(f"saved {folder / 'saves' / f'step-{agent.step}'}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def stoppable(agent):
+    """Ctrl-C and SIGTERM stop the run at once, or where weights move, once that is written down.
+
+    A second one stops it there too: then it goes on from its last save.
+    """
+    def stop(number, frame):
+        again, agent.stop = agent.stop, number
+        if agent.settled or again:
+            raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_step(agent, m, config):
+    """What of a step goes to the screen."""
+    if m["step"] == 1 and m["skipped"]:
+        tqdm.write(f"{m['skipped']} problems or demonstrations are too long and skipped: "
+                   f"max_prompt {config.max_prompt}, max_response {config.max_response}")
+    if agent.scored is not None or m["step"] % 20 == 0 or m["step"] == m["steps"]:  # sft: every 20
+        tqdm.write(progress_line(m, config))
+    if agent.scored and config.show_every and (m["step"] - 1) % config.show_every == 0:
+        tqdm.write(show_rollout(agent.scored))
 
 
 def describe(agent, config):
@@ -1866,9 +2083,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted; files written so far are whole", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
 
 

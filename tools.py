@@ -1,4 +1,4 @@
-"""The world outside the model: a Python tool, the protocol to call it, graders, problem files.
+"""The world outside the model: a Python tool, the protocol to call it, graders, files.
 
     python tools.py          what the sandbox guarantees here, a self-test, calls a second
 
@@ -6,6 +6,7 @@
     the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
     the graders      grade_math, grade_choice, grade_program: is this final turn right?
     problem files    load_problems, load_demonstrations: whatever the benchmark calls its columns
+    saved folders    whole_folder, newest_whole: on the disk altogether, or not at all
 
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
@@ -49,6 +50,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import importlib.util
 import io
 import json
@@ -61,6 +63,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import site
 import socket
@@ -1702,6 +1705,114 @@ def read_tests(tests, function=""):
         read.append({"input": given, "output": wanted, "type": kind,
                      "fn_name": name if kind == "functional" else ""})
     return read
+
+
+# --- Saved folders: whole, or not there ------------------------------------------------------
+
+MANIFEST = "manifest.json"  # {file: [bytes, sha256]} of every other file of a folder
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk: they survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_whole(path, text):
+    """Replace a file: whatever happens it holds the old text or the new, never a part."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    aside.rename(path)
+    sync(aside.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(place):
+    """A folder to fill, which takes the name `place` once everything in it is on the disk.
+
+    After an error nothing remains of it. After a kill or a power cut there may be a `place`.tmp,
+    which the next call clears away; `place` itself is never a half-written one.
+    """
+    aside = Path(f"{place}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in [*aside.iterdir(), aside]:
+            sync(path)
+        if place.exists():  # a damaged one, or one of an earlier finish
+            shutil.rmtree(place)
+        aside.rename(place)
+        sync(place.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(folder):
+    """List what a folder holds, so that damage() can tell later whether it still does."""
+    files = {file.name: [file.stat().st_size, sha256(file)] for file in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(place):
+    """What is wrong with a sealed folder, in a few words; "" if it is as it was."""
+    try:
+        files = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, digest) in files.items():
+            if (place / name).stat().st_size != size:
+                return f"{name} has {(place / name).stat().st_size} bytes and had {size}"
+            if sha256(place / name) != digest:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is not what was written"
+    return ""
+
+
+def remove(folder):
+    """Remove a folder, which at no time stands there in part under its own name."""
+    aside = Path(f"{folder}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def numbered(folder):
+    """The folders step-N in `folder`, smallest N first."""
+    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_whole(folder):
+    """(the newest undamaged step-N of `folder` or None, {path: what is wrong} of newer ones)."""
+    faults = {}
+    for place in reversed(numbered(folder)):
+        fault = damage(place)
+        if not fault:
+            return place, faults
+        faults[place] = fault
+    return None, faults
+
+
+def lock(path):
+    """Open a file that one process may hold; the lock ends with the file or the process."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(f"{path.parent} is in use by another process; let it end") from None
+    return file
 
 
 # --- The sandbox: self-test -----------------------------------------------------------------
