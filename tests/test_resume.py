@@ -27,11 +27,11 @@ import tools
 
 WORLD = ROOT / "data" / "world"
 PLACES = dict(student=WORLD / "student", teacher=WORLD / "teacher",
-              train_data=WORLD / "train.jsonl", eval_data="")
-SOD = dict(PLACES, name="sod", steps=6, prompts_per_step=2, group_size=2, max_response=150,
+              train_data="few.jsonl", eval_data="", preset="world")
+SOD = dict(PLACES, name="sod", steps=5, prompts_per_step=2, group_size=2, max_response=120,
            lr=1e-3, save_every=1, show_every=0)
-SFT = dict(PLACES, name="sft", method="sft", demonstrations="few.jsonl", sft_epochs=2,
-           sft_batch=4, save_every=1, preset="world")
+SFT = dict(PLACES, name="sft", method="sft", demonstrations="shown.jsonl", sft_epochs=2,
+           sft_batch=4, save_every=1)
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sod_mini"])
 
@@ -65,9 +65,10 @@ def end_of(process, folder):
     return process.exitcode, (folder / "screen").read_text()
 
 
-def few_demonstrations(folder):
-    few = (WORLD / "demonstrations.jsonl").read_text().splitlines()[:12]
-    (folder / "few.jsonl").write_text("\n".join(few))
+def write_data(folder):
+    for name, source in (("few", "train"), ("shown", "demonstrations")):
+        few = (WORLD / f"{source}.jsonl").read_text().splitlines()[:12]
+        (folder / f"{name}.jsonl").write_text("\n".join(few))
 
 
 def result(run):
@@ -85,7 +86,7 @@ def lines(path):
 def undisturbed(tmp_path_factory):
     """{name: what the run leaves if nobody disturbs it}."""
     folder, results = tmp_path_factory.mktemp("undisturbed"), {}
-    few_demonstrations(folder)
+    write_data(folder)
     for options in (SOD, SFT):
         status, said = end_of(begin(folder, options), folder)
         assert status == 0, said
@@ -96,7 +97,7 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few_demonstrations(tmp_path)
+    write_data(tmp_path)
     return tmp_path
 
 
@@ -202,26 +203,16 @@ def flip(path):
     path.write_bytes(content)
 
 
-DAMAGE = {
-    "truncated": (lambda save: os.truncate(save / "state.pt", 1000), "state.pt has 1000 bytes and"),
-    "one bit": (lambda save: flip(save / "model.safetensors"), "model.safetensors is not what was"),
-    "missing": (lambda save: (save / "state.pt").unlink(), "state.pt: No such file"),
-    "no list": (lambda save: (save / tools.MANIFEST).unlink(), "manifest.json: No such file"),
-    "torn list": (lambda save: os.truncate(save / tools.MANIFEST, 40), "manifest.json is not what"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_save_is_recognised_and_the_one_before_used(undisturbed, folder, monkeypatch,
-                                                              capsys, kind):
+                                                              capsys):
     interrupted_at(5, SOD, monkeypatch)
     saves = folder / "runs/sod/saves"
     assert sorted(p.name for p in saves.iterdir()) == ["step-3", "step-4"]  # the newest two
-    harm, sentence = DAMAGE[kind]
-    harm(saves / "step-4")
+    flip(saves / "step-4/model.safetensors")
     assert sod.main(["--resume", "runs/sod"]) == 0
     said = capsys.readouterr().out
-    assert f"step-4 is damaged ({sentence}" in said and "resumed runs/sod/saves/step-3" in said
+    assert "runs/sod/saves/step-4 is damaged (model.safetensors is not what was written)" in said
+    assert "resumed runs/sod/saves/step-3" in said
     assert result(folder / "runs/sod") == undisturbed["sod"]
 
 
@@ -262,7 +253,7 @@ def test_changed_options_are_listed_and_refused_unless_wanted(folder, monkeypatc
     with pytest.raises(SystemExit) as stop:
         sod.main(changed)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "lr 0.01 (was 0.001), steps 3 (was 6);" in said
+    assert stop.value.code == 2 and "lr 0.01 (was 0.001), steps 3 (was 5);" in said
     assert "group_size" not in said.split("ran with")[1] and "--change true" in said
     assert sod.main([*changed, "--change", "true"]) == 0
     assert lines(folder / "runs/sod/metrics.jsonl") == 3
@@ -277,7 +268,8 @@ def test_the_same_command_with_resume_goes_on(undisturbed, folder, monkeypatch):
 
 def test_other_training_data_are_refused(folder, monkeypatch, capsys):
     interrupted_at(3, {**SFT}, monkeypatch, "imitation_step")
-    (folder / "few.jsonl").write_text((folder / "few.jsonl").read_text().replace("Start", "Begin"))
+    shown = (folder / "shown.jsonl").read_text()
+    (folder / "shown.jsonl").write_text(shown.replace("Start with 1", "Start with 2"))
     assert sod.main(["--resume", "runs/sft"]) == 1
     assert "training data are not those that this run began with" in capsys.readouterr().err
 
@@ -317,10 +309,10 @@ def test_logs_that_have_lost_lines_are_not_filled_with_zeros(folder, monkeypatch
 
 
 @pytest.mark.parametrize("changes", [
-    dict(dtype="bfloat16"), dict(method="opsd_gt", init="random"), dict(warmup=8, method="grpo"),
+    dict(dtype="bfloat16", warmup=8), dict(method="opsd_gt", init="random"),
 ])
 def test_every_kind_of_state_is_taken_over(folder, monkeypatch, changes):
-    options = {**SOD, **changes, "steps": 4}
+    options = {**SOD, **changes, "steps": 3}
     assert sod.main(words({**options, "name": "whole"})) == 0
     interrupted_at(3, options, monkeypatch)
     assert sod.main(["--resume", "sod"]) == 0
@@ -341,6 +333,33 @@ def test_results_measured_before_an_interruption_are_not_measured_again(folder, 
 
 
 # --- Files, without models ----------------------------------------------------------------------
+
+
+def sealed(place):
+    with tools.whole_folder(place) as filled:
+        (filled / "state.pt").write_bytes(bytes(range(200)) * 50)
+        tools.seal(filled)
+    return place
+
+
+DAMAGE = {
+    "nothing": (lambda place: None, ""),
+    "truncated": (lambda place: os.truncate(place / "state.pt", 99), "state.pt has 99 bytes and"),
+    "one bit": (lambda place: flip(place / "state.pt"), "state.pt is not what was written"),
+    "missing": (lambda place: (place / "state.pt").unlink(), "state.pt: No such file"),
+    "no list": (lambda place: (place / tools.MANIFEST).unlink(), "manifest.json: No such file"),
+    "torn list": (lambda place: os.truncate(place / tools.MANIFEST, 40), "manifest.json is not"),
+    "other list": (lambda place: (place / tools.MANIFEST).write_text("[3]"), "manifest.json is no"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_every_damage_of_a_sealed_folder_is_named(tmp_path, kind):
+    harm, sentence = DAMAGE[kind]
+    place = sealed(tmp_path / "step-1")
+    harm(place)
+    found = tools.damage(place)
+    assert found.startswith(sentence) and bool(found) == bool(sentence)
 
 
 def test_a_folder_that_fails_while_it_is_filled_leaves_nothing(tmp_path):
@@ -366,12 +385,10 @@ def test_a_folder_killed_while_it_is_filled_does_not_get_its_name(tmp_path):
 
 def test_the_newest_whole_folder_is_found_by_number_not_by_letter(tmp_path):
     for n in (9, 10, 11):
-        with tools.whole_folder(tmp_path / f"step-{n}") as place:
-            (place / "x").write_text(str(n))
-            tools.seal(place)
+        sealed(tmp_path / f"step-{n}")
     (tmp_path / "step-12.tmp").mkdir()
     assert tools.newest_whole(tmp_path) == (tmp_path / "step-11", {})
-    (tmp_path / "step-11/x").write_text("12")
+    flip(tmp_path / "step-11/state.pt")
     place, faults = tools.newest_whole(tmp_path)
     assert place == tmp_path / "step-10" and list(faults) == [tmp_path / "step-11"]
-    assert faults[tmp_path / "step-11"] == "x is not what was written"
+    assert faults[tmp_path / "step-11"] == "state.pt is not what was written"
