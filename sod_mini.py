@@ -18,6 +18,7 @@ Notation (code: paper)
 """
 import argparse
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -114,6 +115,7 @@ class Config:
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
     show_every: int = 10                    # steps between two rollouts shown, 0 for never
+    max_refused: int = 3                    # steps in a row that could not be taken: then stop
     save_every: int = 5                     # steps between two saves, 0: only when interrupted
     resume: str = ""                        # go on with an interrupted run: its folder or name
     change: bool = False                    # on resume: take options that differ from the run's
@@ -151,7 +153,7 @@ TINY = 1e-12
 BOUNDS = {
     **dict.fromkeys(["steps", "prompts_per_step", "group_size", "updates_per_step", "max_turns",
                      "max_prompt", "max_response", "sft_epochs", "sft_batch", "eval_problems",
-                     "eval_samples", "rollout_batch", "chunk", "look",
+                     "eval_samples", "rollout_batch", "chunk", "look", "max_refused",
                      "micro_batch_tokens"], (1, math.inf)),
     **dict.fromkeys(["temperature", "eval_temperature", "epsilon", "lr", "sft_lr", "grad_clip",
                      "tool_timeout"], (TINY, math.inf)),
@@ -219,19 +221,24 @@ def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
 # --- The method, step by step -----------------------------------------------------------------
 
 
-def group_advantages(rewards, group_size):
+def group_advantages(rewards, group_size, valid=None):
     """How much better a rollout did than the others of its problem (GRPO).
 
     rewards     (B,) with the rollouts of one problem side by side
     group_size  G, a divisor of B
-    returns     (B,) (r - mean) / (std + 1e-6) within the group, std with ddof 1
+    valid       (B,) bool, False for rollouts that the machine failed: they are not in their group
+    returns     (B,) (r - mean) / (std + 1e-6) within the group, std with ddof 1; 0 if not valid
 
     A group that agrees gets exactly 0: rounding in its mean would be blown up by 1e6.
     """
     groups = rewards.view(-1, group_size) * 1.0  # (P, G), whole numbers become fractions
-    centred = groups - groups.mean(1, keepdim=True)
-    std = centred.square().sum(1, keepdim=True).div(max(group_size - 1, 1)).sqrt()
-    agree = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    valid = torch.ones_like(groups, dtype=bool) if valid is None else valid.view_as(groups)
+    size = valid.sum(1, keepdim=True)  # (P, 1)
+    mean = torch.where(valid, groups, 0.0).sum(1, keepdim=True) / size.clamp(min=1)
+    centred = torch.where(valid, groups - mean, 0.0)
+    std = centred.square().sum(1, keepdim=True).div((size - 1).clamp(min=1)).sqrt()
+    highest = torch.where(valid, groups, -math.inf).amax(1, keepdim=True)
+    agree = highest <= torch.where(valid, groups, math.inf).amin(1, keepdim=True)
     return torch.where(agree, 0.0, centred / (std + 1e-6)).flatten()
 
 
@@ -543,7 +550,7 @@ class Rollout:
     turns: list[str] = field(default_factory=list)     # text of each step
     answers: list[str] = field(default_factory=list)   # what the tool said to each call
     outcomes: list[str] = field(default_factory=list)  # of each step's call; "" without a call
-    finish: str = ""      # answer, turns (limit reached) or budget (cut off)
+    finish: str = ""      # answer, turns (limit), budget (cut off), infrastructure (not its fault)
     silent: bool = False  # the tool has stopped answering (embedded world)
     right: bool = False   # the grader's verdict on the last turn
     reason: str = ""      # and its reason
@@ -721,7 +728,9 @@ def take_answer(tokenizer, r, seen, config):
     r.outcomes[-1] = seen.outcome
     r.answers.append(seen.text)
     answer = encode_tool_turn(tokenizer, seen.text)
-    if r.response_len + len(answer) >= config.max_response:
+    if seen.outcome == "sandbox_error":  # tried again and again: the machine's fault
+        r.finish = "infrastructure"
+    elif r.response_len + len(answer) >= config.max_response:
         r.finish = "budget"
     else:
         r.extend(answer, -1)
@@ -733,6 +742,8 @@ def grade_rollouts(rollouts, tool, config):
         verdict = tools.grade(r.problem, r.turns[-1] if r.finish == "answer" else "", tool)
         r.right, r.reason = verdict.right, verdict.reason
         r.reward = outcome_reward(r, verdict, config)
+        if "sandbox_error" in verdict.reason:  # its program was never judged
+            r.finish = "infrastructure"
 
 
 def outcome_reward(rollout, verdict, config):
@@ -1018,6 +1029,7 @@ def as_seen(rollouts, prompts=None):
 class Scored:
     """A batch of rollouts with everything the update needs; (B, T) unless said otherwise."""
     rollouts: list[Rollout]
+    valid: torch.Tensor       # (B,) bool: False where the machine failed the rollout
     step_id: torch.Tensor     # k or -1
     failed: torch.Tensor      # (B, K) bool: the call of step k failed
     A: torch.Tensor           # (B,)
@@ -1033,9 +1045,14 @@ class Scored:
 
 def score_batch(agent, rollouts, config):
     """Steps 3 to 6 of the method: log-probabilities, A, d, w and the token advantages."""
-    step_id = pad([r.step_id for r in rollouts], -1, "cpu")  # (B, T)
+    valid = torch.tensor([r.finish != "infrastructure" for r in rollouts])
+    if not valid.any():
+        raise ValueError("the sandbox failed a program of every rollout of this step, four times "
+                         "each; see what this machine lacks (processes, memory), then resume")
+    # Nothing is learnt from a rollout that the machine failed: it has no steps.
+    step_id = torch.where(valid[:, None], pad([r.step_id for r in rollouts], -1, "cpu"), -1)
     failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")  # (B, K)
-    A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size)
+    A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size, valid)
     # With one update a batch, that update's own forward pass is the old policy's: no second one.
     fresh = config.updates_per_step == 1
     logp_s, entropy_s = (torch.zeros(step_id.shape) for _ in range(2)) if fresh else score(
@@ -1046,7 +1063,7 @@ def score_batch(agent, rollouts, config):
             logp_t, entropy_t = score(agent.teacher, rollouts, config,
                                       teacher_prompts(agent, rollouts))
     empty = (torch.zeros(shape) for shape in (failed.shape, failed.shape, step_id.shape))
-    scored = Scored(rollouts, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s, *empty,
+    scored = Scored(rollouts, valid, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s, *empty,
                     fresh)
     if not fresh:
         weigh(scored, slice(None), config)
@@ -1191,15 +1208,30 @@ def update(agent, scored, rows, config):
     """One optimiser step on some rollouts of a batch: (norm, loss, share of clipped tokens)."""
     lengths = [len(scored.rollouts[i].ids) for i in rows]
     num_tokens = int((scored.step_id[rows] >= 0).sum())
+    if not num_tokens:  # the machine failed all of them
+        return 0.0, 0.0, 0.0
+    loss, clipped = surviving(agent, config, "micro_batch_tokens", lengths,
+                              lambda c: gradient(agent, scored, rows, lengths, num_tokens, c))
+    scale = min(1.0, (agent.optimizer.taken + 1) / max(config.warmup, 1))
+    return take_step(agent, loss, scale), loss, clipped / num_tokens
+
+
+def gradient(agent, scored, rows, lengths, num_tokens, config):
+    """Leave the gradient of some rollouts with the optimiser; (loss, number of clipped tokens)."""
     totals = torch.zeros(2, device=agent.student.device)  # read once: each read waits for the GPU
     for batch in micro_batches(lengths, config.micro_batch_tokens):
         loss, clipped = batch_loss(agent, scored, [rows[i] for i in batch], num_tokens, config)
         loss.backward()
         totals += torch.stack([loss.detach(), clipped])
-    scale = min(1.0, (agent.optimizer.taken + 1) / max(config.warmup, 1))
-    norm = agent.optimizer.step(scale)
-    loss_sum, clipped = totals.tolist()
-    return norm, loss_sum, clipped / max(num_tokens, 1)
+    return totals.tolist()
+
+
+def take_step(agent, loss, scale):
+    """Move the weights, unless loss or gradient is not finite; the norm, nan if it was the loss."""
+    if math.isfinite(loss):
+        return agent.optimizer.step(scale)
+    agent.optimizer.clear()
+    return math.nan
 
 
 def batch_loss(agent, scored, at, num_tokens, config):
@@ -1239,6 +1271,95 @@ def full_kl(agent, rollouts, hidden, config):
     return reverse_kl(hidden, head_s, seen.to(hidden.device), head_t, config.temperature)
 
 
+# --- Steps that survive -----------------------------------------------------------------------
+
+SMALLEST = ("out of memory with one rollout at a time; lower --max_response, and try "
+            "--gradient_checkpointing true, --offload all or --rollout_engine generate")
+
+
+def surviving(agent, config, option, lengths, work):
+    """work(config); where memory runs out, again with half of an option, until it suffices.
+
+    option   rollout_batch or micro_batch_tokens: how much is worked on side by side
+    lengths  what each rollout takes of it; one at a time is the least there is
+
+    It is the same step again, with the same samples and, up to the rounding of sums, the same
+    gradient: no weight has moved, and every random number belongs to its rollout. The new size is
+    kept for the rest of the run.
+    """
+    while True:
+        smaller = replace(config, **agent.smaller)
+        try:
+            return work(smaller)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Behind the except: its traceback, which held on to every tensor of the attempt, is gone.
+        forget_gradient(agent)
+        size = min(getattr(smaller, option), max(lengths) * len(lengths))
+        if size <= max(lengths):
+            raise ValueError(SMALLEST)
+        agent.smaller[option] = max(size // 2, max(lengths))
+        agent.shortages += 1
+
+
+def out_of_memory(error):
+    """Is it this error? Every device, and each library on it, says so in its own way."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
+
+
+def forget_gradient(agent):
+    for p in agent.student.parameters():
+        p.grad = None
+    if agent.optimizer:
+        agent.optimizer.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fault_of_scores(scored):
+    """Where a log-probability is not finite, in a sentence; "" if all of them are."""
+    for name, logp in (("student", scored.logp_s), ("teacher", scored.logp_t)):
+        bad = ((scored.step_id >= 0) & ~logp.isfinite()).nonzero().tolist()
+        if bad:
+            i, t = bad[0]
+            return (f"the {name}'s log-probability of token {t} of rollout {i} (its turn "
+                    f"{int(scored.step_id[i, t]) + 1}) is {float(logp[i, t])}, as of {len(bad)} "
+                    f"tokens in all; {REMEDIES[name]}")
+    return ""
+
+
+def fault_of_updates(updates):
+    """The same of (norm, loss, ...) of optimiser steps."""
+    for norm, loss, *_ in updates:
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                return f"the {name} is {value}; {REMEDIES['update']}"
+    return ""
+
+
+REMEDIES = {
+    "student": "its weights are broken: lower --lr, and begin from an earlier state",
+    "teacher": "it gives no chance to a token that was sampled, or its weights do not suit --dtype",
+    "update": "lower --lr, or try --dtype float32",
+}
+NOT_TAKEN = (math.nan,) * 3  # what update() would have returned
+
+
+def judge(agent, fault, **batch):
+    """Count the steps in a row that could not be taken; keep the newest one's batch for study."""
+    agent.refused = agent.refused + 1 if fault else 0
+    agent.aside = {"fault": fault, **batch} if fault else None
+
+
+def stop_if_refused(agent, config):
+    if agent.refused >= config.max_refused:
+        raise ValueError(f"{agent.refused} steps in a row could not be taken; in the last one "
+                         f"{agent.aside['fault']}")
+
+
 # --- Training ---------------------------------------------------------------------------------
 
 
@@ -1257,6 +1378,10 @@ class Agent:
     saved: int = 0                   # the step of the newest save
     settled: bool = True             # the weights are those after `step` steps, and files say so
     stop: int = 0                    # number of the signal that asked this run to stop
+    smaller: dict = field(default_factory=dict)  # options lowered where memory ran out
+    shortages: int = 0               # how often it did
+    refused: int = 0                 # steps in a row that could not be taken
+    aside: dict | None = None        # why the newest one could not, and its batch
 
 
 def train(config, agent=None):
@@ -1283,25 +1408,38 @@ def distil(agent, config):
     for step in range(agent.step + 1, config.steps + 1):
         clock = [time.perf_counter()]
         seed_dropout(config, step)
-        chosen = draw(prompts, config.seed, (step - 1) * config.prompts_per_step,
-                      config.prompts_per_step)
+        chosen = [p for p in draw(prompts, config.seed, (step - 1) * config.prompts_per_step,
+                                  config.prompts_per_step) for _ in range(config.group_size)]
         agent.student.eval()
-        rollouts = sample_rollouts(agent.student, agent.tokenizer,
-                                   [p for p in chosen for _ in range(config.group_size)],
-                                   agent.tool, config,
-                                   random_numbers(config.seed, "rollouts", step))
+        rollouts = surviving(
+            agent, config, "rollout_batch", [1] * len(chosen),
+            lambda c: sample_rollouts(agent.student, agent.tokenizer, chosen, agent.tool, c,
+                                      random_numbers(c.seed, "rollouts", step)))
         clock.append(time.perf_counter())
         agent.student.train()
-        scored = agent.scored = score_batch(agent, rollouts, config)
+        scored = agent.scored = surviving(
+            agent, config, "micro_batch_tokens", [len(r.ids) for r in rollouts],
+            lambda c: score_batch(agent, rollouts, c))
         clock.append(time.perf_counter())
         agent.settled = False  # until the weights have moved and the step is written down
-        size = len(rollouts) // config.updates_per_step
-        updates = [update(agent, scored, list(range(i, i + size)), config)
-                   for i in range(0, len(rollouts), size)]
+        updates = updates_of(agent, scored, config)
         clock.append(time.perf_counter())
         agent.step = step
         yield {"step": step, **batch_metrics(scored, config), **update_metrics(updates),
-               "skipped": skipped, **clock_metrics(clock, scored)}
+               "skipped": skipped, **machine_metrics(clock, scored, agent)}
+        stop_if_refused(agent, config)
+
+
+def updates_of(agent, scored, config):
+    """The optimiser steps on one batch; none is taken on scores that are not finite."""
+    size = len(scored.rollouts) // config.updates_per_step
+    parts = [list(range(i, i + size)) for i in range(0, len(scored.rollouts), size)]
+    fault = fault_of_scores(scored)
+    updates = [NOT_TAKEN if fault else update(agent, scored, rows, config) for rows in parts]
+    judge(agent, fault or fault_of_scores(scored) or fault_of_updates(updates),
+          ids=[r.ids for r in scored.rollouts], step_id=scored.step_id, logp_s=scored.logp_s,
+          logp_t=scored.logp_t, advantages=scored.advantages)
+    return updates
 
 
 def imitate(agent, config):
@@ -1318,13 +1456,24 @@ def imitate(agent, config):
         scale = min(step / warm, 0.5 * (1 + math.cos(math.pi * max(done - 0.1, 0) / 0.9)))
         agent.settled = False
         loss, norm = imitation_step(agent, batch, config, scale)
+        judge(agent, fault_of_updates([(norm, loss)]), ids=[ids for ids, _ in batch],
+              step_id=[step_id for _, step_id in batch])
         agent.step = step
         yield {"step": step, "steps": total, "loss": loss, "grad_norm": norm,
-               "skipped": skipped, "seconds": time.perf_counter() - clock}
+               "not_taken": int(agent.refused > 0), "skipped": skipped,
+               "seconds": time.perf_counter() - clock, **trouble_metrics(agent)}
+        stop_if_refused(agent, config)
 
 
 def imitation_step(agent, batch, config, scale=1.0):
     """One optimiser step on (ids, step_id) pairs: mean cross-entropy of the assistant's tokens."""
+    loss = surviving(agent, config, "micro_batch_tokens", [len(ids) for ids, _ in batch],
+                     lambda c: imitation_gradient(agent, batch, c))
+    return loss, take_step(agent, loss, scale)
+
+
+def imitation_gradient(agent, batch, config):
+    """Leave the gradient with the optimiser; the loss."""
     num_tokens, total = max(sum(k >= 0 for _, step_id in batch for k in step_id), 1), 0.0
     for at in micro_batches([len(ids) for ids, _ in batch], config.micro_batch_tokens):
         ids = pad([batch[i][0] for i in at], 0, agent.student.device)
@@ -1332,7 +1481,7 @@ def imitation_step(agent, batch, config, scale=1.0):
         loss = -sampled_logprobs(agent.student, ids, step_id, 1.0).sum() / num_tokens
         loss.backward()
         total += float(loss.detach())
-    return total, agent.optimizer.step(scale)
+    return total
 
 
 def seed_dropout(config, step):
@@ -1349,10 +1498,14 @@ def draw(items, seed, start, count):
 
 
 def batch_metrics(scored, config):
-    """What a batch of rollouts looks like; documented as a table in README.md."""
-    rollouts, token = scored.rollouts, scored.step_id >= 0
-    K = scored.d.shape[1]
-    step = torch.arange(K) < torch.tensor([len(r.outcomes) for r in rollouts])[:, None]  # (B, K)
+    """What a batch of rollouts looks like; documented as a table in README.md.
+
+    Rollouts that the machine failed are counted, and otherwise left out.
+    """
+    rollouts = [r for r in scored.rollouts if r.finish != "infrastructure"]
+    token, K = scored.step_id >= 0, scored.d.shape[1]
+    turns = torch.tensor([len(r.outcomes) for r in scored.rollouts]) * scored.valid
+    step = torch.arange(K) < turns[:, None]  # (B, K)
     outcomes = Counter(o for r in rollouts for o in r.outcomes if o)
     calls = max(sum(outcomes.values()), 1)
     groups = scored.A.view(-1, config.group_size)
@@ -1372,6 +1525,7 @@ def batch_metrics(scored, config):
         "outcomes": dict(outcomes),
         "cut_budget": float(np.mean([r.finish == "budget" for r in rollouts])),
         "cut_turns": float(np.mean([r.finish == "turns" for r in rollouts])),
+        "infrastructure": int((~scored.valid).sum()),
         "tokens": int(token.sum()),
     }
 
@@ -1384,11 +1538,20 @@ def update_metrics(updates):
             "not_taken": sum(not math.isfinite(norm) for norm in norms)}
 
 
-def clock_metrics(clock, scored):
+def machine_metrics(clock, scored, agent):
+    """What the machine did; everything else depends on the seed alone."""
     rollout, scoring, updating = np.diff(clock).tolist()
     return {"seconds": clock[-1] - clock[0], "seconds_rollout": rollout, "seconds_score": scoring,
             "seconds_update": updating, "tokens_per_second":
-            int((scored.step_id >= 0).sum()) / (clock[-1] - clock[0])}
+            int((scored.step_id >= 0).sum()) / (clock[-1] - clock[0]), **trouble_metrics(agent)}
+
+
+def trouble_metrics(agent):
+    return {"out_of_memory": agent.shortages, "smaller": dict(agent.smaller),
+            "tool_retries": getattr(agent.tool, "retried", 0)}
+
+
+MACHINE = ("seconds", "tokens_per_second", "out_of_memory", "smaller", "tool_retries")
 
 
 # --- Evaluation -------------------------------------------------------------------------------
@@ -1401,10 +1564,12 @@ def evaluate(model, agent, problems, config):
     """
     prompts, _ = fitting_prompts(agent, problems)
     model.eval()
-    rollouts = sample_rollouts(model, agent.tokenizer,
-                               [p for p in prompts for _ in range(config.eval_samples)],
-                               agent.tool, config, random_numbers(config.seed, "evaluation", 0),
-                               config.eval_temperature, config.eval_top_p)
+    repeated = [p for p in prompts for _ in range(config.eval_samples)]
+    rollouts = surviving(
+        agent, config, "rollout_batch", [1] * len(repeated),
+        lambda c: sample_rollouts(model, agent.tokenizer, repeated, agent.tool, c,
+                                  random_numbers(c.seed, "evaluation", 0), c.eval_temperature,
+                                  c.eval_top_p))
     return np.array([r.right for r in rollouts]).reshape(len(prompts), config.eval_samples)
 
 
@@ -1682,20 +1847,31 @@ def writing(folder):
 
 
 def write_step(agent, m, folder):
-    """The numbers and rollouts of a step, as lines of the logs.
+    """The numbers and rollouts of a step, as lines of the logs; a batch not taken, for study.
 
-    What the clock says goes to a file of its own, so that the others depend on the seed alone.
+    What the machine did goes to a file of its own, so that the others depend on the seed alone.
     """
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-             for k, v in m.items()}  # JSON has no NaN
-    clock = {k: v for k, v in plain.items() if "second" in k}
-    lines = {"metrics.jsonl": [{k: v for k, v in plain.items() if k not in clock}],
+    clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
+    lines = {"metrics.jsonl": [{k: v for k, v in m.items() if k not in clock}],
              "clock.jsonl": [{"step": m["step"], **clock}],
              "rollouts.jsonl": rollout_rows(agent.scored, m["step"]) if agent.scored else []}
     with writing(folder):
         for name in LOGS:
             with open(folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in lines[name])
+                file.writelines(json.dumps(plain(row)) + "\n" for row in lines[name])
+        if agent.aside:
+            (folder / "refused").mkdir(exist_ok=True)
+            with open(folder / "refused" / f"step-{m['step']}.pt", "wb") as file:
+                torch.save(agent.aside, file)
+
+
+def plain(x):
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def rollout_rows(scored, step):
@@ -1737,7 +1913,8 @@ def save_run(agent, folder):
         for name in LOGS:
             tools.sync(folder / name)
         state = {"step": agent.step, "optimizer": agent.optimizer.state_dict(),
-                 "data": digest(agent.practice),
+                 "data": digest(agent.practice), "smaller": agent.smaller,
+                 "shortages": agent.shortages, "refused": agent.refused,
                  "lengths": {name: (folder / name).stat().st_size for name in LOGS}}
         write_model(agent, place, {})
         with open(place / "state.pt", "wb") as file:
@@ -1789,6 +1966,8 @@ def take_over(agent, config, place):
     agent.optimizer = new_optimizer(agent, config)
     agent.optimizer.load_state_dict(state["optimizer"])
     agent.step = agent.saved = state["step"]
+    agent.smaller, agent.shortages = state["smaller"], state["shortages"]
+    agent.refused = state["refused"]
     return state
 
 
@@ -1862,14 +2041,23 @@ def progress_line(m, config):
     """One dense line a step."""
     if config.method == "sft":
         return (f"step {m['step']}/{m['steps']} | loss {m['loss']:.3f} nats | "
-                f"grad {m['grad_norm']:.2f} | {m['seconds']:.2f} s")
+                f"grad {m['grad_norm']:.2f} | {m['seconds']:.2f} s{troubles(m)}")
     memory = (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
               if torch.cuda.is_available() else "")
     return (f"step {m['step']}/{config.steps} | reward {m['reward']:+.2f} | "
             f"right {m['right']:.0%} | kl {m['reverse_kl']:.2f} | d {m['d']:.2f} | "
             f"w {m['w']:.2f} | "
             f"tool fail {m['tool_fail']:.0%} | cut {m['cut_budget'] + m['cut_turns']:.0%} | "
-            f"{m['tokens_per_second']:,.0f} tok/s | {m['seconds']:.1f} s{memory}")
+            f"{m['tokens_per_second']:,.0f} tok/s | {m['seconds']:.1f} s{memory}{troubles(m)}")
+
+
+def troubles(m):
+    """What a progress line adds where something went wrong."""
+    smaller = ", ".join(f"{k} {v}" for k, v in m["smaller"].items())
+    said = {"not taken": m["not_taken"], "lost to infrastructure": m.get("infrastructure", 0),
+            "tool calls retried": m["tool_retries"],
+            f"times out of memory: {smaller}": m["out_of_memory"]}
+    return "".join(f" | {n} {words}" for words, n in said.items() if n)
 
 
 def show_rollout(scored):
@@ -2040,7 +2228,7 @@ def show_step(agent, m, config):
     if m["step"] == 1 and m["skipped"]:
         tqdm.write(f"{m['skipped']} problems or demonstrations are too long and skipped: "
                    f"max_prompt {config.max_prompt}, max_response {config.max_response}")
-    if agent.scored is not None or m["step"] % 20 == 0 or m["step"] == m["steps"]:  # sft: every 20
+    if agent.scored or m["not_taken"] or m["step"] % 20 == 0 or m["step"] == m["steps"]:
         tqdm.write(progress_line(m, config))
     if agent.scored and config.show_every and (m["step"] - 1) % config.show_every == 0:
         tqdm.write(show_rollout(agent.scored))
@@ -2082,6 +2270,12 @@ def main(argv=None):
         run(config, preset)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: not enough memory for the models ({str(error).splitlines()[0]}); choose "
+              "smaller ones, or try --offload all", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print("interrupted; files written so far are whole", file=sys.stderr)

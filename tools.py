@@ -28,7 +28,7 @@ Outcomes
     timeout            it was stopped: CPU seconds or seconds on the clock were used up
     crashed            a signal ended it: a fault in C code, an abort, a kill
     output_truncated   it was stopped: it printed more than max_output bytes
-    sandbox_error      our fault, not the program's; the call was tried twice
+    sandbox_error      the machine's fault, not the program's; the call was tried four times
 
 Not covered
     - bugs of the kernel, side channels, and anything but Linux on x86_64 and aarch64
@@ -120,6 +120,9 @@ class Observation:
     seconds: float  # on the clock, without the wait for a free worker
 
 
+PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
+
+
 class PythonTool:
     """Runs programs and keeps nothing: a call is a function from code (and stdin) to text.
 
@@ -128,6 +131,7 @@ class PythonTool:
 
     def __init__(self, **options):
         self.limits = Limits(**options)
+        self.retried = 0  # calls that the sandbox failed and tried again
         self._begin()
         # In a fork of the trainer no thread of ours lives on: it starts a sandbox of its own.
         tool = weakref.ref(self)
@@ -204,15 +208,20 @@ class PythonTool:
         return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
 
     def _call(self, code, stdin, raw):
-        """One program; where the sandbox itself fails, once more, and then it says so."""
+        """One program; where the sandbox itself fails, again, and in the end it says so."""
         if self._contained is False:
             return run_plain(code, stdin, raw, self.limits)
         started = time.monotonic()
-        for _ in range(2):
+        for pause in (*PAUSES, None):
             with contextlib.suppress(OSError, ValueError):
                 seen = self._ask([code, stdin, raw])
                 if seen.outcome != "sandbox_error":
                     return seen
+            if self._closed or pause is None:
+                break
+            with self._lock:
+                self.retried += 1
+            time.sleep(pause)
         return Observation("[the sandbox failed; the program is not to blame]", "sandbox_error",
                            time.monotonic() - started)
 
