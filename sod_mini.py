@@ -742,8 +742,8 @@ def grade_rollouts(rollouts, tool, config):
         verdict = tools.grade(r.problem, r.turns[-1] if r.finish == "answer" else "", tool)
         r.right, r.reason = verdict.right, verdict.reason
         r.reward = outcome_reward(r, verdict, config)
-        if "sandbox_error" in verdict.reason:  # its program was never judged
-            r.finish = "infrastructure"
+        if r.finish == "infrastructure" or "sandbox_error" in verdict.reason:  # never judged
+            r.finish, r.step_id = "infrastructure", [-1] * len(r.ids)  # nothing to learn from here
 
 
 def outcome_reward(rollout, verdict, config):
@@ -1049,8 +1049,7 @@ def score_batch(agent, rollouts, config):
     if not valid.any():
         raise ValueError("the sandbox failed a program of every rollout of this step, four times "
                          "each; see what this machine lacks (processes, memory), then resume")
-    # Nothing is learnt from a rollout that the machine failed: it has no steps.
-    step_id = torch.where(valid[:, None], pad([r.step_id for r in rollouts], -1, "cpu"), -1)
+    step_id = pad([r.step_id for r in rollouts], -1, "cpu")  # (B, T)
     failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")  # (B, K)
     A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size, valid)
     # With one update a batch, that update's own forward pass is the old policy's: no second one.
@@ -1063,8 +1062,8 @@ def score_batch(agent, rollouts, config):
             logp_t, entropy_t = score(agent.teacher, rollouts, config,
                                       teacher_prompts(agent, rollouts))
     empty = (torch.zeros(shape) for shape in (failed.shape, failed.shape, step_id.shape))
-    scored = Scored(rollouts, valid, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s, *empty,
-                    fresh)
+    scored = Scored(rollouts, valid, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s,
+                    *empty, fresh)
     if not fresh:
         weigh(scored, slice(None), config)
     return scored
