@@ -1780,12 +1780,11 @@ LOGS = ("metrics.jsonl", "clock.jsonl", "rollouts.jsonl")  # they grow by lines 
 
 
 def open_run_folder(config):
-    """(runs/NAME, its lock): new and writable with the settings in it, or one to go on with."""
+    """runs/NAME, new and writable with the settings in it, or one to go on with."""
     name = config.name or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.resume or Path(config.out) / name)
     try:
         folder.mkdir(parents=True, exist_ok=bool(config.resume))
-        lock = tools.lock(folder / "lock")
         if not config.resume:
             write_config(config, folder)
     except FileExistsError:
@@ -1797,7 +1796,7 @@ def open_run_folder(config):
     if (folder / "checkpoint").exists() and not (folder / "saves").exists():
         raise ValueError(f"{folder} is finished; to train its result further, start a run with "
                          f"--student {folder / 'checkpoint'}")
-    return folder, lock
+    return folder
 
 
 def write_config(config, folder):
@@ -1831,46 +1830,21 @@ def resumed_config(given):
     return Config(**{**settings, **changed})
 
 
-class WriteError(ValueError):
-    """The disk takes no more."""
-
-
-@contextmanager
-def writing(folder):
-    """A full disk, in a sentence; each library that writes has a kind of error of its own."""
-    try:
-        yield
-    except Exception as error:
-        raise WriteError(f"cannot write to {folder} ({error}); what was saved before is whole: "
-                         "make room on the disk and resume") from error
-
-
 def write_step(agent, m, folder):
     """The numbers and rollouts of a step, as lines of the logs; a batch not taken, for study.
 
     What the machine did goes to a file of its own, so that the others depend on the seed alone.
     """
     clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
-    lines = {"metrics.jsonl": [{k: v for k, v in m.items() if k not in clock}],
-             "clock.jsonl": [{"step": m["step"], **clock}],
-             "rollouts.jsonl": rollout_rows(agent.scored, m["step"]) if agent.scored else []}
-    with writing(folder):
-        for name in LOGS:
-            with open(folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(plain(row)) + "\n" for row in lines[name])
+    rows = ([{k: v for k, v in m.items() if k not in clock}], [{"step": m["step"], **clock}],
+            rollout_rows(agent.scored, m["step"]) if agent.scored else [])
+    with tools.writing(folder):
+        for name, new in zip(LOGS, rows):
+            tools.append_rows(folder / name, new)
         if agent.aside:
             (folder / "refused").mkdir(exist_ok=True)
             with open(folder / "refused" / f"step-{m['step']}.pt", "wb") as file:
                 torch.save(agent.aside, file)
-
-
-def plain(x):
-    """JSON has no NaN and no infinity: None stands for them."""
-    if isinstance(x, dict):
-        return {k: plain(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def rollout_rows(scored, step):
@@ -1907,7 +1881,7 @@ def save_run(agent, folder):
     """
     if agent.saved == agent.step:
         return
-    with (writing(folder),
+    with (tools.writing(folder),
           tools.whole_folder(folder / "saves" / f"step-{agent.step}") as place):
         for name in LOGS:
             tools.sync(folder / name)
@@ -1939,11 +1913,7 @@ def restore(agent, config, folder):
                          "--name")
     state = take_over(agent, config, place) if place else {"lengths": {}}
     for name in LOGS:
-        with open(folder / name, "ab") as file:
-            if file.tell() < state["lengths"].get(name, 0):
-                raise ValueError(f"{folder / name} has lost lines since {place} was saved; put "
-                                 "them back, or begin anew under another --name")
-            file.truncate(state["lengths"].get(name, 0))
+        tools.cut_back(folder / name, state["lengths"].get(name, 0))
     for path in faults:
         tools.remove(path)
     write_config(config, folder)
@@ -2119,23 +2089,23 @@ def parse_config(argv=None):
 
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
-    folder, lock = open_run_folder(config)
-    device, dtype, reason = choose_device(config)
-    print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
-    try:
-        agent = load_agent(config)
-        describe(agent, config)
-        problems = eval_problems(agent, config)
-    except BaseException:
-        if not config.resume:
-            shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
-        raise
-    try:
-        measure_and_train(agent, config, folder, problems)
-    except BaseException:
-        print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
-        raise
-    lock.close()
+    folder = open_run_folder(config)
+    with tools.locked(folder):
+        device, dtype, reason = choose_device(config)
+        print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
+        try:
+            agent = load_agent(config)
+            describe(agent, config)
+            problems = eval_problems(agent, config)
+        except BaseException:
+            if not config.resume:
+                shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
+            raise
+        try:
+            measure_and_train(agent, config, folder, problems)
+        except BaseException:
+            print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
+            raise
 
 
 def measure_and_train(agent, config, folder, problems):
@@ -2174,7 +2144,7 @@ def read_results(folder):
 
 def finish(agent, folder, results):
     """The result, with its card; the saves have done their work."""
-    with writing(folder), tools.whole_folder(folder / "checkpoint") as place:
+    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as place:
         write_model(agent, place, results)
     tools.remove(folder / "saves")
 
@@ -2183,7 +2153,7 @@ def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
     total = config.steps if config.method in METHODS else None
     try:
-        with stoppable(agent):
+        with tools.stoppable(agent):
             for m in tqdm(train(config, agent), total=total, initial=agent.step, unit="step",
                           desc=config.method, disable=None):  # no bar where nobody watches
                 write_step(agent, m, folder)
@@ -2194,32 +2164,13 @@ def train_to_files(agent, config, folder):
                 if config.save_every and m["step"] % config.save_every == 0:
                     save_run(agent, folder)
         save_run(agent, folder)
-    except WriteError:
+    except tools.WriteError:
         raise
     except BaseException:  # Ctrl-C or an error; in the middle of an update nothing can be saved
-        if agent.settled:
+        if agent.settled and agent.step:
             save_run(agent, folder)
             print(f"saved {folder / 'saves' / f'step-{agent.step}'}", file=sys.stderr)
         raise
-
-
-@contextmanager
-def stoppable(agent):
-    """Ctrl-C and SIGTERM stop the run at once, or where weights move, once that is written down.
-
-    A second one stops it there too: then it goes on from its last save.
-    """
-    def stop(number, frame):
-        again, agent.stop = agent.stop, number
-        if agent.settled or again:
-            raise KeyboardInterrupt(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def show_step(agent, m, config):

@@ -6,7 +6,7 @@
     the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
     the graders      grade_math, grade_choice, grade_program: is this final turn right?
     problem files    load_problems, load_demonstrations: whatever the benchmark calls its columns
-    saved folders    whole_folder, newest_whole: on the disk altogether, or not at all
+    a run's files    whole_folder, newest_whole, append_rows: on the disk as a whole, or not there
 
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
@@ -1716,7 +1716,7 @@ def read_tests(tests, function=""):
     return read
 
 
-# --- Saved folders: whole, or not there ------------------------------------------------------
+# --- The files of a run: whole, or not there --------------------------------------------------
 
 MANIFEST = "manifest.json"  # {file: [bytes, sha256]} of every other file of a folder
 
@@ -1813,15 +1813,75 @@ def newest_whole(folder):
     return None, faults
 
 
-def lock(path):
-    """Open a file that one process may hold; the lock ends with the file or the process."""
-    file = open(path, "a", encoding="utf-8")
+class WriteError(ValueError):
+    """The disk takes no more."""
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """A full disk, in a sentence; each library that writes has a kind of error of its own."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ValueError(f"{path.parent} is in use by another process; let it end") from None
-    return file
+        yield
+    except Exception as error:
+        raise WriteError(f"cannot write to {folder} ({error}); what was saved before is whole: "
+                         "make room on the disk and resume") from error
+
+
+def append_rows(path, rows):
+    """Add dicts to a file, one a line. JSON has no NaN and no infinity: null stands for them."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
+
+
+def finite(x):
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def cut_back(path, size):
+    """Cut what was appended to a file since it had `size` bytes."""
+    with open(path, "ab") as file:
+        if file.tell() < size:
+            raise ValueError(f"{path} has {file.tell()} bytes and had {size} when its run was "
+                             "saved; bring the lines back, or begin anew under another --name")
+        file.truncate(size)
+
+
+@contextlib.contextmanager
+def stoppable(run):
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt at once where run.settled is true.
+
+    Elsewhere they only leave their number in run.stop, so that what is being changed can be
+    finished; a second one raises there too.
+    """
+    def stop(number, frame):
+        again, run.stop = run.stop, number
+        if run.settled or again:
+            raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes from writing to the same folder; a kill ends the lock, too."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process; let it end") from None
+        yield
+    finally:
+        os.close(fd)
 
 
 # --- The sandbox: self-test -----------------------------------------------------------------

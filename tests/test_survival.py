@@ -94,7 +94,8 @@ def test_out_of_memory_halves_the_batch_and_does_the_same_step_again(monkeypatch
     assert agent.smaller[option] < getattr(c, option) and agent.shortages == len(failures)
     for key in ("reward", "tokens", "outcomes"):
         assert [r[key] for r in rows] == [r[key] for r in plain]
-    assert [r["grad_norm"] for r in rows] == pytest.approx([r["grad_norm"] for r in plain], rel=1e-3)
+    for row, other in zip(rows, plain):
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     torch.testing.assert_close(mine, w, atol=2e-5, rtol=1e-3)
     line = sod.progress_line(rows[0], c)
     assert f"{len(failures)} times out of memory: {option} {agent.smaller[option]}" in line
@@ -376,7 +377,7 @@ def test_a_program_that_could_not_be_judged_is_the_machines_fault():
 
 
 def test_a_tool_that_dies_in_the_middle_of_a_batch_costs_nothing():
-    """Zygote and workers are killed while programs run: they are run again, and all is as before."""
+    """Zygote and workers are killed while programs run: these run again, and all is as before."""
     c = config(steps=1, silent_rate=0.0)
     (plain,), _, w = trained(c)
     agent = sod.load_agent(c)
