@@ -106,7 +106,7 @@ class Config:
     chunk: int = 24                         # generate: sampled tokens until ended rows leave
     look: int = 8                           # slots: sampled tokens until ended rows are seen to
     tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
-    micro_batch_tokens: int = 16_384        # tokens in a micro-batch, padding included
+    micro_batch_tokens: int = 2048          # tokens in a micro-batch, padding included
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
     seed: int = 0                           # of sampling, data order and tool silence
     out: str = "runs"                       # folder of all outputs
@@ -160,8 +160,8 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_per_step=8,
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
            silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
-           rollout_engine="generate", tool_wait=0.0, threads=0, gradient_checkpointing=True,
-           show_every=1)
+           rollout_engine="generate", tool_wait=0.0, threads=0, micro_batch_tokens=16_384,
+           gradient_checkpointing=True, show_every=1)
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
     "world": {},
