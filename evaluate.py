@@ -7,6 +7,7 @@
     python evaluate.py --rescore FILE                     grade stored samples again
     python evaluate.py --table 0.6B/sod=FILE FILE         the paper's table with these rows beside
     python evaluate.py --download aime2024                fetch a benchmark into benchmarks/
+    python evaluate.py --page runs/NAME --step 1 25       the rollouts of a run, as a web page
 
 Each model on each benchmark has one file of samples, a JSON line a sample, named after everything
 that decides what is in it. The same command continues an interrupted file, and ends with the same
@@ -22,6 +23,7 @@ import argparse
 import base64
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -863,11 +865,453 @@ def measured_row(key, label, cells, others):
             *(cells.get(c, (0, ""))[1] for c in others)]
 
 
+# --- The page: the rollouts of a run, to look at ------------------------------------------------
+
+CURVES = ("step", "reward", "right", "reverse_kl", "entropy", "teacher_entropy", "tool_fail",
+          "w_quantiles", "d_by_step", "loss", "grad_norm")
+NUMBER, MAYBE = (int, float), (int, float, type(None))  # null: it was not finite
+ROLLOUT = {"question": str, "truth": str, "right": bool, "reward": NUMBER, "advantage": NUMBER,
+           "finish": str, "turns": list}
+TURN = {"text": str, "outcome": str, "d": MAYBE, "w": MAYBE, "tool": (str, type(None))}
+SCORES = ("logp_s", "logp_t", "token_advantages")  # of each token; no logp_t where nobody scored
+
+
+def patterns(outcomes):
+    """The pattern of each step of a rollout, from what became of its calls alone.
+
+    stable     no call has failed so far
+    erroneous  the newest call that ran has failed
+    recovery   a call has failed before, and the newest one worked
+
+    The pattern of a rollout is that of its last step. d and w take no part in the definition, so
+    that what they do in each pattern can be looked at.
+
+    >>> patterns(["ok", "timeout", "error", "ok", ""])
+    ['stable', 'erroneous', 'erroneous', 'recovery', 'recovery']
+    """
+    found = ["stable"]
+    for outcome in outcomes:
+        worked = outcome in ("ok", "output_truncated") and found[-1] != "stable"
+        found.append("erroneous" if outcome not in sod.FINE else
+                     "recovery" if worked else found[-1])
+    return found[1:]
+
+
+def write_page(folder, steps=()):
+    """Write rollouts.html of a run: one file that asks for no other. Its path and a summary.
+
+    folder  of a run of sod_mini.py
+    steps   training steps to show; default: the first, the middle and the last
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; name the folder of a run, as in runs/NAME")
+    data = page_data(folder, steps)
+    place, aside = folder / "rollouts.html", folder / "rollouts.html.part"
+    aside.write_text(page_html(data), encoding="utf-8")
+    aside.replace(place)
+    shown = ", ".join(data["steps"]) or "none"
+    return (f"{place}  training steps {shown} of {data['stored']}, "
+            f"{sum(map(len, data['steps'].values()))} rollouts, "
+            f"{place.stat().st_size / 2**20:.1f} MiB")
+
+
+def page_data(folder, steps):
+    """Everything the page shows, as plain values; all of it stands in the files of the run."""
+    config = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
+    stored = stored_rollouts(folder / "rollouts.jsonl")
+    curves = [{name: row[name] for name in CURVES if name in row}
+              for _, row in json_lines(folder / "metrics.jsonl")]
+    if not stored and not curves:
+        raise ValueError(f"{folder} holds neither rollouts nor metrics; a run writes both, from "
+                         "its first step on")
+    known = list(stored)
+    missing = [step for step in steps if step not in stored]
+    if missing:
+        raise ValueError(f"step {missing[0]} is not in {folder / 'rollouts.jsonl'}; choose from "
+                         f"{', '.join(map(str, known)) or 'none'}")
+    chosen = sorted({*steps} or {known[i] for i in (0, len(known) // 2, -1) if known})
+    method = sod.METHODS.get(config["method"])
+    return {"name": config["name"] or folder.name, "config": config, "stored": len(known),
+            "scheme": config["weights"] if method and method.weights == "sod" else "uniform",
+            "scored": bool(method and method.view), "curves": curves,
+            "steps": {str(step): [rollout(*line) for line in stored[step]] for step in chosen}}
+
+
+def json_lines(path):
+    """Yield (where, row) of a file of JSON lines that this project wrote; nothing for no file."""
+    lines = tools.read_text(path).split("\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if line:
+            yield f"{path}, line {number}", parse_line(f"{path}, line {number}", line)
+
+
+def parse_line(where, line):
+    """A JSON object; NaN and infinity, which JSON does not know, become null."""
+    try:
+        row = json.loads(line, parse_constant=lambda name: None)
+    except ValueError as fault:
+        raise ValueError(f"{where}: found broken JSON ({fault}); delete the line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found a {type(row).__name__}; needed a JSON object")
+    return row
+
+
+def stored_rollouts(path):
+    """{training step: [(where, line), ...]}. A step is parsed where it is shown, as runs are long.
+    """
+    found = defaultdict(list)
+    lines = tools.read_text(path).split("\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if line:
+            start = re.match(r'\{"step": (\d+), ', line)
+            if not start:
+                raise ValueError(f"{path}, line {number}: found no rollout; needed a line that "
+                                 'begins with {"step": and a number')
+            found[int(start[1])].append((f"{path}, line {number}", line))
+    return found
+
+
+def rollout(where, line):
+    """One rollout as the page takes it, with the pattern of each step; checked to its last token.
+    """
+    row = parse_line(where, line)
+    check_columns(where, "rollout", row, ROLLOUT)
+    for turn in row["turns"]:
+        check_columns(where, "step", turn, TURN)
+        lists = [turn[name] for name in SCORES if name in turn]
+        tokens = turn.get("tokens", [])
+        if (any(not isinstance(text, str) for text in tokens)
+                or any(len(values) != len(tokens) for values in lists)
+                or any(not isinstance(v, MAYBE) for values in lists for v in values)):
+            raise ValueError(f"{where}: the lists of a step do not hold a number for each token; "
+                             "delete the line")
+    return row | {"patterns": patterns([turn["outcome"] for turn in row["turns"]])}
+
+
+def check_columns(where, what, row, kinds):
+    wrong = [name for name, kind in kinds.items()
+             if not isinstance(row, dict) or not isinstance(row.get(name, ...), kind)]
+    if wrong:
+        raise ValueError(f"{where}: found no {what}; its {', '.join(wrong)} cannot be used")
+
+
+def page_html(data):
+    """The page. Its policy lets the browser fetch nothing and run one script, known by its hash.
+
+    Text that a model wrote is data: escaped here, so that it cannot close the element it stands
+    in, and put into the page as text nodes by the script.
+    """
+    text = json.dumps(data, allow_nan=False)  # ASCII, so U+2028 and U+2029 are escaped as well
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    digest = lambda code: base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    parts = {"STYLE": STYLE, "SCRIPT": SCRIPT, "DATA": text,
+             "STYLE_HASH": digest(STYLE), "SCRIPT_HASH": digest(SCRIPT)}
+    return re.sub(r"@([A-Z_]+)@", lambda slot: parts[slot[1]], PAGE)  # one pass: data stay data
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+ form-action 'none'; style-src 'sha256-@STYLE_HASH@'; script-src 'sha256-@SCRIPT_HASH@'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Rollouts</title>
+<style>@STYLE@</style>
+</head>
+<body>
+<header><h1 id="name">Rollouts</h1><p id="about"></p></header>
+<noscript>This page draws itself with a script of its own; allow it to run.</noscript>
+<nav aria-label="Rollouts">
+<label>Training step <select id="step"></select></label>
+<label>Show <select id="show"></select></label>
+<button id="back">Previous</button>
+<label>Rollout <input id="at" type="number" min="1"></label>
+<output id="count"></output>
+<button id="next">Next</button>
+<small>Keys: ← and → change the rollout, or the token in focus; Esc leaves the token.</small>
+</nav>
+<p id="legend"></p>
+<main id="rollout"></main>
+<output id="readout"></output>
+<section aria-labelledby="run"><h2 id="run">The run</h2><div id="curves"></div></section>
+<section aria-labelledby="words"><h2 id="words">What the words mean</h2><dl id="terms"></dl>
+</section>
+<script type="application/json" id="data">@DATA@</script>
+<script type="module">@SCRIPT@</script>
+</body>
+</html>
+"""
+
+STYLE = """
+:root { --ink: #1b1b1b; --paper: #fff; --soft: #5c5c5c; --line: #c4c4c4; --less: 230 97 0;
+  --more: 30 120 255 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --paper: #141414; --soft: #ababab; --line: #4c4c4c } }
+body { color: var(--ink); background: var(--paper); font: 1rem/1.5 system-ui, sans-serif;
+  max-width: 66rem; margin: 0 auto; padding: 0 1rem 5rem }
+h1 { font-size: 1.4rem; margin: 1rem 0 0 } h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem }
+h3 { font-size: 1rem; margin: 0 } p { margin: .3rem 0 }
+#about, small, dt, figcaption, .given > b { color: var(--soft); font-size: .85rem }
+nav { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .5rem 0;
+  border-block: 1px solid var(--line); margin-top: .5rem }
+select, button, input { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--soft); border-radius: .3rem; padding: .2rem .5rem; max-width: 100% }
+input { width: 4.5rem } button:disabled { opacity: .5 }
+:focus-visible { outline: 3px solid rgb(var(--more)); outline-offset: 1px }
+ol { list-style: none; padding: 0 }
+li { border-top: 1px solid var(--line); padding: .6rem 0 }
+.said { font: .9rem/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  margin: 0 }
+.given .said { border-left: 3px dashed var(--line); padding-left: .7rem; color: var(--soft) }
+dl, dd { margin: 0 } .head { display: flex; flex-wrap: wrap; gap: 0 .9rem; align-items: baseline }
+.head dl { display: contents } .head dl div { display: flex; gap: .35rem; font-size: .85rem }
+meter { width: 4rem; margin-left: .4rem; vertical-align: middle }
+#terms dt { font-weight: bold } #terms dd { margin-bottom: .4rem }
+.token { border-radius: .2rem; cursor: default }
+.less { text-decoration: underline 2px } .more { text-decoration: overline 2px }
+.line::before { content: "↵"; color: var(--soft) }
+#legend { font-size: .85rem } #legend span { padding: 0 .35rem }
+#readout { position: fixed; inset: auto 0 0; background: var(--paper); padding: .5rem 1rem;
+  border-top: 1px solid var(--line); font-size: .9rem; min-height: 1.5rem }
+#curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
+figure { margin: 0 } svg { width: 100% } svg text { font-size: 11px; fill: var(--soft) }
+path { fill: none; stroke: var(--ink); stroke-width: 1.5 } .grid { stroke: var(--line) }
+.band { fill: rgb(var(--more) / .25); stroke: none } .dashed { stroke-dasharray: 4 3 }
+"""
+
+SCRIPT = r"""
+const $ = id => document.getElementById(id)
+const data = JSON.parse($("data").textContent)
+const drawn = ["svg", "path", "text"]
+
+// The only way anything is put on the page: append() takes strings as text, never as markup.
+function el(tag, attributes, ...children) {
+  const node = drawn.includes(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag)
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value)
+  node.append(...children)
+  return node
+}
+
+const known = x => x !== null && x !== undefined
+const show = (x, digits = 2) => !known(x) ? "not finite"
+  : x.toFixed(digits).replace(/^-(?=[0.]+$)/, "").replace("-", "−")  // −0.00 is 0.00
+const facts = rows => el("dl", {}, ...rows.map(([name, ...value]) =>
+  el("div", {}, el("dt", {}, name), el("dd", {}, ...value))))
+
+// --- Tokens ---
+
+const full = 3  // nats: the strongest colour
+
+function shade(node, gap) {  // gap = log p teacher - log p student, nats
+  const strength = Math.min(Math.abs(gap) / full, 1) * .55
+  node.style.background = `rgb(var(--${gap < 0 ? "less" : "more"}) / ${strength})`
+  if (Math.abs(gap) >= 1) node.classList.add(gap < 0 ? "less" : "more")  // not by colour alone
+  return node
+}
+
+function tokenOf(turn, t) {
+  const [piece, s, of_t] = [turn.tokens[t], turn.logp_s[t], turn.logp_t?.[t]]
+  const gap = known(s) && known(of_t) ? of_t - s : 0
+  const node = el("span", {class: "token", tabindex: t ? -1 : 0}, piece || "…")
+  if (/^\s*\n\s*$/.test(piece)) node.classList.add("line")  // else there is nothing to point at
+  node.told = [`“${piece || "part of a character"}”`, `log p student ${show(s, 3)}`,
+    ...turn.logp_t ? [`log p teacher ${show(of_t, 3)}`, `difference ${show(gap, 3)} nats`] : [],
+    `token advantage ${show(turn.token_advantages[t], 3)}`].join(" · ")
+  return turn.logp_t ? shade(node, gap) : node
+}
+
+function tell(event) {
+  const token = event.target.closest?.(".token")
+  if (token) $("readout").textContent = token.told
+}
+
+// --- One rollout ---
+
+const given = (who, text) => el("li", {class: "given"}, el("b", {}, `${who}, not trained on`),
+  el("div", {class: "said"}, text))
+
+function stepOf(rollout, k) {
+  const turn = rollout.turns[k], mean = list => list.reduce((a, b) => a + b, 0) / list.length
+  const meter = el("meter", {max: 1 + data.config.delta, value: turn.w ?? 0, "aria-hidden": true})
+  const rows = [
+    ...data.scored ? [["d", show(turn.d, 3), " nats/token"], ["w", show(turn.w, 3), meter]] : [],
+    ["call", {"": "none", not_run: "not run: a limit was reached"}[turn.outcome] ?? turn.outcome],
+    ["pattern", rollout.patterns[k]], ["reward", show(rollout.reward)],
+    ["advantage", show(rollout.advantage)],
+    ...turn.tokens ? [["mean token advantage", show(mean(turn.token_advantages))]] : []]
+  const said = turn.tokens ? turn.tokens.map((_, t) => tokenOf(turn, t))
+    : [turn.text, el("small", {}, " (no token scores: the run stored fewer, see store_tokens)")]
+  const step = el("li", {}, el("div", {class: "head"}, el("h3", {}, `Step ${k + 1}`), facts(rows)),
+    el("div", {class: "said"}, ...said))
+  return turn.tool === null ? [step] : [step, given("Tool", turn.tool)]
+}
+
+const ends = {answer: "answered", turns: "cut off: turn limit", budget: "cut off: token budget"}
+
+function draw(rollout) {
+  $("rollout").replaceChildren(
+    el("h2", {}, rollout.right ? "✓ right" : "✗ not right", `, ${rollout.patterns.at(-1)}, `,
+      ends[rollout.finish] ?? rollout.finish),
+    el("p", {}, `Reward ${show(rollout.reward)}, advantage within its group `,
+      `${show(rollout.advantage)}. The truth is ${rollout.truth || "not one answer"}.`),
+    el("ol", {}, given("Problem", rollout.question),
+      ...rollout.turns.flatMap((_, k) => stepOf(rollout, k))))
+  $("readout").textContent = "Point at a token, tap it or move the focus to it: its numbers."
+}
+
+// --- Choosing ---
+
+const drift = rollout => Math.max(...rollout.turns.map(turn => turn.d ?? Infinity))
+const shown = {
+  "all": rows => rows,
+  "not right": rows => rows.filter(r => !r.right),
+  "recovered from a failed call": rows => rows.filter(r => r.patterns.at(-1) === "recovery"),
+  "most drifted first": rows => [...rows].sort((a, b) => drift(b) - drift(a)),
+  "cut off": rows => rows.filter(r => r.finish !== "answer"),
+}
+let rows = [], at = 0
+
+function go(to) {
+  at = Math.max(0, Math.min(to, rows.length - 1))
+  $("at").value = at + 1
+  $("count").textContent = rows.length ? `${at + 1} of ${rows.length}` : "none of this kind"
+  $("back").disabled = at === 0
+  $("next").disabled = at >= rows.length - 1
+  if (rows.length) draw(rows[at])
+  else $("rollout").replaceChildren(el("p", {}, "No rollout of this step is of this kind."))
+}
+
+function choose() {
+  const all = data.steps[$("step").value]
+  for (const option of $("show").options)
+    option.textContent = `${option.value} (${shown[option.value](all).length})`
+  rows = shown[$("show").value](all)
+  $("at").max = rows.length
+  go(0)
+  curves()
+}
+
+function press(event) {
+  const way = {ArrowLeft: -1, ArrowRight: 1}[event.key], token = event.target.closest(".token")
+  if (event.key === "Escape") token?.blur()
+  if (!way || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return
+  if (event.target.matches("select, input")) return
+  event.preventDefault()
+  if (token) (way > 0 ? token.nextElementSibling : token.previousElementSibling)?.focus()
+  else go(at + way)
+}
+
+// --- Curves of the run ---
+
+const W = 300, H = 120, left = 40, bottom = 18, top = 8  // of a chart, in its own units
+
+function chart(title, xs, lines, {band, mark} = {}) {
+  const values = [...lines.flatMap(line => line.ys), ...band?.flat() ?? []].filter(known)
+  if (!values.length) return []
+  let [low, high] = [Math.min(...values), Math.max(...values)]
+  if (low === high) [low, high] = [low - .5, high + .5]
+  const first = xs[0], last = xs.at(-1)
+  const x = v => left + (W - left - 8) * (last === first ? .5 : (v - first) / (last - first))
+  const y = v => top + (H - top - bottom) * (high - v) / (high - low)
+  const points = ys => ys.map((v, i) => known(v) ? `${x(xs[i])} ${y(v)}` : null).filter(known)
+  const path = (name, d) => el("path", {class: name, d})
+  const write = (word, x, y, anchor) => el("text", {x, y, "text-anchor": anchor}, `${word}`)
+  const said = lines.map(({name, ys}) => `${name}: from ${show(ys[0])} to ${show(ys.at(-1))}, ` +
+    `lowest ${show(Math.min(...ys.filter(known)))}, highest ${show(Math.max(...ys.filter(known)))}`)
+  return [el("figure", {}, el("figcaption", {}, title), el("svg",
+    {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title}. ${said.join("; ")}`},
+    path("grid", `M${left} ${top}V${H - bottom}H${W - 8}`),
+    ...mark ? [path("grid dashed", `M${x(mark)} ${top}V${H - bottom}`)] : [],
+    ...band ? [path("band", `M${[...points(band[0]), ...points(band[1]).reverse()].join("L")}Z`)]
+      : [],
+    ...lines.flatMap(({ys, dashed}) => [path(dashed ? "dashed" : "", `M${points(ys).join("L")}`),
+      ...points(ys).map(p => path(dashed ? "dashed" : "", `M${p}m-1.5 0h3`))]),
+    write(show(high), left - 4, top + 8, "end"), write(show(low), left - 4, H - bottom, "end"),
+    write(first, left, H - 4, "start"), write(last, W - 8, H - 4, "end")))]
+}
+
+function curves() {
+  const rows = data.curves, xs = rows.map(row => row.step), mark = Number($("step").value)
+  const line = (name, key, dashed) => ({name, dashed, ys: rows.map(row => row[key])})
+  const w = i => rows.map(row => row.w_quantiles?.[i])
+  const d = (row, dashed) => ({name: `step ${row.step}`, dashed, ys: row.d_by_step ?? []})
+  const [start, now] = [rows[0], rows.find(row => row.step === mark)]
+  const scored = !data.scored ? [] : [
+    ...chart("reverse KL, nats", xs, [line("reverse KL", "reverse_kl")], {mark}),
+    ...chart("w: median, and the band from 10% to 90%", xs, [{name: "median", ys: w(2)}],
+      {band: [w(0), w(4)], mark}),
+    ...now ? chart(`d by step of a rollout, nats/token: training step ${mark}, the first dashed`,
+      Array.from({length: Math.max(d(now).ys.length, d(start).ys.length)}, (_, k) => k + 1),
+      [d(now), d(start, true)]) : []]
+  $("curves").replaceChildren(
+    ...chart("reward, mean", xs, [line("reward", "reward")], {mark}), ...scored,
+    ...chart("entropy, nats" + (data.scored ? "; the teacher's dashed" : ""), xs, [
+      line("student", "entropy"), ...data.scored ? [line("teacher", "teacher_entropy", true)] : []
+    ], {mark}),
+    ...chart("share of tool calls that failed", xs, [line("failed", "tool_fail")], {mark}),
+    ...chart("loss", xs, [line("loss", "loss")], {mark}),
+    ...chart("norm of the gradient", xs, [line("norm", "grad_norm")], {mark}))
+}
+
+// --- The words, and the start ---
+
+const schemes = {sod: "min(d of step 1 / d of this step, 1 + delta)", uniform: "1 at every step",
+  decay: "decay to the number of steps since the first failed call",
+  mask_after_error: "0 after the first failed call, else 1", unclipped: "d of step 1 / d of it"}
+const terms = {
+  "step": "one assistant turn: what the student wrote between two answers of the tool",
+  "stable": "no call has failed so far", "erroneous": "the newest call that ran has failed",
+  "recovery": "a call has failed before, and the newest one worked",
+  "pattern of a rollout": "that of its last step",
+  "reward": "+1 right, about −1 wrong", "advantage": "how far the reward lies above those of " +
+    "the other rollouts of this problem, in standard deviations",
+  "token advantage": "what training raised or lowered the token's probability by",
+  ...data.scored ? {"d": "mean over the step's tokens of |log p student − log p teacher|, nats",
+    "w": `trust in the teacher, here ${schemes[data.scheme]}`} : {},
+}
+
+function begin() {
+  const {method, student, teacher} = data.config, steps = Object.keys(data.steps)
+  document.title = $("name").textContent = `Rollouts of ${data.name}`
+  $("about").textContent = `Method ${method}, student ${student}` +
+    (data.scored ? `, scored by ${teacher}` : ", scored by nobody") +
+    (steps.length ? `. This page holds ${steps.length} of ${data.stored} training steps.` : "")
+  $("terms").append(...Object.entries(terms).flatMap(([word, meaning]) =>
+    [el("dt", {}, word), el("dd", {}, meaning)]))
+  if (!steps.length) {
+    document.querySelector("nav").remove()
+    $("rollout").append("This run stored no rollouts: it imitated demonstrations.")
+    return curves()
+  }
+  if (data.scored) $("legend").append("log p teacher − log p student, nats: ",
+    ...[-3, -2, -1, 0, 1, 2, 3].map(gap => shade(el("span", {}, `${gap}`), gap)),
+    " underlined: the teacher finds it less likely by 1 or more; overlined: more likely")
+  $("step").append(...steps.map(step => el("option", {}, step)))
+  $("show").append(...Object.keys(shown).map(name => el("option", {value: name}, name)))
+  $("show").value = "most drifted first"
+  $("step").onchange = $("show").onchange = choose
+  $("at").onchange = () => go($("at").value - 1)
+  $("back").onclick = () => go(at - 1)
+  $("next").onclick = () => go(at + 1)
+  document.onkeydown = press
+  $("rollout").onpointerover = $("rollout").onclick = tell
+  $("rollout").addEventListener("focusin", tell)
+  choose()
+}
+begin()
+"""
+
+
 # --- The command -------------------------------------------------------------------------------
 
 
 TAKES = {  # settings that mean something to the commands that sample nothing
-    "download": {"benchmarks"}, "table": set(),
+    "download": {"benchmarks"}, "table": set(), "page": set(),
     "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"},
 }
 
@@ -889,6 +1333,9 @@ def parse(argv=None):
     what.add_argument("--table", nargs="+", metavar="FILE", help="the paper's table with the rows "
                       "of these files beside; SIZE/METHOD=FILE puts one under a row of the paper")
     what.add_argument("--download", metavar="NAME", help="fetch a benchmark from the Hub")
+    what.add_argument("--page", metavar="FOLDER", help="write rollouts.html of a run")
+    parser.add_argument("--step", nargs="+", type=int, default=[], help="training steps on the "
+                        "page; default: the first, the middle and the last")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, Config, __file__, sod.choices())
@@ -898,6 +1345,8 @@ def parse(argv=None):
         useless = given.keys() - takes | ({"data"} if args.data else set())
         if getattr(args, command) and useless:
             parser.error(f"--{command} makes no use of --{min(useless)}")
+    if args.step and not args.page:
+        parser.error("--step goes with --page FOLDER")
     args.data = list(dict.fromkeys(args.data or ["world"]))
     try:
         for data in args.data:
@@ -933,6 +1382,8 @@ def run(args, given):
         config = settings(args.download, given)
         path = download(args.download, config.benchmarks)
         print(f"{path}  {len(load_benchmark(args.download, config))} problems")
+    elif args.page:
+        print(write_page(args.page, args.step))
     elif args.table:
         print(paper_table(args.table))
     elif args.rescore:
