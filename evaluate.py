@@ -867,13 +867,17 @@ def measured_row(key, label, cells, others):
 
 # --- The page: the rollouts of a run, to look at ------------------------------------------------
 
-CURVES = ("step", "reward", "right", "reverse_kl", "entropy", "teacher_entropy", "tool_fail",
-          "w_quantiles", "d_by_step", "loss", "grad_norm")
+CURVES = ("step", "reward", "right", "entropy", "tool_fail", "loss", "grad_norm")
+TEACHER_CURVES = ("reverse_kl", "teacher_entropy", "w_quantiles", "d_by_step")
 NUMBER, MAYBE = (int, float), (int, float, type(None))  # null: it was not finite
 ROLLOUT = {"question": str, "truth": str, "right": bool, "reward": NUMBER, "advantage": NUMBER,
            "finish": str, "turns": list}
 TURN = {"text": str, "outcome": str, "d": MAYBE, "w": MAYBE, "tool": (str, type(None))}
 SCORES = ("logp_s", "logp_t", "token_advantages")  # of each token; no logp_t where nobody scored
+SCHEMES = {"sod": "min(d of step 1 / d of this step, 1 + delta)", "uniform": "1",
+           "decay": "decay ^ (steps since the first failed call)",
+           "mask_after_error": "0 after the first failed call, else 1",
+           "unclipped": "d of step 1 / d of this step"}
 
 
 def patterns(outcomes):
@@ -898,10 +902,9 @@ def patterns(outcomes):
 
 
 def write_page(folder, steps=()):
-    """Write rollouts.html of a run: one file that asks for no other. Its path and a summary.
+    """Write rollouts.html of a run, one file that asks for no other; its path and a summary.
 
-    folder  of a run of sod_mini.py
-    steps   training steps to show; default: the first, the middle and the last
+    steps  training steps to show; default: the first, the middle and the last
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -910,40 +913,70 @@ def write_page(folder, steps=()):
     place, aside = folder / "rollouts.html", folder / "rollouts.html.part"
     aside.write_text(page_html(data), encoding="utf-8")
     aside.replace(place)
-    shown = ", ".join(data["steps"]) or "none"
-    return (f"{place}  training steps {shown} of {data['stored']}, "
+    return (f"{place}  training steps {', '.join(data['steps']) or 'none'}, "
             f"{sum(map(len, data['steps'].values()))} rollouts, "
             f"{place.stat().st_size / 2**20:.1f} MiB")
 
 
 def page_data(folder, steps):
-    """Everything the page shows, as plain values; all of it stands in the files of the run."""
+    """Everything the page shows, as plain values; every number stands in the files of the run."""
     config = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
-    stored = stored_rollouts(folder / "rollouts.jsonl")
-    curves = [{name: row[name] for name in CURVES if name in row}
-              for _, row in json_lines(folder / "metrics.jsonl")]
+    method = sod.METHODS.get(config["method"], sod.METHODS["grpo"])  # sft: nobody scores either
+    names = CURVES + TEACHER_CURVES * bool(method.view)
+    curves = [{name: row[name] for name in names if name in row}
+              for row in (parse_line(*line) for line in lines_of(folder / "metrics.jsonl"))]
+    stored = defaultdict(list)  # {training step: its lines}; parsed where shown, as runs are long
+    for where, line in lines_of(folder / "rollouts.jsonl"):
+        start = re.match(r'\{"step": (\d+), ', line)
+        if not start:
+            raise ValueError(f'{where}: found no rollout; needed a line that begins {{"step": ')
+        stored[int(start[1])].append((where, line))
     if not stored and not curves:
         raise ValueError(f"{folder} holds neither rollouts nor metrics; a run writes both, from "
                          "its first step on")
     known = list(stored)
-    missing = [step for step in steps if step not in stored]
-    if missing:
-        raise ValueError(f"step {missing[0]} is not in {folder / 'rollouts.jsonl'}; choose from "
-                         f"{', '.join(map(str, known)) or 'none'}")
+    for step in steps:
+        if step not in stored:
+            raise ValueError(f"step {step} is not in {folder / 'rollouts.jsonl'}; choose from "
+                             f"{', '.join(map(str, known)) or 'none'}")
     chosen = sorted({*steps} or {known[i] for i in (0, len(known) // 2, -1) if known})
-    method = sod.METHODS.get(config["method"])
-    return {"name": config["name"] or folder.name, "config": config, "stored": len(known),
-            "scheme": config["weights"] if method and method.weights == "sod" else "uniform",
-            "scored": bool(method and method.view), "curves": curves,
+    return {"name": config["name"] or folder.name, "words": words(config, method),
+            "about": about(config, method, len(chosen), len(known)), "curves": curves,
+            "scored": bool(method.view), "delta": config["delta"],
             "steps": {str(step): [rollout(*line) for line in stored[step]] for step in chosen}}
 
 
-def json_lines(path):
-    """Yield (where, row) of a file of JSON lines that this project wrote; nothing for no file."""
+def about(config, method, shown, stored):
+    """Where the page's numbers come from, in two sentences."""
+    scorer = {"": "nobody", "teacher": config["teacher"]}.get(
+        method.view, f"its own frozen start, told the {method.view}")
+    return (f"Method {config['method']}, student {config['student']}, scored by {scorer}. "
+            + (f"Shown: {shown} of {stored} training steps." if stored else "No rollouts stored."))
+
+
+def words(config, method):
+    """{word: what it means on the page of this run}"""
+    distils = method.view and config["kl"] == "sampled"
+    term = f"{config['opd_coef']} · w · (log p teacher − log p student)"
+    worth = " + ".join(["advantage"] * method.outcome + [term] * bool(distils))
+    scheme = SCHEMES[config["weights"] if method.weights == "sod" else "uniform"]
+    return {"step": "one assistant turn: what the student wrote between two answers of the tool",
+            "stable": "no call has failed so far",
+            "erroneous": "the newest call that ran has failed",
+            "recovery": "a call has failed before, and the newest one worked; the pattern of a "
+                        "rollout is that of its last step",
+            "advantage": "how far the reward (+1 right, about −1 wrong) lies above the mean of "
+                         "all rollouts of this problem, in their standard deviations",
+            "token advantage": (worth or "0, for the exact KL is a loss of its own")
+                               + "; training makes a token likelier where this is above 0",
+            **({"d": "mean over the tokens of a step of |log p student − log p teacher|, nats",
+                "w": f"trust in the teacher, in this run {scheme}"} if method.view else {})}
+
+
+def lines_of(path):
+    """[(where, line)] of a file of this project; none where there is no file."""
     lines = tools.read_text(path).split("\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if line:
-            yield f"{path}, line {number}", parse_line(f"{path}, line {number}", line)
+    return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line]
 
 
 def parse_line(where, line):
@@ -957,33 +990,16 @@ def parse_line(where, line):
     return row
 
 
-def stored_rollouts(path):
-    """{training step: [(where, line), ...]}. A step is parsed where it is shown, as runs are long.
-    """
-    found = defaultdict(list)
-    lines = tools.read_text(path).split("\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if line:
-            start = re.match(r'\{"step": (\d+), ', line)
-            if not start:
-                raise ValueError(f"{path}, line {number}: found no rollout; needed a line that "
-                                 'begins with {"step": and a number')
-            found[int(start[1])].append((f"{path}, line {number}", line))
-    return found
-
-
 def rollout(where, line):
-    """One rollout as the page takes it, with the pattern of each step; checked to its last token.
-    """
+    """One rollout, checked to its last token, with the pattern of each step."""
     row = parse_line(where, line)
     check_columns(where, "rollout", row, ROLLOUT)
     for turn in row["turns"]:
         check_columns(where, "step", turn, TURN)
-        lists = [turn[name] for name in SCORES if name in turn]
-        tokens = turn.get("tokens", [])
-        if (any(not isinstance(text, str) for text in tokens)
-                or any(len(values) != len(tokens) for values in lists)
-                or any(not isinstance(v, MAYBE) for values in lists for v in values)):
+        tokens, lists = turn.get("tokens", []), [turn[name] for name in SCORES if name in turn]
+        if (not all(isinstance(text, str) for text in tokens)
+                or not all(len(values) == len(tokens) for values in lists)
+                or not all(isinstance(v, MAYBE) for values in lists for v in values)):
             raise ValueError(f"{where}: the lists of a step do not hold a number for each token; "
                              "delete the line")
     return row | {"patterns": patterns([turn["outcome"] for turn in row["turns"]])}
@@ -1013,19 +1029,15 @@ def page_html(data):
 
 PAGE = """<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
  form-action 'none'; style-src 'sha256-@STYLE_HASH@'; script-src 'sha256-@SCRIPT_HASH@'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>Rollouts</title>
 <style>@STYLE@</style>
-</head>
-<body>
 <header><h1 id="name">Rollouts</h1><p id="about"></p></header>
 <noscript>This page draws itself with a script of its own; allow it to run.</noscript>
-<nav aria-label="Rollouts">
+<nav id="choice" aria-label="Rollouts">
 <label>Training step <select id="step"></select></label>
 <label>Show <select id="show"></select></label>
 <button id="back">Previous</button>
@@ -1037,61 +1049,51 @@ PAGE = """<!doctype html>
 <p id="legend"></p>
 <main id="rollout"></main>
 <output id="readout"></output>
-<section aria-labelledby="run"><h2 id="run">The run</h2><div id="curves"></div></section>
-<section aria-labelledby="words"><h2 id="words">What the words mean</h2><dl id="terms"></dl>
-</section>
+<section id="run" aria-label="Curves"><h2>The run, by training step</h2>
+<div id="curves"></div></section>
+<section aria-label="Glossary"><h2>What the words mean</h2><dl id="words"></dl></section>
 <script type="application/json" id="data">@DATA@</script>
 <script type="module">@SCRIPT@</script>
-</body>
 </html>
 """
 
 STYLE = """
-:root { --ink: #1b1b1b; --paper: #fff; --soft: #5c5c5c; --line: #c4c4c4; --less: 230 97 0;
-  --more: 30 120 255 }
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #5c5c5c; --line: #c4c4c4;
+  --less: 230 97 0; --more: 30 120 255 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ececec; --paper: #141414; --soft: #ababab; --line: #4c4c4c } }
 body { color: var(--ink); background: var(--paper); font: 1rem/1.5 system-ui, sans-serif;
   max-width: 66rem; margin: 0 auto; padding: 0 1rem 5rem }
 h1 { font-size: 1.4rem; margin: 1rem 0 0 } h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem }
-h3 { font-size: 1rem; margin: 0 } p { margin: .3rem 0 }
-#about, small, dt, figcaption, .given > b { color: var(--soft); font-size: .85rem }
-nav { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .5rem 0;
-  border-block: 1px solid var(--line); margin-top: .5rem }
-select, button, input { font: inherit; color: inherit; background: var(--paper);
-  border: 1px solid var(--soft); border-radius: .3rem; padding: .2rem .5rem; max-width: 100% }
-input { width: 4.5rem } button:disabled { opacity: .5 }
+h3 { font-size: 1rem } h3, p, dl, dd, figure { margin: 0 } ol { list-style: none; padding: 0 }
+#about, small, dt, figcaption, li > b { color: var(--soft); font-size: .85rem }
+nav, .head { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center }
+nav, li { border-top: 1px solid var(--line); padding: .6rem 0; margin-top: .5rem }
+select, button, input { font: inherit; max-width: 100% } input { width: 4.5rem }
 :focus-visible { outline: 3px solid rgb(var(--more)); outline-offset: 1px }
-ol { list-style: none; padding: 0 }
-li { border-top: 1px solid var(--line); padding: .6rem 0 }
-.said { font: .9rem/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  margin: 0 }
-.given .said { border-left: 3px dashed var(--line); padding-left: .7rem; color: var(--soft) }
-dl, dd { margin: 0 } .head { display: flex; flex-wrap: wrap; gap: 0 .9rem; align-items: baseline }
-.head dl { display: contents } .head dl div { display: flex; gap: .35rem; font-size: .85rem }
-meter { width: 4rem; margin-left: .4rem; vertical-align: middle }
-#terms dt { font-weight: bold } #terms dd { margin-bottom: .4rem }
-.token { border-radius: .2rem; cursor: default }
+.head { gap: 0 .9rem } .head dl { display: contents } meter { width: 4rem; margin-left: .4rem }
+.head dl div { display: flex; gap: .35rem; font-size: .85rem }
+.said { font: .9rem/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+b + .said { border-left: 3px dashed var(--line); padding-left: .7rem; color: var(--soft) }
 .less { text-decoration: underline 2px } .more { text-decoration: overline 2px }
 .line::before { content: "↵"; color: var(--soft) }
-#legend { font-size: .85rem } #legend span { padding: 0 .35rem }
+#legend { font-size: .85rem } #legend span { padding: 0 .35rem } [hidden] { display: none }
 #readout { position: fixed; inset: auto 0 0; background: var(--paper); padding: .5rem 1rem;
-  border-top: 1px solid var(--line); font-size: .9rem; min-height: 1.5rem }
+  border-top: 1px solid var(--line); font-size: .9rem; overflow-wrap: anywhere }
 #curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
-figure { margin: 0 } svg { width: 100% } svg text { font-size: 11px; fill: var(--soft) }
-path { fill: none; stroke: var(--ink); stroke-width: 1.5 } .grid { stroke: var(--line) }
+svg { width: 100% } text { font-size: 11px; fill: var(--soft) }
+path { fill: none; stroke: var(--ink); stroke-width: 1.5 } .axes { stroke: var(--line) }
 .band { fill: rgb(var(--more) / .25); stroke: none } .dashed { stroke-dasharray: 4 3 }
 """
 
 SCRIPT = r"""
 const $ = id => document.getElementById(id)
 const data = JSON.parse($("data").textContent)
-const drawn = ["svg", "path", "text"]
 
-// The only way anything is put on the page: append() takes strings as text, never as markup.
+// The only way onto the page: append() takes strings as text, never as markup.
 function el(tag, attributes, ...children) {
-  const node = drawn.includes(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
-    : document.createElement(tag)
+  const node = ["svg", "path", "text"].includes(tag)
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag)
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value)
   node.append(...children)
   return node
@@ -1100,55 +1102,51 @@ function el(tag, attributes, ...children) {
 const known = x => x !== null && x !== undefined
 const show = (x, digits = 2) => !known(x) ? "not finite"
   : x.toFixed(digits).replace(/^-(?=[0.]+$)/, "").replace("-", "−")  // −0.00 is 0.00
-const facts = rows => el("dl", {}, ...rows.map(([name, ...value]) =>
-  el("div", {}, el("dt", {}, name), el("dd", {}, ...value))))
 
-// --- Tokens ---
+// --- Tokens; gap = log p teacher - log p student, nats ---
 
-const full = 3  // nats: the strongest colour
-
-function shade(node, gap) {  // gap = log p teacher - log p student, nats
-  const strength = Math.min(Math.abs(gap) / full, 1) * .55
+function shade(node, gap) {  // the strongest colour from 3 nats on; marks, for eyes without colour
+  const strength = Math.min(Math.abs(gap) / 3, 1) * .55
   node.style.background = `rgb(var(--${gap < 0 ? "less" : "more"}) / ${strength})`
-  if (Math.abs(gap) >= 1) node.classList.add(gap < 0 ? "less" : "more")  // not by colour alone
+  if (Math.abs(gap) >= 1) node.classList.add(gap < 0 ? "less" : "more")
   return node
 }
 
-function tokenOf(turn, t) {
-  const [piece, s, of_t] = [turn.tokens[t], turn.logp_s[t], turn.logp_t?.[t]]
-  const gap = known(s) && known(of_t) ? of_t - s : 0
-  const node = el("span", {class: "token", tabindex: t ? -1 : 0}, piece || "…")
+function tokenOf(turn, gaps, t) {
+  const piece = turn.tokens[t], node = el("span", {tabindex: t ? -1 : 0}, piece || "…")
   if (/^\s*\n\s*$/.test(piece)) node.classList.add("line")  // else there is nothing to point at
-  node.told = [`“${piece || "part of a character"}”`, `log p student ${show(s, 3)}`,
-    ...turn.logp_t ? [`log p teacher ${show(of_t, 3)}`, `difference ${show(gap, 3)} nats`] : [],
+  node.told = [`“${piece || "part of a character"}”`,
+    `log p student ${show(turn.logp_s[t], 3)}`,
+    ...gaps ? [`log p teacher ${show(turn.logp_t[t], 3)}`, `difference ${show(gaps[t], 3)}`] : [],
     `token advantage ${show(turn.token_advantages[t], 3)}`].join(" · ")
-  return turn.logp_t ? shade(node, gap) : node
-}
-
-function tell(event) {
-  const token = event.target.closest?.(".token")
-  if (token) $("readout").textContent = token.told
+  return gaps ? shade(node, gaps[t] ?? 0) : node
 }
 
 // --- One rollout ---
 
-const given = (who, text) => el("li", {class: "given"}, el("b", {}, `${who}, not trained on`),
+const given = (who, text) => el("li", {}, el("b", {}, who, ", not trained on"),
   el("div", {class: "said"}, text))
 
 function stepOf(rollout, k) {
-  const turn = rollout.turns[k], mean = list => list.reduce((a, b) => a + b, 0) / list.length
-  const meter = el("meter", {max: 1 + data.config.delta, value: turn.w ?? 0, "aria-hidden": true})
-  const rows = [
-    ...data.scored ? [["d", show(turn.d, 3), " nats/token"], ["w", show(turn.w, 3), meter]] : [],
-    ["call", {"": "none", not_run: "not run: a limit was reached"}[turn.outcome] ?? turn.outcome],
-    ["pattern", rollout.patterns[k]], ["reward", show(rollout.reward)],
-    ["advantage", show(rollout.advantage)],
-    ...turn.tokens ? [["mean token advantage", show(mean(turn.token_advantages))]] : []]
-  const said = turn.tokens ? turn.tokens.map((_, t) => tokenOf(turn, t))
-    : [turn.text, el("small", {}, " (no token scores: the run stored fewer, see store_tokens)")]
-  const step = el("li", {}, el("div", {class: "head"}, el("h3", {}, `Step ${k + 1}`), facts(rows)),
-    el("div", {class: "said"}, ...said))
-  return turn.tool === null ? [step] : [step, given("Tool", turn.tool)]
+  const turn = rollout.turns[k], last = k + 1 === rollout.turns.length
+  const gaps = turn.logp_t?.map((logp, t) => known(logp) && known(turn.logp_s[t])
+    ? logp - turn.logp_s[t] : null)
+  const widest = gaps?.reduce((a, gap, t) => Math.abs(gap) > Math.abs(gaps[a]) ? t : a, 0)
+  const meter = el("meter", {max: 1 + data.delta, value: turn.w ?? 0, "aria-hidden": true})
+  const facts = {
+    ...data.scored && {d: [show(turn.d, 3)], w: [show(turn.w, 3), meter]},
+    call: [{"": "none", not_run: "not run: limit reached"}[turn.outcome] ?? turn.outcome],
+    pattern: [rollout.patterns[k]], reward: [show(rollout.reward)],
+    advantage: [show(rollout.advantage)],
+    ...gaps && {"widest difference": [`${show(gaps[widest])} at “${turn.tokens[widest]}”`]},
+    ...!turn.tokens && {tokens: ["not stored, see --store_tokens"]}}
+  const step = el("li", {}, el("div", {class: "head"}, el("h3", {}, `Step ${k + 1}`), el("dl", {},
+    ...Object.entries(facts).map(([name, value]) =>
+      el("div", {}, el("dt", {}, name), el("dd", {}, ...value))))),
+    el("div", {class: "said"},
+      ...turn.tokens?.map((_, t) => tokenOf(turn, gaps, t)) ?? [turn.text]))
+  return turn.tool === null ? [step]
+    : [step, given(last ? "Tool, past the token budget and unseen" : "Tool", turn.tool)]
 }
 
 const ends = {answer: "answered", turns: "cut off: turn limit", budget: "cut off: token budget"}
@@ -1157,21 +1155,20 @@ function draw(rollout) {
   $("rollout").replaceChildren(
     el("h2", {}, rollout.right ? "✓ right" : "✗ not right", `, ${rollout.patterns.at(-1)}, `,
       ends[rollout.finish] ?? rollout.finish),
-    el("p", {}, `Reward ${show(rollout.reward)}, advantage within its group `,
-      `${show(rollout.advantage)}. The truth is ${rollout.truth || "not one answer"}.`),
+    el("p", {}, `The right answer: ${rollout.truth || "a program that passes"}`),
     el("ol", {}, given("Problem", rollout.question),
       ...rollout.turns.flatMap((_, k) => stepOf(rollout, k))))
-  $("readout").textContent = "Point at a token, tap it or move the focus to it: its numbers."
+  $("readout").textContent = "Point at a token, tap it or focus it: its numbers, in nats."
 }
 
 // --- Choosing ---
 
 const drift = rollout => Math.max(...rollout.turns.map(turn => turn.d ?? Infinity))
-const shown = {
-  "all": rows => rows,
+const kinds = {
+  ...data.scored && {"most drifted first": rows => [...rows].sort((a, b) => drift(b) - drift(a))},
+  "all, as sampled": rows => rows,
   "not right": rows => rows.filter(r => !r.right),
   "recovered from a failed call": rows => rows.filter(r => r.patterns.at(-1) === "recovery"),
-  "most drifted first": rows => [...rows].sort((a, b) => drift(b) - drift(a)),
   "cut off": rows => rows.filter(r => r.finish !== "answer"),
 }
 let rows = [], at = 0
@@ -1179,131 +1176,103 @@ let rows = [], at = 0
 function go(to) {
   at = Math.max(0, Math.min(to, rows.length - 1))
   $("at").value = at + 1
-  $("count").textContent = rows.length ? `${at + 1} of ${rows.length}` : "none of this kind"
+  $("count").textContent = `${rows.length && at + 1} of ${rows.length}`
   $("back").disabled = at === 0
   $("next").disabled = at >= rows.length - 1
   if (rows.length) draw(rows[at])
-  else $("rollout").replaceChildren(el("p", {}, "No rollout of this step is of this kind."))
+  else $("rollout").replaceChildren("No rollout of this training step is of this kind.")
 }
 
 function choose() {
   const all = data.steps[$("step").value]
   for (const option of $("show").options)
-    option.textContent = `${option.value} (${shown[option.value](all).length})`
-  rows = shown[$("show").value](all)
-  $("at").max = rows.length
+    option.textContent = `${option.value} (${kinds[option.value](all).length})`
+  rows = kinds[$("show").value](all)
   go(0)
   curves()
 }
 
+function tell({target}) {
+  if (target.told) $("readout").textContent = target.told
+}
+
 function press(event) {
-  const way = {ArrowLeft: -1, ArrowRight: 1}[event.key], token = event.target.closest(".token")
-  if (event.key === "Escape") token?.blur()
+  const {key, target} = event, way = {ArrowLeft: -1, ArrowRight: 1}[key]
+  if (key === "Escape" && target.told) target.blur()
   if (!way || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return
-  if (event.target.matches("select, input")) return
+  if (target.matches("select, input")) return
   event.preventDefault()
-  if (token) (way > 0 ? token.nextElementSibling : token.previousElementSibling)?.focus()
+  if (target.told) (way > 0 ? target.nextSibling : target.previousSibling)?.focus()
   else go(at + way)
 }
 
 // --- Curves of the run ---
 
-const W = 300, H = 120, left = 40, bottom = 18, top = 8  // of a chart, in its own units
-
-function chart(title, xs, lines, {band, mark} = {}) {
-  const values = [...lines.flatMap(line => line.ys), ...band?.flat() ?? []].filter(known)
-  if (!values.length) return []
-  let [low, high] = [Math.min(...values), Math.max(...values)]
-  if (low === high) [low, high] = [low - .5, high + .5]
-  const first = xs[0], last = xs.at(-1)
-  const x = v => left + (W - left - 8) * (last === first ? .5 : (v - first) / (last - first))
-  const y = v => top + (H - top - bottom) * (high - v) / (high - low)
-  const points = ys => ys.map((v, i) => known(v) ? `${x(xs[i])} ${y(v)}` : null).filter(known)
+function chart(title, xs, solid, dashed = [], band = []) {
+  const ys = [...solid, ...dashed, ...band.flat()].filter(known)
+  if (!ys.length) return []
+  const low = Math.min(...ys), high = Math.max(...ys), [first, last] = [xs[0], xs.at(-1)]
+  const at = (v, i) => `${40 + 252 * (xs[i] - first) / (last - first || 1)} ` +
+    (8 + 94 * (high - v) / (high - low || 1))
+  const points = values => values.map((v, i) => known(v) ? at(v, i) : "").filter(Boolean)
   const path = (name, d) => el("path", {class: name, d})
+  const line = (name, values) => points(values).length
+    ? [path(name, `M${points(values).join("L")}${points(values).length > 1 ? "" : "h4"}`)] : []
   const write = (word, x, y, anchor) => el("text", {x, y, "text-anchor": anchor}, `${word}`)
-  const said = lines.map(({name, ys}) => `${name}: from ${show(ys[0])} to ${show(ys.at(-1))}, ` +
-    `lowest ${show(Math.min(...ys.filter(known)))}, highest ${show(Math.max(...ys.filter(known)))}`)
+  const ends = [solid[0], solid.at(-1), low, high].map(v => show(v))
+  const said = `from ${ends[0]} to ${ends[1]}, on a scale from ${ends[2]} to ${ends[3]}`
   return [el("figure", {}, el("figcaption", {}, title), el("svg",
-    {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title}. ${said.join("; ")}`},
-    path("grid", `M${left} ${top}V${H - bottom}H${W - 8}`),
-    ...mark ? [path("grid dashed", `M${x(mark)} ${top}V${H - bottom}`)] : [],
-    ...band ? [path("band", `M${[...points(band[0]), ...points(band[1]).reverse()].join("L")}Z`)]
-      : [],
-    ...lines.flatMap(({ys, dashed}) => [path(dashed ? "dashed" : "", `M${points(ys).join("L")}`),
-      ...points(ys).map(p => path(dashed ? "dashed" : "", `M${p}m-1.5 0h3`))]),
-    write(show(high), left - 4, top + 8, "end"), write(show(low), left - 4, H - bottom, "end"),
-    write(first, left, H - 4, "start"), write(last, W - 8, H - 4, "end")))]
+    {viewBox: "0 0 300 120", role: "img", "aria-label": `${title}: ${said}`},
+    path("axes", "M40 8V102H292"), ...band.length ? [path("band",
+      `M${[...points(band[0]), ...points(band[1]).reverse()].join("L")}Z`)] : [],
+    ...line("", solid), ...line("dashed", dashed),
+    write(show(high), 36, 16, "end"), write(show(low), 36, 102, "end"),
+    write(first, 40, 116, "start"), write(last, 292, 116, "end")))]
 }
 
 function curves() {
-  const rows = data.curves, xs = rows.map(row => row.step), mark = Number($("step").value)
-  const line = (name, key, dashed) => ({name, dashed, ys: rows.map(row => row[key])})
-  const w = i => rows.map(row => row.w_quantiles?.[i])
-  const d = (row, dashed) => ({name: `step ${row.step}`, dashed, ys: row.d_by_step ?? []})
-  const [start, now] = [rows[0], rows.find(row => row.step === mark)]
-  const scored = !data.scored ? [] : [
-    ...chart("reverse KL, nats", xs, [line("reverse KL", "reverse_kl")], {mark}),
-    ...chart("w: median, and the band from 10% to 90%", xs, [{name: "median", ys: w(2)}],
-      {band: [w(0), w(4)], mark}),
-    ...now ? chart(`d by step of a rollout, nats/token: training step ${mark}, the first dashed`,
-      Array.from({length: Math.max(d(now).ys.length, d(start).ys.length)}, (_, k) => k + 1),
-      [d(now), d(start, true)]) : []]
+  const of = key => data.curves.map(row => row[key]), xs = of("step")
+  const w = i => data.curves.map(row => row.w_quantiles?.[i])
+  const drifts = step => data.curves.find(row => row.step === step)?.d_by_step ?? []
+  const [start, now] = [xs[0], +$("step").value], longest = [drifts(now), drifts(start)]
+    .reduce((a, b) => a.length > b.length ? a : b)
   $("curves").replaceChildren(
-    ...chart("reward, mean", xs, [line("reward", "reward")], {mark}), ...scored,
-    ...chart("entropy, nats" + (data.scored ? "; the teacher's dashed" : ""), xs, [
-      line("student", "entropy"), ...data.scored ? [line("teacher", "teacher_entropy", true)] : []
-    ], {mark}),
-    ...chart("share of tool calls that failed", xs, [line("failed", "tool_fail")], {mark}),
-    ...chart("loss", xs, [line("loss", "loss")], {mark}),
-    ...chart("norm of the gradient", xs, [line("norm", "grad_norm")], {mark}))
+    ...chart("reward, mean; dashed: share right", xs, of("reward"), of("right")),
+    ...chart("reverse KL, nats", xs, of("reverse_kl")),
+    ...chart("w: median, and from 10% to 90%", xs, w(2), [], [w(0), w(4)]),
+    ...chart(`d by step of a rollout, at training step ${now}; dashed: ${start}`,
+      longest.map((_, k) => k + 1), drifts(now), drifts(start)),
+    ...chart("entropy, nats" + (data.scored ? "; dashed: the teacher's" : ""), xs,
+      of("entropy"), of("teacher_entropy")),
+    ...chart("tool calls that failed, share", xs, of("tool_fail")),
+    ...chart("loss", xs, of("loss")), ...chart("norm of the gradient", xs, of("grad_norm")))
 }
 
-// --- The words, and the start ---
+// --- The start ---
 
-const schemes = {sod: "min(d of step 1 / d of this step, 1 + delta)", uniform: "1 at every step",
-  decay: "decay to the number of steps since the first failed call",
-  mask_after_error: "0 after the first failed call, else 1", unclipped: "d of step 1 / d of it"}
-const terms = {
-  "step": "one assistant turn: what the student wrote between two answers of the tool",
-  "stable": "no call has failed so far", "erroneous": "the newest call that ran has failed",
-  "recovery": "a call has failed before, and the newest one worked",
-  "pattern of a rollout": "that of its last step",
-  "reward": "+1 right, about −1 wrong", "advantage": "how far the reward lies above those of " +
-    "the other rollouts of this problem, in standard deviations",
-  "token advantage": "what training raised or lowered the token's probability by",
-  ...data.scored ? {"d": "mean over the step's tokens of |log p student − log p teacher|, nats",
-    "w": `trust in the teacher, here ${schemes[data.scheme]}`} : {},
-}
-
-function begin() {
-  const {method, student, teacher} = data.config, steps = Object.keys(data.steps)
-  document.title = $("name").textContent = `Rollouts of ${data.name}`
-  $("about").textContent = `Method ${method}, student ${student}` +
-    (data.scored ? `, scored by ${teacher}` : ", scored by nobody") +
-    (steps.length ? `. This page holds ${steps.length} of ${data.stored} training steps.` : "")
-  $("terms").append(...Object.entries(terms).flatMap(([word, meaning]) =>
-    [el("dt", {}, word), el("dd", {}, meaning)]))
-  if (!steps.length) {
-    document.querySelector("nav").remove()
-    $("rollout").append("This run stored no rollouts: it imitated demonstrations.")
-    return curves()
-  }
-  if (data.scored) $("legend").append("log p teacher − log p student, nats: ",
-    ...[-3, -2, -1, 0, 1, 2, 3].map(gap => shade(el("span", {}, `${gap}`), gap)),
-    " underlined: the teacher finds it less likely by 1 or more; overlined: more likely")
-  $("step").append(...steps.map(step => el("option", {}, step)))
-  $("show").append(...Object.keys(shown).map(name => el("option", {value: name}, name)))
-  $("show").value = "most drifted first"
-  $("step").onchange = $("show").onchange = choose
-  $("at").onchange = () => go($("at").value - 1)
-  $("back").onclick = () => go(at - 1)
-  $("next").onclick = () => go(at + 1)
+document.title = $("name").textContent = `Rollouts of ${data.name}`
+$("about").textContent = data.about
+$("words").append(...Object.entries(data.words).flatMap(([word, meaning]) =>
+  [el("dt", {}, word), el("dd", {}, meaning)]))
+$("legend").append(...!data.scored ? [] : ["log p teacher − log p student, nats: ",
+  ...[-3, -2, -1, 0, 1, 2, 3].map(gap => shade(el("span", {}, show(gap, 0)), gap)),
+  " underlined: the teacher finds it less likely, by 1 or more; overlined: likelier"])
+$("step").append(...Object.keys(data.steps).map(step => el("option", {}, step)))
+$("show").append(...Object.keys(kinds).map(name => el("option", {value: name}, name)))
+$("step").onchange = $("show").onchange = choose
+$("at").onchange = () => go($("at").value - 1)
+$("back").onclick = () => go(at - 1)
+$("next").onclick = () => go(at + 1)
+$("rollout").onpointerover = $("rollout").onclick = tell
+$("rollout").addEventListener("focusin", tell)
+$("run").hidden = !data.curves.length
+if ($("step").value) {
   document.onkeydown = press
-  $("rollout").onpointerover = $("rollout").onclick = tell
-  $("rollout").addEventListener("focusin", tell)
   choose()
+} else {
+  $("choice").hidden = $("legend").hidden = $("readout").hidden = true
+  curves()
 }
-begin()
 """
 
 

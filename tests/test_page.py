@@ -222,9 +222,8 @@ def test_every_number_on_the_page_stands_in_the_files_of_the_run(tmp_path):
     assert data["steps"] == {str(step): [row | {"patterns": ["stable", "stable"]}
                                          for row in rows if row["step"] == step] for step in (1, 2)}
     assert data["curves"] == [{k: v for k, v in row.items() if k != "tokens"} for row in curves]
-    assert data["config"] == json.loads((tmp_path / "r" / "config.json").read_text())
-    for name in evaluate.CURVES:
-        assert name == "right" or f'"{name}"' in code or f".{name}" in code
+    for name in evaluate.CURVES + evaluate.TEACHER_CURVES:
+        assert f'"{name}"' in code or f".{name}" in code
 
 
 def test_patterns_come_from_what_became_of_the_calls_alone():
@@ -240,18 +239,34 @@ def test_without_a_choice_the_page_holds_the_first_the_middle_and_the_last_step(
     folder = a_run(tmp_path / "r", [a_row(step) for step in range(1, 10)])
     assert list(page_of(folder)[1]["steps"]) == ["1", "5", "9"]
     assert list(page_of(folder, [7, 2])[1]["steps"]) == ["2", "7"]
-    assert page_of(folder)[1]["stored"] == 9
+    assert page_of(folder)[1]["about"].endswith("Shown: 3 of 9 training steps.")
 
 
-def test_without_a_teacher_nothing_is_said_about_one(tmp_path):
-    _, data, _ = page_of(a_run(tmp_path / "g", [a_row(1)], method="grpo"))
-    assert not data["scored"] and data["scheme"] == "uniform"
-    _, data, _ = page_of(a_run(tmp_path / "s", [a_row(1)], weights="decay"))
-    assert data["scored"] and data["scheme"] == "decay"
+def test_what_the_words_mean_is_told_for_the_method_of_the_run(tmp_path):
+    def said(**changes):
+        _, data, _ = page_of(a_run(tmp_path / "r", [a_row(1)], **changes))
+        return data["about"].split(". ")[0].split("scored by ")[1], data["words"]
+    scorer, words = said(teacher="T", opd_coef=0.5)
+    assert scorer == "T" and words["w"].endswith("min(d of step 1 / d of this step, 1 + delta)")
+    assert words["token advantage"].startswith(
+        "advantage + 0.5 · w · (log p teacher − log p student);")
+    assert said(weights="decay")[1]["w"].endswith("decay ^ (steps since the first failed call)")
+    assert said(method="opd_only")[1]["token advantage"].startswith("1.0 · w ·")
+    assert said(method="sod_only", kl="full")[1]["token advantage"].startswith("0, for the exact")
+    assert said(method="opsd_gt")[0] == "its own frozen start, told the answer"
+    assert evaluate.SCHEMES.keys() == sod.WEIGHTS.keys()
+
+
+def test_without_a_teacher_nothing_is_shown_of_one(tmp_path):
+    curves = [{"step": 1, "reward": 0.5, "reverse_kl": 0.0, "d_by_step": [0.0]}]
+    _, data, _ = page_of(a_run(tmp_path / "r", [a_row(1)], curves, method="grpo"))
+    assert not data["scored"] and data["curves"] == [{"step": 1, "reward": 0.5}]
+    assert "scored by nobody" in data["about"] and not {"d", "w"} & data["words"].keys()
 
 
 def test_a_run_of_sft_has_curves_and_no_rollouts(tmp_path):
     _, data, _ = page_of(a_run(tmp_path / "s", [], [{"step": 1, "loss": 2.5}], method="sft"))
+    assert data["about"].endswith("No rollouts stored.")
     assert data["steps"] == {} and data["curves"] == [{"step": 1, "loss": 2.5}]
 
 
