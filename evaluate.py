@@ -920,8 +920,9 @@ def write_page(folder, steps=()):
 
 def page_data(folder, steps):
     """Everything the page shows, as plain values; every number stands in the files of the run."""
-    config = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
-    method = sod.METHODS.get(config["method"], sod.METHODS["grpo"])  # sft: nobody scores either
+    given = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
+    config = sod.Config(**{f.name: given[f.name] for f in fields(sod.Config) if f.name in given})
+    method = sod.METHODS.get(config.method, sod.METHODS["grpo"])  # sft: nobody scores either
     names = CURVES + TEACHER_CURVES * bool(method.view)
     curves = [{name: row[name] for name in names if name in row}
               for row in (parse_line(*line) for line in lines_of(folder / "metrics.jsonl"))]
@@ -940,26 +941,26 @@ def page_data(folder, steps):
             raise ValueError(f"step {step} is not in {folder / 'rollouts.jsonl'}; choose from "
                              f"{', '.join(map(str, known)) or 'none'}")
     chosen = sorted({*steps} or {known[i] for i in (0, len(known) // 2, -1) if known})
-    return {"name": config["name"] or folder.name, "words": words(config, method),
+    return {"name": config.name or folder.name, "words": words(config, method),
             "about": about(config, method, len(chosen), len(known)), "curves": curves,
-            "scored": bool(method.view), "delta": config["delta"],
+            "scored": bool(method.view), "delta": config.delta,
             "steps": {str(step): [rollout(*line) for line in stored[step]] for step in chosen}}
 
 
 def about(config, method, shown, stored):
     """Where the page's numbers come from, in two sentences."""
-    scorer = {"": "nobody", "teacher": config["teacher"]}.get(
+    scorer = {"": "nobody", "teacher": config.teacher}.get(
         method.view, f"its own frozen start, told the {method.view}")
-    return (f"Method {config['method']}, student {config['student']}, scored by {scorer}. "
+    return (f"Method {config.method}, student {config.student}, scored by {scorer}. "
             + (f"Shown: {shown} of {stored} training steps." if stored else "No rollouts stored."))
 
 
 def words(config, method):
     """{word: what it means on the page of this run}"""
-    distils = method.view and config["kl"] == "sampled"
-    term = f"{config['opd_coef']} · w · (log p teacher − log p student)"
+    distils = method.view and config.kl == "sampled"
+    term = f"{config.opd_coef} · w · (log p teacher − log p student)"
     worth = " + ".join(["advantage"] * method.outcome + [term] * bool(distils))
-    scheme = SCHEMES[config["weights"] if method.weights == "sod" else "uniform"]
+    scheme = SCHEMES[config.weights if method.weights == "sod" else "uniform"]
     return {"step": "one assistant turn: what the student wrote between two answers of the tool",
             "stable": "no call has failed so far",
             "erroneous": "the newest call that ran has failed",

@@ -2,6 +2,7 @@
 import base64
 import hashlib
 import json
+import math
 import random
 import re
 import sys
@@ -166,6 +167,7 @@ def page_of(folder, steps=()):
     reader = Reader((folder / "rollouts.html").read_text(encoding="utf-8"))
     data, code = (entry for entry in reader.all("script"))
     assert data[1] == {"type": "application/json", "id": "data"}
+    assert not set("<>&") & set(data[2])  # nothing in it can end the element, or be an entity
     return reader, json.loads(data[2]), code[2]
 
 
@@ -272,8 +274,8 @@ def test_a_run_of_sft_has_curves_and_no_rollouts(tmp_path):
 
 def test_rollouts_of_older_runs_without_tokens_are_shown_all_the_same(tmp_path):
     bare = {name: value for name, value in a_turn().items() if name in evaluate.TURN}
-    _, data, _ = page_of(a_run(tmp_path / "r", [a_row(1, [bare])]))
-    assert data["steps"]["1"][0]["turns"] == [bare]
+    _, data, _ = page_of(a_run(tmp_path / "r", [a_row(1, [bare, bare | {"d": math.nan}])]))
+    assert data["steps"]["1"][0]["turns"] == [bare, bare | {"d": None}]
 
 
 @pytest.mark.parametrize("line, sentence", [
@@ -305,6 +307,8 @@ def test_bad_usage_is_one_sentence(tmp_path, capsys):
     assert "neither rollouts nor metrics" in said("--page", a_run(tmp_path / "e", []))
     folder = a_run(tmp_path / "r", [a_row(1), a_row(3)])
     assert "step 2 is not in" in said("--page", folder, "--step", 2)
+    (folder / "config.json").write_text('{"method": "ppo"}')
+    assert "method is 'ppo'; choose from" in said("--page", folder)
     (folder / "config.json").write_text("[1]")
     assert "config.json: found a list" in said("--page", folder)
     with pytest.raises(SystemExit) as stop:
