@@ -1052,7 +1052,7 @@ PAGE = """<!doctype html>
 <output id="readout"></output>
 <section id="run" aria-label="Curves"><h2>The run, by training step</h2>
 <div id="curves"></div></section>
-<section aria-label="Glossary"><h2>What the words mean</h2><dl id="words"></dl></section>
+<section id="glossary" aria-label="Glossary"><h2>What the words mean</h2><dl id="words"></dl></section>
 <script type="application/json" id="data">@DATA@</script>
 <script type="module">@SCRIPT@</script>
 </html>
@@ -1271,7 +1271,7 @@ if ($("step").value) {
   document.onkeydown = press
   choose()
 } else {
-  $("choice").hidden = $("legend").hidden = $("readout").hidden = true
+  for (const part of ["choice", "legend", "readout", "glossary"]) $(part).hidden = true
   curves()
 }
 """

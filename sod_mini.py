@@ -164,7 +164,7 @@ GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_pe
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
            silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
            rollout_engine="generate", tool_wait=0.0, threads=0, gradient_checkpointing=True,
-           show_every=1)
+           show_every=1, store_tokens=16)  # of 64: each token takes some 34 bytes
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
     "world": {},
