@@ -1052,7 +1052,8 @@ PAGE = """<!doctype html>
 <output id="readout"></output>
 <section id="run" aria-label="Curves"><h2>The run, by training step</h2>
 <div id="curves"></div></section>
-<section id="glossary" aria-label="Glossary"><h2>What the words mean</h2><dl id="words"></dl></section>
+<section id="glossary" aria-label="Glossary"><h2>What the words mean</h2>
+<dl id="words"></dl></section>
 <script type="application/json" id="data">@DATA@</script>
 <script type="module">@SCRIPT@</script>
 </html>

@@ -71,7 +71,9 @@ def scored_batch(tokenizer, method="sod"):
     A, d = torch.tensor([0.70711, -0.70711]), sod.step_divergence(logp_s, logp_t, step_id)
     w = sod.step_weights(d) if method == "sod" else torch.ones_like(d)
     advantages = sod.token_advantages(method, A, logp_s, logp_t, step_id, w)
-    return sod.Scored(rollouts, step_id, logp_s, logp_t, -logp_s, -logp_t, A, d, w, advantages), K
+    return sod.Scored(rollouts=rollouts, step_id=step_id, failed=torch.zeros_like(d).bool(), A=A,
+                      logp_t=logp_t, entropy_t=-logp_t, logp_s=logp_s, entropy_s=-logp_s, d=d, w=w,
+                      advantages=advantages, fresh=False), K
 
 
 def test_rows_hold_the_scores_of_each_token_of_each_step(tokenizer):
