@@ -7,6 +7,7 @@
     python evaluate.py --rescore FILE                     grade stored samples again
     python evaluate.py --table 0.6B/sod=FILE FILE         the paper's table with these rows beside
     python evaluate.py --download aime2024                fetch a benchmark into benchmarks/
+    python evaluate.py --page runs/NAME --step 1 25       the rollouts of a run, as a web page
 
 Each model on each benchmark has one file of samples, a JSON line a sample, named after everything
 that decides what is in it. The same command continues an interrupted file, and ends with the same
@@ -22,6 +23,7 @@ import argparse
 import base64
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -863,11 +865,424 @@ def measured_row(key, label, cells, others):
             *(cells.get(c, (0, ""))[1] for c in others)]
 
 
+# --- The page: the rollouts of a run, to look at ------------------------------------------------
+
+CURVES = ("step", "reward", "right", "entropy", "tool_fail", "loss", "grad_norm")
+TEACHER_CURVES = ("reverse_kl", "teacher_entropy", "w_quantiles", "d_by_step")
+NUMBER, MAYBE = (int, float), (int, float, type(None))  # null: it was not finite
+ROLLOUT = {"question": str, "truth": str, "right": bool, "reward": NUMBER, "advantage": NUMBER,
+           "finish": str, "turns": list}
+TURN = {"text": str, "outcome": str, "d": MAYBE, "w": MAYBE, "tool": (str, type(None))}
+SCORES = ("logp_s", "logp_t", "token_advantages")  # of each token; no logp_t where nobody scored
+SCHEMES = {"sod": "min(d of step 1 / d of this step, 1 + delta)", "uniform": "1",
+           "decay": "decay ^ (steps since the first failed call)",
+           "mask_after_error": "0 after the first failed call, else 1",
+           "unclipped": "d of step 1 / d of this step"}
+
+
+def patterns(outcomes):
+    """The pattern of each step of a rollout, from what became of its calls alone.
+
+    stable     no call has failed so far
+    erroneous  the newest call that ran has failed
+    recovery   a call has failed before, and the newest one worked
+
+    The pattern of a rollout is that of its last step. d and w take no part in the definition, so
+    that what they do in each pattern can be looked at.
+
+    >>> patterns(["ok", "timeout", "error", "ok", ""])
+    ['stable', 'erroneous', 'erroneous', 'recovery', 'recovery']
+    """
+    found = ["stable"]
+    for outcome in outcomes:
+        worked = outcome in ("ok", "output_truncated") and found[-1] != "stable"
+        found.append("erroneous" if outcome not in sod.FINE else
+                     "recovery" if worked else found[-1])
+    return found[1:]
+
+
+def write_page(folder, steps=()):
+    """Write rollouts.html of a run, one file that asks for no other; its path and a summary.
+
+    steps  training steps to show; default: the first, the middle and the last
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; name the folder of a run, as in runs/NAME")
+    data = page_data(folder, steps)
+    place, aside = folder / "rollouts.html", folder / "rollouts.html.part"
+    aside.write_text(page_html(data), encoding="utf-8")
+    aside.replace(place)
+    return (f"{place}  training steps {', '.join(data['steps']) or 'none'}, "
+            f"{sum(map(len, data['steps'].values()))} rollouts, "
+            f"{place.stat().st_size / 2**20:.1f} MiB")
+
+
+def page_data(folder, steps):
+    """Everything the page shows, as plain values; every number stands in the files of the run."""
+    given = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
+    config = sod.Config(**{f.name: given[f.name] for f in fields(sod.Config) if f.name in given})
+    method = sod.METHODS.get(config.method, sod.METHODS["grpo"])  # sft: nobody scores either
+    names = CURVES + TEACHER_CURVES * bool(method.view)
+    curves = [{name: row[name] for name in names if name in row}
+              for row in (parse_line(*line) for line in lines_of(folder / "metrics.jsonl"))]
+    stored = defaultdict(list)  # {training step: its lines}; parsed where shown, as runs are long
+    for where, line in lines_of(folder / "rollouts.jsonl"):
+        start = re.match(r'\{"step": (\d+), ', line)
+        if not start:
+            raise ValueError(f'{where}: found no rollout; needed a line that begins {{"step": ')
+        stored[int(start[1])].append((where, line))
+    if not stored and not curves:
+        raise ValueError(f"{folder} holds neither rollouts nor metrics; a run writes both, from "
+                         "its first step on")
+    known = list(stored)
+    for step in steps:
+        if step not in stored:
+            raise ValueError(f"step {step} is not in {folder / 'rollouts.jsonl'}; choose from "
+                             f"{', '.join(map(str, known)) or 'none'}")
+    chosen = sorted({*steps} or {known[i] for i in (0, len(known) // 2, -1) if known})
+    return {"name": config.name or folder.name, "words": words(config, method),
+            "about": about(config, method, len(chosen), len(known)), "curves": curves,
+            "scored": bool(method.view), "delta": config.delta,
+            "steps": {str(step): [rollout(*line) for line in stored[step]] for step in chosen}}
+
+
+def about(config, method, shown, stored):
+    """Where the page's numbers come from, in two sentences."""
+    scorer = {"": "nobody", "teacher": config.teacher}.get(
+        method.view, f"its own frozen start, told the {method.view}")
+    return (f"Method {config.method}, student {config.student}, scored by {scorer}. "
+            + (f"Shown: {shown} of {stored} training steps." if stored else "No rollouts stored."))
+
+
+def words(config, method):
+    """{word: what it means on the page of this run}"""
+    distils = method.view and config.kl == "sampled"
+    term = f"{config.opd_coef} · w · (log p teacher − log p student)"
+    worth = " + ".join(["advantage"] * method.outcome + [term] * bool(distils))
+    scheme = SCHEMES[config.weights if method.weights == "sod" else "uniform"]
+    return {"step": "one assistant turn: what the student wrote between two answers of the tool",
+            "stable": "no call has failed so far",
+            "erroneous": "the newest call that ran has failed",
+            "recovery": "a call has failed before, and the newest one worked; the pattern of a "
+                        "rollout is that of its last step",
+            "advantage": "how far the reward (+1 right, about −1 wrong) lies above the mean of "
+                         "all rollouts of this problem, in their standard deviations",
+            "token advantage": (worth or "0, for the exact KL is a loss of its own")
+                               + "; training makes a token likelier where this is above 0",
+            **({"d": "mean over the tokens of a step of |log p student − log p teacher|, nats",
+                "w": f"trust in the teacher, in this run {scheme}"} if method.view else {})}
+
+
+def lines_of(path):
+    """[(where, line)] of a file of this project; none where there is no file."""
+    lines = tools.read_text(path).split("\n") if path.exists() else []
+    return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line]
+
+
+def parse_line(where, line):
+    """A JSON object; NaN and infinity, which JSON does not know, become null."""
+    try:
+        row = json.loads(line, parse_constant=lambda name: None)
+    except ValueError as fault:
+        raise ValueError(f"{where}: found broken JSON ({fault}); delete the line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found a {type(row).__name__}; needed a JSON object")
+    return row
+
+
+def rollout(where, line):
+    """One rollout, checked to its last token, with the pattern of each step."""
+    row = parse_line(where, line)
+    check_columns(where, "rollout", row, ROLLOUT)
+    for turn in row["turns"]:
+        check_columns(where, "step", turn, TURN)
+        tokens, lists = turn.get("tokens", []), [turn[name] for name in SCORES if name in turn]
+        if (not all(isinstance(text, str) for text in tokens)
+                or not all(len(values) == len(tokens) for values in lists)
+                or not all(isinstance(v, MAYBE) for values in lists for v in values)):
+            raise ValueError(f"{where}: the lists of a step do not hold a number for each token; "
+                             "delete the line")
+    return row | {"patterns": patterns([turn["outcome"] for turn in row["turns"]])}
+
+
+def check_columns(where, what, row, kinds):
+    wrong = [name for name, kind in kinds.items()
+             if not isinstance(row, dict) or not isinstance(row.get(name, ...), kind)]
+    if wrong:
+        raise ValueError(f"{where}: found no {what}; its {', '.join(wrong)} cannot be used")
+
+
+def page_html(data):
+    """The page. Its policy lets the browser fetch nothing and run one script, known by its hash.
+
+    Text that a model wrote is data: escaped here, so that it cannot close the element it stands
+    in, and put into the page as text nodes by the script.
+    """
+    text = json.dumps(data, allow_nan=False)  # ASCII, so U+2028 and U+2029 are escaped as well
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    digest = lambda code: base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    parts = {"STYLE": STYLE, "SCRIPT": SCRIPT, "DATA": text,
+             "STYLE_HASH": digest(STYLE), "SCRIPT_HASH": digest(SCRIPT)}
+    return re.sub(r"@([A-Z_]+)@", lambda slot: parts[slot[1]], PAGE)  # one pass: data stay data
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+ form-action 'none'; style-src 'sha256-@STYLE_HASH@'; script-src 'sha256-@SCRIPT_HASH@'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Rollouts</title>
+<style>@STYLE@</style>
+<header><h1 id="name">Rollouts</h1><p id="about"></p></header>
+<noscript>This page draws itself with a script of its own; allow it to run.</noscript>
+<nav id="choice" aria-label="Rollouts">
+<label>Training step <select id="step"></select></label>
+<label>Show <select id="show"></select></label>
+<button id="back">Previous</button>
+<label>Rollout <input id="at" type="number" min="1"></label>
+<output id="count"></output>
+<button id="next">Next</button>
+<small>Keys: ← and → change the rollout, or the token in focus; Esc leaves the token.</small>
+</nav>
+<p id="legend"></p>
+<main id="rollout"></main>
+<output id="readout"></output>
+<section id="run" aria-label="Curves"><h2>The run, by training step</h2>
+<div id="curves"></div></section>
+<section id="glossary" aria-label="Glossary"><h2>What the words mean</h2>
+<dl id="words"></dl></section>
+<script type="application/json" id="data">@DATA@</script>
+<script type="module">@SCRIPT@</script>
+</html>
+"""
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #5c5c5c; --line: #c4c4c4;
+  --less: 230 97 0; --more: 30 120 255 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --paper: #141414; --soft: #ababab; --line: #4c4c4c } }
+body { color: var(--ink); background: var(--paper); font: 1rem/1.5 system-ui, sans-serif;
+  max-width: 66rem; margin: 0 auto; padding: 0 1rem 5rem }
+h1 { font-size: 1.4rem; margin: 1rem 0 0 } h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem }
+h3 { font-size: 1rem } h3, p, dl, dd, figure { margin: 0 } ol { list-style: none; padding: 0 }
+#about, small, dt, figcaption, li > b { color: var(--soft); font-size: .85rem }
+nav, .head { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center }
+nav, li { border-top: 1px solid var(--line); padding: .6rem 0; margin-top: .5rem }
+select, button, input { font: inherit; max-width: 100% } input { width: 4.5rem }
+:focus-visible { outline: 3px solid rgb(var(--more)); outline-offset: 1px }
+.head { gap: 0 .9rem } .head dl { display: contents } meter { width: 4rem; margin-left: .4rem }
+.head dl div { display: flex; gap: .35rem; font-size: .85rem }
+.said { font: .9rem/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+b + .said { border-left: 3px dashed var(--line); padding-left: .7rem; color: var(--soft) }
+.less { text-decoration: underline 2px } .more { text-decoration: overline 2px }
+.line::before { content: "↵"; color: var(--soft) }
+#legend { font-size: .85rem } #legend span { padding: 0 .35rem } [hidden] { display: none }
+#readout { position: fixed; inset: auto 0 0; background: var(--paper); padding: .5rem 1rem;
+  border-top: 1px solid var(--line); font-size: .9rem; overflow-wrap: anywhere }
+#curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
+svg { width: 100% } text { font-size: 11px; fill: var(--soft) }
+path { fill: none; stroke: var(--ink); stroke-width: 1.5 } .axes { stroke: var(--line) }
+.band { fill: rgb(var(--more) / .25); stroke: none } .dashed { stroke-dasharray: 4 3 }
+"""
+
+SCRIPT = r"""
+const $ = id => document.getElementById(id)
+const data = JSON.parse($("data").textContent)
+
+// The only way onto the page: append() takes strings as text, never as markup.
+function el(tag, attributes, ...children) {
+  const node = ["svg", "path", "text"].includes(tag)
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag)
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value)
+  node.append(...children)
+  return node
+}
+
+const known = x => x !== null && x !== undefined
+const show = (x, digits = 2) => !known(x) ? "not finite"
+  : x.toFixed(digits).replace(/^-(?=[0.]+$)/, "").replace("-", "−")  // −0.00 is 0.00
+
+// --- Tokens; gap = log p teacher - log p student, nats ---
+
+function shade(node, gap) {  // the strongest colour from 3 nats on; marks, for eyes without colour
+  const strength = Math.min(Math.abs(gap) / 3, 1) * .55
+  node.style.background = `rgb(var(--${gap < 0 ? "less" : "more"}) / ${strength})`
+  if (Math.abs(gap) >= 1) node.classList.add(gap < 0 ? "less" : "more")
+  return node
+}
+
+function tokenOf(turn, gaps, t) {
+  const piece = turn.tokens[t], node = el("span", {tabindex: t ? -1 : 0}, piece || "…")
+  if (/^\s*\n\s*$/.test(piece)) node.classList.add("line")  // else there is nothing to point at
+  node.told = [`“${piece || "part of a character"}”`,
+    `log p student ${show(turn.logp_s[t], 3)}`,
+    ...gaps ? [`log p teacher ${show(turn.logp_t[t], 3)}`, `difference ${show(gaps[t], 3)}`] : [],
+    `token advantage ${show(turn.token_advantages[t], 3)}`].join(" · ")
+  return gaps ? shade(node, gaps[t] ?? 0) : node
+}
+
+// --- One rollout ---
+
+const given = (who, text) => el("li", {}, el("b", {}, who, ", not trained on"),
+  el("div", {class: "said"}, text))
+
+function stepOf(rollout, k) {
+  const turn = rollout.turns[k], last = k + 1 === rollout.turns.length
+  const gaps = turn.logp_t?.map((logp, t) => known(logp) && known(turn.logp_s[t])
+    ? logp - turn.logp_s[t] : null)
+  const widest = gaps?.reduce((a, gap, t) => Math.abs(gap) > Math.abs(gaps[a]) ? t : a, 0)
+  const meter = el("meter", {max: 1 + data.delta, value: turn.w ?? 0, "aria-hidden": true})
+  const facts = {
+    ...data.scored && {d: [show(turn.d, 3)], w: [show(turn.w, 3), meter]},
+    call: [{"": "none", not_run: "not run: limit reached"}[turn.outcome] ?? turn.outcome],
+    pattern: [rollout.patterns[k]], reward: [show(rollout.reward)],
+    advantage: [show(rollout.advantage)],
+    ...gaps && {"widest difference": [`${show(gaps[widest])} at “${turn.tokens[widest]}”`]},
+    ...!turn.tokens && {tokens: ["not stored, see --store_tokens"]}}
+  const step = el("li", {}, el("div", {class: "head"}, el("h3", {}, `Step ${k + 1}`), el("dl", {},
+    ...Object.entries(facts).map(([name, value]) =>
+      el("div", {}, el("dt", {}, name), el("dd", {}, ...value))))),
+    el("div", {class: "said"},
+      ...turn.tokens?.map((_, t) => tokenOf(turn, gaps, t)) ?? [turn.text]))
+  return turn.tool === null ? [step]
+    : [step, given(last ? "Tool, past the token budget and unseen" : "Tool", turn.tool)]
+}
+
+const ends = {answer: "answered", turns: "cut off: turn limit", budget: "cut off: token budget"}
+
+function draw(rollout) {
+  $("rollout").replaceChildren(
+    el("h2", {}, rollout.right ? "✓ right" : "✗ not right", `, ${rollout.patterns.at(-1)}, `,
+      ends[rollout.finish] ?? rollout.finish),
+    el("p", {}, `The right answer: ${rollout.truth || "a program that passes"}`),
+    el("ol", {}, given("Problem", rollout.question),
+      ...rollout.turns.flatMap((_, k) => stepOf(rollout, k))))
+  $("readout").textContent = "Point at a token, tap it or focus it: its numbers, in nats."
+}
+
+// --- Choosing ---
+
+const drift = rollout => Math.max(...rollout.turns.map(turn => turn.d ?? Infinity))
+const kinds = {
+  ...data.scored && {"most drifted first": rows => [...rows].sort((a, b) => drift(b) - drift(a))},
+  "all, as sampled": rows => rows,
+  "not right": rows => rows.filter(r => !r.right),
+  "recovered from a failed call": rows => rows.filter(r => r.patterns.at(-1) === "recovery"),
+  "cut off": rows => rows.filter(r => r.finish !== "answer"),
+}
+let rows = [], at = 0
+
+function go(to) {
+  at = Math.max(0, Math.min(to, rows.length - 1))
+  $("at").value = at + 1
+  $("count").textContent = `${rows.length && at + 1} of ${rows.length}`
+  $("back").disabled = at === 0
+  $("next").disabled = at >= rows.length - 1
+  if (rows.length) draw(rows[at])
+  else $("rollout").replaceChildren("No rollout of this training step is of this kind.")
+}
+
+function choose() {
+  const all = data.steps[$("step").value]
+  for (const option of $("show").options)
+    option.textContent = `${option.value} (${kinds[option.value](all).length})`
+  rows = kinds[$("show").value](all)
+  go(0)
+  curves()
+}
+
+function tell({target}) {
+  if (target.told) $("readout").textContent = target.told
+}
+
+function press(event) {
+  const {key, target} = event, way = {ArrowLeft: -1, ArrowRight: 1}[key]
+  if (key === "Escape" && target.told) target.blur()
+  if (!way || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return
+  if (target.matches("select, input")) return
+  event.preventDefault()
+  if (target.told) (way > 0 ? target.nextSibling : target.previousSibling)?.focus()
+  else go(at + way)
+}
+
+// --- Curves of the run ---
+
+function chart(title, xs, solid, dashed = [], band = []) {
+  const ys = [...solid, ...dashed, ...band.flat()].filter(known)
+  if (!ys.length) return []
+  const low = Math.min(...ys), high = Math.max(...ys), [first, last] = [xs[0], xs.at(-1)]
+  const at = (v, i) => `${40 + 252 * (xs[i] - first) / (last - first || 1)} ` +
+    (8 + 94 * (high - v) / (high - low || 1))
+  const points = values => values.map((v, i) => known(v) ? at(v, i) : "").filter(Boolean)
+  const path = (name, d) => el("path", {class: name, d})
+  const line = (name, values) => points(values).length
+    ? [path(name, `M${points(values).join("L")}${points(values).length > 1 ? "" : "h4"}`)] : []
+  const write = (word, x, y, anchor) => el("text", {x, y, "text-anchor": anchor}, `${word}`)
+  const ends = [solid[0], solid.at(-1), low, high].map(v => show(v))
+  const said = `from ${ends[0]} to ${ends[1]}, on a scale from ${ends[2]} to ${ends[3]}`
+  return [el("figure", {}, el("figcaption", {}, title), el("svg",
+    {viewBox: "0 0 300 120", role: "img", "aria-label": `${title}: ${said}`},
+    path("axes", "M40 8V102H292"), ...band.length ? [path("band",
+      `M${[...points(band[0]), ...points(band[1]).reverse()].join("L")}Z`)] : [],
+    ...line("", solid), ...line("dashed", dashed),
+    write(show(high), 36, 16, "end"), write(show(low), 36, 102, "end"),
+    write(first, 40, 116, "start"), write(last, 292, 116, "end")))]
+}
+
+function curves() {
+  const of = key => data.curves.map(row => row[key]), xs = of("step")
+  const w = i => data.curves.map(row => row.w_quantiles?.[i])
+  const drifts = step => data.curves.find(row => row.step === step)?.d_by_step ?? []
+  const [start, now] = [xs[0], +$("step").value], longest = [drifts(now), drifts(start)]
+    .reduce((a, b) => a.length > b.length ? a : b)
+  $("curves").replaceChildren(
+    ...chart("reward, mean; dashed: share right", xs, of("reward"), of("right")),
+    ...chart("reverse KL, nats", xs, of("reverse_kl")),
+    ...chart("w: median, and from 10% to 90%", xs, w(2), [], [w(0), w(4)]),
+    ...chart(`d by step of a rollout, at training step ${now}; dashed: ${start}`,
+      longest.map((_, k) => k + 1), drifts(now), drifts(start)),
+    ...chart("entropy, nats" + (data.scored ? "; dashed: the teacher's" : ""), xs,
+      of("entropy"), of("teacher_entropy")),
+    ...chart("tool calls that failed, share", xs, of("tool_fail")),
+    ...chart("loss", xs, of("loss")), ...chart("norm of the gradient", xs, of("grad_norm")))
+}
+
+// --- The start ---
+
+document.title = $("name").textContent = `Rollouts of ${data.name}`
+$("about").textContent = data.about
+$("words").append(...Object.entries(data.words).flatMap(([word, meaning]) =>
+  [el("dt", {}, word), el("dd", {}, meaning)]))
+$("legend").append(...!data.scored ? [] : ["log p teacher − log p student, nats: ",
+  ...[-3, -2, -1, 0, 1, 2, 3].map(gap => shade(el("span", {}, show(gap, 0)), gap)),
+  " underlined: the teacher finds it less likely, by 1 or more; overlined: likelier"])
+$("step").append(...Object.keys(data.steps).map(step => el("option", {}, step)))
+$("show").append(...Object.keys(kinds).map(name => el("option", {value: name}, name)))
+$("step").onchange = $("show").onchange = choose
+$("at").onchange = () => go($("at").value - 1)
+$("back").onclick = () => go(at - 1)
+$("next").onclick = () => go(at + 1)
+$("rollout").onpointerover = $("rollout").onclick = tell
+$("rollout").addEventListener("focusin", tell)
+$("run").hidden = !data.curves.length
+if ($("step").value) {
+  document.onkeydown = press
+  choose()
+} else {
+  for (const part of ["choice", "legend", "readout", "glossary"]) $(part).hidden = true
+  curves()
+}
+"""
+
+
 # --- The command -------------------------------------------------------------------------------
 
 
 TAKES = {  # settings that mean something to the commands that sample nothing
-    "download": {"benchmarks"}, "table": set(),
+    "download": {"benchmarks"}, "table": set(), "page": set(),
     "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"},
 }
 
@@ -889,6 +1304,9 @@ def parse(argv=None):
     what.add_argument("--table", nargs="+", metavar="FILE", help="the paper's table with the rows "
                       "of these files beside; SIZE/METHOD=FILE puts one under a row of the paper")
     what.add_argument("--download", metavar="NAME", help="fetch a benchmark from the Hub")
+    what.add_argument("--page", metavar="FOLDER", help="write rollouts.html of a run")
+    parser.add_argument("--step", nargs="+", type=int, default=[], help="training steps on the "
+                        "page; default: the first, the middle and the last")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, Config, __file__, sod.choices())
@@ -898,6 +1316,8 @@ def parse(argv=None):
         useless = given.keys() - takes | ({"data"} if args.data else set())
         if getattr(args, command) and useless:
             parser.error(f"--{command} makes no use of --{min(useless)}")
+    if args.step and not args.page:
+        parser.error("--step goes with --page FOLDER")
     args.data = list(dict.fromkeys(args.data or ["world"]))
     try:
         for data in args.data:
@@ -933,6 +1353,8 @@ def run(args, given):
         config = settings(args.download, given)
         path = download(args.download, config.benchmarks)
         print(f"{path}  {len(load_benchmark(args.download, config))} problems")
+    elif args.page:
+        print(write_page(args.page, args.step))
     elif args.table:
         print(paper_table(args.table))
     elif args.rescore:

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter, deque
@@ -112,6 +113,8 @@ class Config:
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
     show_every: int = 10                    # steps between two rollouts shown, 0 for never
+    store_tokens: int = 128                 # rollouts a step whose tokens go to rollouts.jsonl
+    page: bool = True                       # write rollouts.html at the end
 
     def __post_init__(self):
         for name, allowed in choices().items():
@@ -161,7 +164,8 @@ GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_pe
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
            silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
            rollout_engine="generate", tool_wait=0.0, threads=0, micro_batch_tokens=16_384,
-           gradient_checkpointing=True, show_every=1)
+           gradient_checkpointing=True, show_every=1,
+           store_tokens=16)  # of 64: each token takes some 34 bytes
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
     "world": {},
@@ -1341,6 +1345,7 @@ def batch_metrics(scored, config):
         "entropy": mean(scored.entropy_s, token),
         "teacher_entropy": mean(scored.entropy_t, token),
         "d": mean(scored.d, step), "w": mean(scored.w, step),
+        "w_quantiles": quantiles(scored.w[step]), "d_by_step": means_by_step(scored.d, step),
         "w_capped": mean((scored.w >= 1 + config.delta - 1e-6).float(), step),
         "turns": float(np.mean([len(r.turns) for r in rollouts])),
         "tool_calls": sum(outcomes.values()) / len(rollouts),
@@ -1350,6 +1355,16 @@ def batch_metrics(scored, config):
         "cut_turns": float(np.mean([r.finish == "turns" for r in rollouts])),
         "tokens": int(token.sum()),
     }
+
+
+def quantiles(x):
+    """(N,) -> its 10%, 25%, 50%, 75% and 90% quantiles."""
+    return np.quantile(x.tolist(), [0.1, 0.25, 0.5, 0.75, 0.9]).tolist()
+
+
+def means_by_step(x, step):
+    """(B, K), and which of it are steps -> K means over the rollouts that have a k-th step."""
+    return (torch.where(step, x, 0.0).sum(0) / step.sum(0)).tolist()
 
 
 def update_metrics(updates):
@@ -1603,18 +1618,60 @@ def make_run_folder(config):
     return folder
 
 
-def rollout_rows(scored, step):
-    """A batch as JSON-ready dicts, one a rollout, one entry a step."""
+def token_pieces(tokenizer, ids):
+    """The text of each token; joined, the text of all, control tokens included.
+
+    A byte-level token may end inside a character: it gets "", and the token that completes the
+    character gets both.
+    """
+    pieces, pending = [], []
+    for i in ids:
+        pending.append(i)
+        text = tokenizer.decode(pending)
+        whole = not text.endswith("\ufffd")  # what stands for the bytes of half a character
+        pieces.append(text if whole else "")
+        pending = [] if whole else pending
+    if pending:  # bytes that no token completed
+        pieces[-1] = tokenizer.decode(pending)
+    return pieces
+
+
+def plain(value):
+    """A number or list as JSON can hold it: it knows neither NaN nor infinity, they become null."""
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rounded(values, digits):
+    """(N,) tensor -> numbers that JSON can hold."""
+    return [plain(round(v, digits) + 0.0) for v in values.tolist()]  # + 0.0: no -0.0
+
+
+def token_row(scored, i, k, tokenizer):
+    """The tokens of step k of rollout i, log-probabilities and advantages to three decimals."""
+    r, at = scored.rollouts[i], scored.step_id[i] == k  # (T,)
+    ids = [token for token, step in zip(r.ids, r.step_id) if step == k]
+    row = {"tokens": token_pieces(tokenizer, ids), "logp_s": rounded(scored.logp_s[i, at], 3)}
+    if scored.logp_t is not scored.logp_s:  # somebody has scored
+        row["logp_t"] = rounded(scored.logp_t[i, at], 3)
+    return row | {"token_advantages": rounded(scored.advantages[i, at], 3)}
+
+
+def rollout_rows(scored, step, tokenizer, with_tokens):
+    """A batch as JSON-ready dicts, one a rollout, one entry a step; numbers to four decimals.
+
+    with_tokens  of so many rollouts each step also holds its tokens (token_row)
+    """
     for i, r in enumerate(scored.rollouts):
-        answers = iter(r.answers)
+        answers, d, w = iter(r.answers), rounded(scored.d[i], 4), rounded(scored.w[i], 4)
+        turns = [{"text": text, "outcome": outcome, "d": d[k], "w": w[k],
+                  "tool": next(answers) if outcome not in ("", "not_run") else None}
+                 | (token_row(scored, i, k, tokenizer) if i < with_tokens else {})
+                 for k, (text, outcome) in enumerate(zip(r.turns, r.outcomes))]
         yield {"step": step, "question": r.problem.question, "truth": r.problem.answer,
                "right": r.right, "reason": r.reason, "reward": round(r.reward, 4),
-               "advantage": round(float(scored.A[i]), 4), "finish": r.finish,
-               "turns": [{"text": text, "outcome": outcome, "d": round(float(d), 4),
-                          "w": round(float(w), 4),
-                          "tool": next(answers) if outcome not in ("", "not_run") else None}
-                         for text, outcome, d, w in zip(r.turns, r.outcomes,
-                                                        scored.d[i], scored.w[i])]}
+               "advantage": round(float(scored.A[i]), 4), "finish": r.finish, "turns": turns}
 
 
 def save_checkpoint(agent, folder):
@@ -1799,9 +1856,26 @@ def run(config, preset):
         print(f"checkpoint  {folder / 'checkpoint'}\nmetrics     {folder / 'metrics.jsonl'}")
     if agent.scored is not None:
         print(f"rollouts    {folder / 'rollouts.jsonl'}")
+    if config.page and config.method != "vanilla":
+        print(f"page        {page_of(folder)}")
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
               + results_table(results))
+
+
+def page_of(folder):
+    """Have evaluate.py write the page of a run; its path and size, or why there is none.
+
+    A process of its own, for imports go one way: evaluate.py imports this file. The run is done
+    and saved, so whatever happens there is told and does no harm.
+    """
+    script = Path(__file__).with_name("evaluate.py")
+    done = subprocess.run([sys.executable, script, "--page", folder],
+                          capture_output=True, text=True)
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return said[-1] if done.returncode == 0 and said else (
+        f"not written ({said[-1] if said else f'exit status {done.returncode}'}); to try again: "
+        f"python evaluate.py --page {folder}")
 
 
 def train_to_files(agent, config, folder):
@@ -1811,9 +1885,7 @@ def train_to_files(agent, config, folder):
         total = config.steps if config.method in METHODS else None
         for m in tqdm(train(config, agent), total=total, desc=config.method, unit="step",
                       disable=None):  # no bar where nobody watches
-            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                     for k, v in m.items()}  # JSON has no NaN
-            metrics_file.write(json.dumps(plain) + "\n")
+            metrics_file.write(json.dumps({k: plain(v) for k, v in m.items()}) + "\n")
             metrics_file.flush()
             if m["step"] == 1 and m["skipped"]:
                 tqdm.write(f"{m['skipped']} problems or demonstrations are too long and skipped: "
@@ -1824,7 +1896,9 @@ def train_to_files(agent, config, folder):
                 continue
             tqdm.write(progress_line(m, config))
             rollouts_file.writelines(json.dumps(row) + "\n"
-                                     for row in rollout_rows(agent.scored, m["step"]))
+                                     for row in rollout_rows(
+                                         agent.scored, m["step"], agent.tokenizer,
+                                         config.store_tokens))
             if config.show_every and (m["step"] - 1) % config.show_every == 0:
                 tqdm.write(show_rollout(agent.scored))
 
