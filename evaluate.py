@@ -21,6 +21,7 @@ Notation
 """
 import argparse
 import base64
+import copy
 import csv
 import fcntl
 import html
@@ -880,7 +881,7 @@ STUDY_SECONDS = 55          # of one run, where none has been measured yet
 ROWS = {
     "vanilla": dict(method="vanilla"),
     "teacher": dict(method="vanilla", student=WORLD.teacher),
-    "sft": dict(method="sft", sft_epochs=1, sft_lr=WORLD.lr),  # see study_agent: an equal budget
+    "sft": dict(method="sft", sft_epochs=1, sft_lr=WORLD.lr),  # see learn: an equal budget
     **{name: dict(method=name) for name in sod.METHODS},
     **{name: dict(weights=name) for name in sod.WEIGHTS if name not in ("sod", "uniform")},
     "opd_full": dict(method="opd", kl="full"), "sod_full": dict(kl="full"),
@@ -920,21 +921,10 @@ def study_file(row, seed, folder, budget):
     return Path(folder) / f"{row}-{seed}-{zlib.crc32(text.encode()):08x}.json"
 
 
-def study_agent(config):
-    """What sod_mini loads; sft imitates as many conversations as the others have rollouts."""
-    agent = sod.load_agent(config)
-    if config.method == "sft":
-        pairs, skipped = agent.practice
-        count = min(config.steps * config.prompts_per_step * config.group_size, len(pairs))
-        agent.practice = random.Random(config.seed).sample(pairs, count), skipped
-    return agent
-
-
 def study_run(row, seed, folder, budget):
     """Train and measure one row from one seed; its file is written once all is measured."""
     path, config = study_file(row, seed, folder, budget), study_config(row, seed, folder, budget)
-    clock = time.perf_counter()
-    agent = study_agent(config)
+    clock, agent = time.perf_counter(), sod.load_agent(config)
     with agent.tool:
         found = (signal_of if row == "signal" else learn)(agent, config)
         problems = sod.eval_problems(agent, config)
@@ -952,7 +942,10 @@ def learn(agent, config):
     """Train; the numbers of each step that the table and the figures need."""
     found = {"curve": [], "drift": [], "patterns": [], "example": None, "tokens": 0}
     clock, best = time.perf_counter(), 0.0
-    if config.method == "sft":
+    if config.method == "sft":  # as many conversations as the others have rollouts
+        pairs, skipped = agent.practice
+        count = min(config.steps * config.prompts_per_step * config.group_size, len(pairs))
+        agent.practice = random.Random(config.seed).sample(pairs, count), skipped
         found["tokens"] = sum(k >= 0 for _, step_id in agent.practice[0] for k in step_id)
     for m in sod.train(config, agent):
         found["tokens"] += m.get("tokens", 0)
@@ -1019,33 +1012,26 @@ def recoveries(scored):
 
 # --- The study: does the teacher's signal point the right way? ----------------------------------
 
-SIGNAL_STEP = 0.3  # length of the step in parameter space; a training step of AdamW has about this
-
-
 def signal_of(agent, config):
     """One step along logp_t - logp_s of some tokens only, from the start: what becomes of success?
 
-    The classes differ in step index and in whether a call failed before; all steps have one
-    length, so only their directions are compared. Success is average@k on held-out problems.
+    The classes differ in step index and in whether a call failed before. All steps move each
+    parameter by lr, as AdamW's first step does, so only their directions are compared. Success is
+    average@k on held-out problems, sampled with the same random numbers each time.
     """
     clock, problems = time.perf_counter(), sod.eval_problems(agent, config)
-    start = {name: p.detach().clone() for name, p in agent.student.named_parameters()}
+    start = copy.deepcopy(agent.student.state_dict())
     next(sod.train(config, agent))  # samples and scores a batch; its own step is too small to count
     scored, found = agent.scored, {}
+    signal = scored.logp_t - scored.logp_s  # (B, T)
+    right = torch.tensor([r.right for r in scored.rollouts])[:, None]
+    mean = lambda at: float(signal[at].mean()) if at.any() else None
     for name, tokens in signal_classes(scored).items():
-        with torch.no_grad():
-            for key, p in agent.student.named_parameters():
-                p.copy_(start[key])
-        step_along(agent.student, scored, tokens, config)
-        signal = (scored.logp_t - scored.logp_s)
-        right = torch.tensor([r.right for r in scored.rollouts])[:, None] & tokens
-        mean = lambda at: float(signal[at].mean()) if at.any() else None
-        found[name] = {"tokens": int(tokens.sum()), "mean": mean(tokens), "in_right": mean(right),
-                       "in_wrong": mean(tokens & ~right),
+        step_along(agent.student, scored, torch.where(tokens, signal, 0.0), config)
+        found[name] = {"tokens": int(tokens.sum()), "mean": mean(tokens),
+                       "in_right": mean(tokens & right), "in_wrong": mean(tokens & ~right),
                        "right": float(sod.evaluate(agent.student, agent, problems, config).mean())}
-    with torch.no_grad():
-        for key, p in agent.student.named_parameters():
-            p.copy_(start[key])
+        agent.student.load_state_dict(start)
     return {"signal": found, "tokens": int((scored.step_id >= 0).sum()),
             "seconds": time.perf_counter() - clock}
 
@@ -1055,25 +1041,25 @@ def signal_classes(scored):
     k = scored.step_id
     before = failed_calls(scored)[1].gather(1, k.clamp(min=0))
     places = {"step 1": k == 0, "step 2": k == 1, "step 3": k == 2, "step 4 and later": k > 2}
-    return {"all": k >= 0, **{f"{CLASSES[2 * after]}, {place}": at & (before == bool(after))
-                              for after in (0, 1) for place, at in places.items()
-                              if after == 0 or place != "step 1"}}
+    classes = {f"{CLASSES[2 * after]}, {place}": at & (before == bool(after))
+               for after in (0, 1) for place, at in places.items()}
+    del classes[f"{CLASSES[2]}, step 1"]  # nothing comes before the first step
+    return {"all": k >= 0, **classes}
 
 
-def step_along(model, scored, tokens, config):
-    """Move the model by SIGNAL_STEP along the gradient of sum (logp_t - logp_s) log pi(token)."""
+def step_along(model, scored, signal, config, lr=WORLD.lr):
+    """Move each parameter by lr towards a larger sum of signal * log pi over the tokens.
+
+    signal  (B, T) what each token is worth, 0 for those that do not count
+    """
     model.zero_grad()
-    signal = torch.where(tokens, scored.logp_t - scored.logp_s, 0.0)
-    for rows in sod.micro_batches([len(r.ids) for r in scored.rollouts],
-                                  config.micro_batch_tokens):
+    for rows in sod.micro_batches([len(r.ids) for r in scored.rollouts], config.micro_batch_tokens):
         ids = sod.pad([scored.rollouts[i].ids for i in rows], 0, model.device)
         logp = sod.sampled_logprobs(model, ids, config.temperature)
         (signal[rows, :ids.shape[1]] * logp).sum().backward()
-    weights = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.stack([p.grad.norm() for p in weights]).norm()
     with torch.no_grad():
-        for p in weights:
-            p += SIGNAL_STEP / norm * p.grad
+        for p in model.parameters():
+            p += lr * p.grad.sign()
     model.zero_grad()
 
 
