@@ -72,6 +72,7 @@ class Config:
     epsilon: float = 1e-6                   # keeps the ratio of Eq. 7 finite
     delta: float = 0.2                      # w_k <= 1 + delta (Eq. 7)
     decay: float = 0.9                      # factor a step of the weight scheme "decay"
+    floor: float = 0.2                      # least d of the weight scheme "floor", nats/token
     opd_coef: float = 1.0                   # distillation against outcome (Eq. 8)
     clip_low: float = 0.2                   # ratio >= 1 - clip_low
     clip_high: float = 0.28                 # ratio <= 1 + clip_high
@@ -244,10 +245,18 @@ def step_divergence(logp_s, logp_t, step_id, num_steps=None):
     """
     K = num_steps or max(int(step_id.max()) + 1, 1)
     gap = torch.where(step_id >= 0, (logp_s - logp_t).abs(), 0.0)
+    return step_sums(gap, step_id, K) / step_tokens(step_id, K).clamp(min=1)
+
+
+def step_sums(values, step_id, K):
+    """(B, T) values -> (B, K) their sum over the tokens of each step."""
     slot = step_id.long() + 1  # slot 0 collects what belongs to no step
-    total = gap.new_zeros(len(gap), K + 1).scatter_add_(1, slot, gap)[:, 1:]
-    count = gap.new_zeros(len(gap), K + 1).scatter_add_(1, slot, torch.ones_like(gap))[:, 1:]
-    return total / count.clamp(min=1)
+    return values.new_zeros(len(values), K + 1).scatter_add_(1, slot, values)[:, 1:]
+
+
+def step_tokens(step_id, K):
+    """(B, T) step ids -> (B, K) how many tokens each step has, 0 for no step."""
+    return step_sums(torch.ones_like(step_id, dtype=torch.float32), step_id, K)
 
 
 def step_weights(d, epsilon=1e-6, delta=0.2):
@@ -291,13 +300,48 @@ def mask_after_error(failed):
     return (steps_since_failure(failed) == 0).float()
 
 
-WEIGHTS = {  # the weight schemes of the paper's ablation
-    "sod": lambda d, failed, c: step_weights(d, c.epsilon, c.delta),
-    "uniform": lambda d, failed, c: torch.ones_like(d),
-    "decay": lambda d, failed, c: decay_weights(failed, c.decay),
-    "mask_after_error": lambda d, failed, c: mask_after_error(failed),
-    "unclipped": lambda d, failed, c: unclipped_weights(d, c.epsilon),
+def token_mean(w, tokens):
+    """Mean weight of a sampled token of the batch: (B, K) and (B, K) tokens a step -> scalar.
+
+    >>> token_mean(torch.tensor([[1.0, 0.5, 9.9]]), torch.tensor([[1, 3, 0]]))
+    tensor(0.6250)
+    """
+    return (w * tokens).sum() / tokens.sum().clamp(min=1)
+
+
+def rescaled_weights(w, tokens):
+    """The same weights with mean 1 over the sampled tokens of the batch: (B, K) -> (B, K)."""
+    return w / token_mean(w, tokens)
+
+
+def median_weights(d, epsilon=1e-6, delta=0.2):
+    """Eq. 7 with the median of d_1..d_k in place of d_1: one easy step cannot switch off the rest.
+
+    >>> median_weights(torch.tensor([[0.0, 0.4, 0.2]]))
+    tensor([[1.0000, 0.5000, 1.0000]])
+    """
+    middle = torch.stack([d[:, :k].quantile(0.5, dim=1) for k in range(1, d.shape[1] + 1)], 1)
+    return ((middle + epsilon) / (d + epsilon)).clamp(max=1 + delta)
+
+
+# Functions of d, (B, K) failed calls, (B, K) tokens of each step and Config.
+WEIGHTS = {
+    "sod": lambda d, failed, tokens, c: step_weights(d, c.epsilon, c.delta),
+    # the paper's ablation
+    "uniform": lambda d, failed, tokens, c: torch.ones_like(d),
+    "decay": lambda d, failed, tokens, c: decay_weights(failed, c.decay),
+    "mask_after_error": lambda d, failed, tokens, c: mask_after_error(failed),
+    "unclipped": lambda d, failed, tokens, c: unclipped_weights(d, c.epsilon),
+    # ours: is it the scale of w or its shape (SOD's mean on every token; SOD's shape at mean 1),
+    # and does a first step that is known by heart (d_1 near 0) do harm?
+    "constant": lambda d, failed, tokens, c: token_mean(
+        step_weights(d, c.epsilon, c.delta), tokens).expand(d.shape),
+    "rescaled": lambda d, failed, tokens, c: rescaled_weights(
+        step_weights(d, c.epsilon, c.delta), tokens),
+    "floor": lambda d, failed, tokens, c: step_weights(d.clamp(min=c.floor), c.epsilon, c.delta),
+    "median": lambda d, failed, tokens, c: median_weights(d, c.epsilon, c.delta),
 }
+BATCHWIDE = ("constant", "rescaled")  # these need the whole batch at once
 
 
 def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, clip_dual=3.0,
@@ -1036,7 +1080,8 @@ def score_batch(agent, rollouts, config):
     failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")  # (B, K)
     A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size)
     # With one update a batch, that update's own forward pass is the old policy's: no second one.
-    fresh = config.updates_per_step == 1
+    # Weights that are relative to the batch's mean must know all of the batch before.
+    fresh = config.updates_per_step == 1 and config.weights not in ("constant", "rescaled")
     logp_s, entropy_s = (torch.zeros(step_id.shape) for _ in range(2)) if fresh else score(
         agent.student, rollouts, config)
     logp_t, entropy_t = logp_s, entropy_s
@@ -1058,7 +1103,7 @@ def weigh(scored, at, config):
     logp_s, logp_t = scored.logp_s[at], scored.logp_t[at]
     d = step_divergence(logp_s, logp_t, step_id, scored.d.shape[1])
     scheme = config.weights if method.weights == "sod" else "uniform"
-    w = WEIGHTS[scheme](d, scored.failed[at], config)
+    w = WEIGHTS[scheme](d, scored.failed[at], step_tokens(step_id, d.shape[1]), config)
     coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
     scored.d[at], scored.w[at] = d, w
     scored.advantages[at] = token_advantages(config.method, scored.A[at], logp_s, logp_t, step_id,
