@@ -1,0 +1,524 @@
+"""Every hot path beside its peers in one run: medians, ratios, and the ratio each must reach.
+
+    python tests/bench.py                    all sections below, about 15 minutes on a quiet CPU core
+    python tests/bench.py memory time        some of them; --help lists them
+
+Where a CUDA GPU is at hand each section measures it too. Peers from TRL appear where TRL can be
+imported (pip install trl==1.16.0); the project does not need it.
+
+How it is measured. What is compared takes turns, so that both sides meet the same machine; ratios
+are medians of the ratios of neighbours. Torch has one thread. Arithmetic on the CPU is timed by the
+CPU seconds of the process, which other programs change less than the clock on the wall; rollouts
+and whole steps, where tools are waited for, by the wall. Peaks of memory are counted on tensors
+without data, see tests/memory.py.
+"""
+import argparse
+import contextlib
+import math
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sod_mini as sod  # noqa: E402
+import tools  # noqa: E402
+from memory import AskedFor, PeakMemory, as_on_a_gpu  # noqa: E402
+
+GIB, CUDA = 2 ** 30, torch.cuda.is_available()
+N, V = 20_480, 151_936  # tokens of the paper's longest response; rows of Qwen3's vocabulary
+QWEN3 = {  # hidden size, layers, heads, intermediate size; 8 key heads of 128
+    "0.6B": (1024, 28, 16, 3072), "1.7B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728)}
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+    what: str
+    ours: str
+    against: str
+    ratio: float = math.nan  # how much better or worse we are, in the sense that `target` says
+    target: str = ""         # such as ">= 50"; "" where nothing was promised
+
+    def __str__(self):
+        ratio = "" if math.isnan(self.ratio) else f"{self.ratio:.3g}"
+        met = ""
+        if self.target and not math.isnan(self.ratio):
+            sign, bound = self.target.split()
+            holds = self.ratio >= float(bound) if sign == ">=" else self.ratio <= float(bound)
+            met = "yes" if holds else "NO"
+        return f"| {self.what} | {self.ours} | {self.against} | {ratio} | {self.target} | {met} |"
+
+
+def no_gpu(what):
+    return Row(f"{what}, GPU", "no GPU: not measured", "")
+
+
+# --- Measuring --------------------------------------------------------------------------------
+
+
+def take_turns(works, rounds, clock=time.process_time):
+    """{name: (rounds,) seconds} of functions that run one after the other, again and again."""
+    seconds = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            started = clock()
+            work()
+            seconds[name].append(clock() - started)
+    return {name: np.array(times[1:]) for name, times in seconds.items()}  # the first warms up
+
+
+def gpu_clock():
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratio(a, b):
+    return float(np.median(a / b))
+
+
+def show(seconds):
+    middle = float(np.median(seconds))
+    return f"{middle:.2f} s" if middle >= 1 else f"{1000 * middle:.3g} ms"
+
+
+def fake_peak(work, *shapes, dtype=torch.bfloat16, gpu=True):
+    """GiB that `work` and its backward take at their peak, inputs not counted."""
+    with FakeTensorMode(), as_on_a_gpu() if gpu else contextlib.nullcontext():
+        inputs = [torch.empty(s, dtype=dtype, requires_grad=True) for s in shapes]
+        targets = torch.zeros(shapes[0][0], dtype=torch.long)
+        with PeakMemory() as memory:
+            work(*inputs, targets).sum().backward()
+    return memory.peak / GIB
+
+
+def real_peak(work, *shapes):
+    """The same from CUDA's allocator."""
+    inputs = [(torch.randn(s, device="cuda", dtype=torch.bfloat16) / 32).requires_grad_()
+              for s in shapes]
+    targets = torch.zeros(shapes[0][0], dtype=torch.long, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work(*inputs, targets).sum().backward()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+# --- Steps: boundaries, divergence, weights, advantages ----------------------------------------
+
+
+def steps():
+    """step_divergence, step_weights and token_advantages beside a loop over tokens."""
+    B, T, K = 64, N, 16
+    torch.manual_seed(0)
+    logp_s, logp_t, A = -torch.rand(B, T), -torch.rand(B, T), torch.randn(B)
+    step_id = (torch.arange(T) * K // T).repeat(B, 1)
+    step_id[:, ::9] = -1  # tool text
+
+    def tensors(*x, rows=B):
+        logp_s, logp_t, step_id, A = (part[:rows] for part in x)
+        w = sod.step_weights(sod.step_divergence(logp_s, logp_t, step_id, K))
+        return sod.token_advantages("sod", A, logp_s, logp_t, step_id, w)
+
+    batch, rows = (logp_s, logp_t, step_id, A), 8
+    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9)["tensors"]
+    started = time.process_time()
+    looped = [loop_over_tokens(*(part[i] for part in batch)) for i in range(rows)]
+    loop = (time.process_time() - started) * B / rows
+    torch.testing.assert_close(tensors(*batch, rows=rows), torch.stack(looped))
+    what = f"step boundaries, d, w and advantages, {B} x {T:,} tokens"
+    yield Row(what, show(seconds), f"{loop:.1f} s, a loop with .item() ({rows} of {B} rows, scaled)",
+              loop / float(np.median(seconds)), ">= 100")
+    if not CUDA:
+        yield no_gpu(what)
+        return
+    batch = [x.cuda() for x in batch]
+    torch.cuda.set_sync_debug_mode("error")  # an error where anything waits for the GPU
+    tensors(*batch)
+    torch.cuda.set_sync_debug_mode("default")
+    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9, gpu_clock)["tensors"]
+    started = gpu_clock()
+    loop_over_tokens(*(part[0, :2048] if part.dim() > 1 else part[0] for part in batch))
+    loop = (gpu_clock() - started) * B * T / 2048
+    yield Row(f"{what}, GPU, no wait for the device", show(seconds),
+              f"{loop:.0f} s, a loop with .item() (2,048 tokens, scaled)",
+              loop / float(np.median(seconds)), ">= 100")
+
+
+def loop_over_tokens(logp_s, logp_t, step_id, A):
+    """The obvious way, for one rollout: (T,) advantages."""
+    total, count, advantages = {}, {}, torch.zeros_like(logp_s)
+    for t in range(len(step_id)):
+        k = step_id[t].item()
+        if k >= 0:
+            gap = abs(logp_s[t].item() - logp_t[t].item())
+            total[k], count[k] = total.get(k, 0) + gap, count.get(k, 0) + 1
+    d = {k: total[k] / count[k] for k in total}
+    for t in range(len(step_id)):
+        k = step_id[t].item()
+        if k >= 0:
+            w = min((d[0] + 1e-6) / (d[k] + 1e-6), 1.2)
+            advantages[t] = A.item() + w * (logp_t[t].item() - logp_s[t].item())
+    return advantages
+
+
+# --- Head: memory and time of token_logprobs and reverse_kl ------------------------------------
+
+
+def naive_logprobs(hidden, weight, targets):
+    logits = (hidden @ weight.T).float()
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def naive_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _=None):
+    log_p, log_q = ((h @ w.T).float().log_softmax(-1)
+                    for h, w in ((hidden_s, weight_s), (hidden_t.detach(), weight_t.detach())))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def our_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _=None):
+    return sod.reverse_kl(hidden_s, weight_s, hidden_t.detach(), weight_t.detach())
+
+
+def trl_kernels():
+    """TRL's counterparts of both functions, or None: (logprobs, reverse KL, modules)."""
+    try:
+        from trl.kernels import chunked_divergence, chunked_logprob
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as width
+    except ImportError:
+        return None
+
+    def logprobs(hidden, weight, targets):
+        return chunked_logprob.ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, width, None, 1.0, ())[0]
+
+    def kl(hidden_s, weight_s, hidden_t, weight_t, _=None):
+        return chunked_divergence.ChunkedDivergenceFunction.apply(
+            hidden_s, weight_s, None, hidden_t.detach(), weight_t.detach(), None, 1.0)[0]
+    return logprobs, kl, (chunked_logprob, chunked_divergence)
+
+
+@contextlib.contextmanager
+def with_triton(modules):
+    """TRL's memory as on a GPU: its Triton kernels and its products take no memory at all there."""
+    nothing, nothing_new = (lambda *a, **k: None), (lambda total, a, b: total.add_(0))
+    names = ("_forward_tile", "_backward_tile", "_stats_tile", "_project")
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name in names:
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, nothing))
+            stack.enter_context(mock.patch.object(module, "_addmm_fp32", nothing_new))
+        yield
+
+
+def memory():
+    """Extra memory of forward and backward at full size, inputs not counted."""
+    kernels, D, D_t = trl_kernels(), QWEN3["0.6B"][0], QWEN3["4B"][0]
+    for name, ours, naive, trl, shapes, bound in (
+            ("token_logprobs", sod.token_logprobs, naive_logprobs, 0, ((N, D), (V, D)), 2.4),
+            ("reverse_kl", our_reverse_kl, naive_reverse_kl, 1,
+             ((N, D), (V, D), (N, D_t), (V, D_t)), 3)):
+        what = f"{name}, extra memory, {N:,} x {V:,} x {D}, bf16"
+        mine, plain = fake_peak(ours, *shapes), fake_peak(naive, *shapes)
+        floor = 2 * (N + V) * D / GIB
+        yield Row(what, f"{mine:.2f} GiB (gradients alone {floor:.2f})", f"{plain:.1f} GiB, naive",
+                  plain / mine, ">= 50")
+        if kernels:
+            with with_triton(kernels[2]):
+                theirs = fake_peak(kernels[trl], *shapes)
+            yield Row(what, f"{mine:.2f} GiB", f"{theirs:.2f} GiB, TRL with its GPU kernels",
+                      theirs / mine, f">= {bound}")
+            theirs = fake_peak(kernels[trl], *shapes, gpu=False)
+            yield Row(what, f"{mine:.2f} GiB", f"{theirs:.2f} GiB, TRL without them", theirs / mine)
+        if CUDA:
+            seen = real_peak(ours, *shapes)
+            yield Row(f"{what}, measured by CUDA over counted", f"{seen:.2f} GiB",
+                      f"{mine:.2f} GiB", seen / mine, "<= 1.1")  # cuBLAS has its workspace
+        else:
+            yield no_gpu(what)
+
+
+def products(hidden, weight):
+    """The matrix products no tiling can avoid: logits, twice, and both gradients. 8 N V D flops."""
+    p = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+
+    def work():
+        with torch.no_grad():
+            torch.mm(hidden, weight.T, out=p)
+            torch.mm(hidden, weight.T, out=p)
+            return p @ weight, p.T @ hidden
+    return work
+
+
+def head_times(n, v, d, dtype, device, clock, rounds):
+    """Rows of the time of token_logprobs, forward and backward, beside its peers."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(s, device=device, dtype=dtype).div_(d ** 0.25).requires_grad_()
+                      for s in ((n, d), (v, d)))
+    targets, g = torch.randint(0, v, (n,), device=device), torch.randn(n, device=device)
+
+    def both_ways(function):
+        def work():
+            hidden.grad = weight.grad = None
+            (function(hidden, weight, targets) * g).sum().backward()
+        return work
+    kernels = trl_kernels()
+    peers = {"ours": sod.token_logprobs, "naive": naive_logprobs}
+    peers |= {"TRL": kernels[0]} if kernels else {}
+    seconds = take_turns({name: both_ways(f) for name, f in peers.items()}
+                         | {"floor": products(hidden, weight)}, rounds, clock)
+    what = f"token_logprobs, time, {n:,} x {v:,} x {d}, {str(dtype)[6:]}, {device}"
+    ours = seconds["ours"]
+    yield Row(what, show(ours), f"{show(seconds['naive'])}, naive", ratio(ours, seconds["naive"]),
+              "<= 1.2" if device == "cpu" else "<= 1.0")
+    yield Row(f"{what}, share of the floor", show(ours),
+              f"{show(seconds['floor'])}, its 4 products alone", ratio(seconds["floor"], ours),
+              ">= 0.75")
+    if kernels:
+        yield Row(what, show(ours), f"{show(seconds['TRL'])}, TRL", ratio(ours, seconds["TRL"]))
+
+
+def head():
+    """Time of token_logprobs, forward and backward."""
+    yield from head_times(512, V // 4, 1024, torch.float32, "cpu", time.process_time, 5)
+    yield from head_times(2048, 8192, 256, torch.float32, "cpu", time.process_time, 5)
+    if CUDA:
+        yield from head_times(8192, V, 1024, torch.bfloat16, "cuda", gpu_clock, 9)
+    else:
+        yield no_gpu("token_logprobs, time")
+
+
+# --- Rollouts ---------------------------------------------------------------------------------
+
+
+class LateTool:
+    """A tool whose answers take longer: `seconds(code)`, for calls made together the longest."""
+
+    def __init__(self, run, seconds):
+        self.answer, self.seconds = run, seconds
+
+    def run(self, codes, stdins=None):
+        started = time.perf_counter()
+        seen = self.answer(codes)
+        until = started + max(map(self.seconds, codes), default=0)
+        time.sleep(max(until - time.perf_counter(), 0))
+        return seen
+
+
+def one_in_sixteen(code):
+    """Seconds of a call: 1 for one program in sixteen, 20 ms for the others."""
+    return 1.0 if zlib.crc32(code.encode()) % 16 == 0 else 0.02
+
+
+class Script:
+    """Rollouts that are known beforehand, so that any model takes as many turns as we like.
+
+    The engines do all their work; only which token comes next is not left to the model. Noise is
+    what they pick tokens by, and here it is the number of the token.
+    """
+
+    def __init__(self, tokenizer, turns, vocabulary, max_response):
+        """turns: for each rollout the number of filler words of each of its turns."""
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self.problem = tools.Problem("What is 6 * 7?", "42")
+        self.prompts = [(self.problem, sod.encode_prompt(tokenizer, self.problem))] * len(turns)
+        self.noise = np.zeros((len(turns), max_response))
+        self.tokens = 0
+        for i, words in enumerate(turns):
+            at = 0
+            for k, n in enumerate(words):
+                call = tools.render_tool_call(f"{i} + {k}")
+                text = "7 " * n + (call if k < len(words) - 1 else "\\boxed{42}")
+                ids = sod.encode(tokenizer, text + tokenizer.eos_token)
+                self.noise[i, at:at + len(ids)] = (np.array(ids) + 0.5) / vocabulary
+                self.tokens += len(ids)
+                at += len(ids) + len(sod.encode_tool_turn(tokenizer, ANSWER))
+
+    def random(self, shape):
+        return self.noise if shape == self.noise.shape else np.ones(shape)  # ones: no silence
+
+    def play(self, model, engine, seconds=lambda code: 0.0, **changes):
+        """Seconds on the wall of all rollouts by one of the engines."""
+        config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0, overlong=0,
+                            max_response=self.noise.shape[1], tool_wait=0.0, **changes)
+        tool = LateTool(lambda codes: [tools.Observation(ANSWER, "ok", 0.0)] * len(codes), seconds)
+
+        def pick(logits, noise, temperature, top_p):
+            PICK(logits, noise, temperature, top_p)  # takes the time it takes
+            return (noise * self.vocabulary).long()
+        with mock.patch.object(sod, "pick_tokens", pick):
+            started = time.perf_counter()
+            rollouts = sod.sample_rollouts(model, self.tokenizer, self.prompts, tool, config, self)
+        taken = time.perf_counter() - started
+        assert all(r.right for r in rollouts) and self.tokens == sum(
+            k >= 0 for r in rollouts for k in r.step_id), "not what the script says"
+        return taken
+
+
+ANSWER, PICK = "1 2 3 4 5 6 7 8 9 10", sod.pick_tokens
+
+
+def random_qwen3(size, vocabulary, device="cpu", dtype=torch.float32, **changes):
+    """A Qwen3 model of random weights: a name of QWEN3 or (hidden, layers, heads, MLP)."""
+    hidden, layers, heads, inner = QWEN3.get(size, size)
+    shape = dict(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
+                 num_attention_heads=heads, num_key_value_heads=min(8, heads // 2), head_dim=128,
+                 intermediate_size=inner, tie_word_embeddings=True, max_position_embeddings=40_960)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def ragged(rollouts, longest, seed=0):
+    """1 to 6 turns each, of 2 to `longest` words each."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, longest + 1, rng.integers(1, 7)).tolist() for _ in range(rollouts)]
+
+
+def rollouts():
+    """64 ragged trajectories of several turns: the slots engine beside per-turn generate."""
+    agent = sod.load_agent(sod.Config(rollout_batch=64, tool_wait=0.0, silent_rate=0.0))
+    prompts = [p for p in agent.practice[0][:16] for _ in range(4)]
+
+    def tokens_per_second(engine, tool):
+        config, rng = replace(agent.config, rollout_engine=engine), sod.random_numbers(0, "b", 0)
+        started = time.perf_counter()
+        found = sod.sample_rollouts(agent.student, agent.tokenizer, prompts, tool, config, rng)
+        taken = time.perf_counter() - started
+        return sum(k >= 0 for r in found for k in r.step_id) / taken
+    late = LateTool(agent.tool.run, one_in_sixteen)
+    for tool, with_tools, target in ((late, "slow tools", ">= 1.6"), (agent.tool, "its own tool", "")):
+        yield engines("64 rollouts, embedded student", with_tools, target,
+                      lambda engine: tokens_per_second(engine, tool))
+    tokenizer = agent.tokenizer
+    model = random_qwen3((512, 10, 8, 1536), len(tokenizer), head_dim=64)
+    yield from scripted("a random Qwen3 of 31M", Script(tokenizer, ragged(64, 48), 512, 512), model,
+                        ">= 1.3")
+    if not CUDA:
+        yield no_gpu("64 rollouts, 0.6B, and its decode step")
+        return
+    model = random_qwen3("0.6B", V, "cuda", torch.bfloat16)
+    yield from scripted("0.6B, GPU", Script(tokenizer, ragged(64, 300), V, 2048), model, ">= 6")
+    yield decode_step(tokenizer, model)
+
+
+def engines(what, with_tools, target, tokens_per_second, rounds=3):
+    speed = {"slots": [], "generate": []}
+    for _ in range(rounds + 1):
+        for engine in speed:
+            speed[engine].append(tokens_per_second(engine))
+    slots, generate = (np.array(found[1:]) for found in speed.values())
+    return Row(f"{what}, {with_tools}", f"{np.median(slots):,.0f} tok/s, slots",
+               f"{np.median(generate):,.0f} tok/s, generate", ratio(slots, generate), target)
+
+
+def scripted(name, script, model, target):
+    for seconds, with_tools in ((one_in_sixteen, "slow tools"), (lambda code: 0.0, "instant tools")):
+        yield engines(f"64 rollouts of 1-6 turns, {name}", with_tools,
+                      target if with_tools == "slow tools" else "",
+                      lambda engine: script.tokens / script.play(model, engine, seconds))
+
+
+def decode_step(tokenizer, model, rows=64, words=256):
+    """Time of one step of 64 rows beside the time to read the weights and the filled cache once."""
+    script = Script(tokenizer, [[words]] * rows, V, 2 * words + 64)
+    steps = script.tokens // rows
+    seconds = np.median([script.play(model, "slots") for _ in range(4)][1:]) / steps
+    block = torch.empty(GIB, dtype=torch.uint8, device=model.device)
+    other = torch.empty_like(block)
+    copy = take_turns({"copy": lambda: other.copy_(block)}, 9, gpu_clock)["copy"]
+    c = model.config
+    cache = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * steps / 2
+    floor = (2 * sum(p.numel() for p in model.parameters()) + cache) / (2 * GIB / np.median(copy))
+    return Row(f"decode step, 0.6B, {rows} slots, GPU", f"{1000 * seconds:.2f} ms",
+               f"{1000 * floor:.2f} ms, its bytes at the speed of a copy", seconds / floor, "<= 2")
+
+
+def overlap():
+    """A tool that takes 2 s in one of 16 rows: when are the other 15 done?"""
+    agent = sod.load_agent(sod.Config())
+    script = Script(agent.tokenizer, [[20, 20, 20]] * 16, len(agent.tokenizer), 384)
+
+    def others_done(engine, seconds):
+        """Seconds until the last of the other rows has finished."""
+        done, end_turn = {}, sod.end_turn
+
+        def watched(tokenizer, r, *rest):
+            call = end_turn(tokenizer, r, *rest)
+            done[id(r)] = time.perf_counter() if "0 + " not in r.turns[0] else 0.0
+            return call
+        with mock.patch.object(sod, "end_turn", watched):
+            started = time.perf_counter()
+            script.play(agent.student, engine, seconds, look=4)
+            return max(done.values()) - started
+    slow = lambda code: 2.0 if code == "0 + 0" else 0.0
+    for engine, target in (("slots", "<= 1.05"), ("generate", "")):
+        found = np.array([[others_done(engine, s) for s in (slow, lambda code: 0.0)]
+                          for _ in range(6)])[1:]
+        yield Row(f"a 2 s tool in one of 16 rows, {engine}: the other rows are done after",
+                  show(found[:, 0]), f"{show(found[:, 1])}, without it",
+                  ratio(found[:, 0], found[:, 1]), target)
+
+
+# --- Whole steps ------------------------------------------------------------------------------
+
+
+def methods():
+    """SOD over OPD: scoring and updates on the same rollouts; their rollouts cost the same."""
+    for device in ["cpu"] + ["cuda"] * CUDA:
+        agent = sod.load_agent(sod.Config(device=device))
+        prompts = [p for p in agent.practice[0][:16] for _ in range(8)]
+        found = sod.sample_rollouts(agent.student.eval(), agent.tokenizer, prompts, agent.tool,
+                                    agent.config, sod.random_numbers(0, "b", 0))
+        agent.optimizer = sod.Optimizer(agent.student, agent.config.lr, agent.config)
+        agent.student.train()
+
+        def learn(method):
+            config = replace(agent.config, method=method)
+            scored, size = sod.score_batch(agent, found, config), len(found) // 2
+            for start in (0, size):
+                sod.update(agent, scored, list(range(start, start + size)), config)
+        clock = time.process_time if device == "cpu" else gpu_clock
+        seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 21, clock)
+        yield Row(f"scoring and updates, 128 rollouts of the world, {device}",
+                  f"{show(seconds['sod'])}, sod", f"{show(seconds['opd'])}, opd",
+                  ratio(seconds["sod"], seconds["opd"]), "<= 1.01")
+    if not CUDA:
+        yield no_gpu("SOD over OPD")
+
+
+SECTIONS = {f.__name__: f for f in (steps, memory, head, rollouts, overlap, methods)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION",
+                        help=", ".join(f"{n}: {f.__doc__.splitlines()[0]}"
+                                       for n, f in SECTIONS.items()))
+    names = parser.parse_args().sections or list(SECTIONS)
+    for name in names:
+        if name not in SECTIONS:
+            parser.error(f"there is no section {name}; choose from {', '.join(SECTIONS)}")
+    torch.set_num_threads(1)
+    print("| what | ours | against | ratio | target | met |\n|---|---|---|---|---|---|")
+    for name in names:
+        for row in SECTIONS[name]():
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
