@@ -501,7 +501,182 @@ def methods():
         yield no_gpu("SOD over OPD")
 
 
-SECTIONS = {f.__name__: f for f in (steps, memory, head, rollouts, overlap, methods)}
+
+def trl():
+    """A whole training step in the embedded world: rollouts, scores, update, beside TRL's."""
+    try:
+        from trl import DistillationConfig, DistillationTrainer
+    except ImportError:
+        yield Row("a whole training step in the world, beside TRL", "TRL is not installed", "")
+        return
+    yield from beside_trl("cpu", DistillationTrainer, DistillationConfig)
+    if CUDA:
+        yield from beside_trl("cuda", DistillationTrainer, DistillationConfig)
+    else:
+        yield no_gpu("a whole training step in the world")
+
+
+def beside_trl(device, Trainer, Settings, steps=3):
+    """One update on 128 rollouts of 16 problems, the same models, problems and tool, no silence."""
+    config = sod.Config(device=device, silent_rate=0.0, updates_per_step=1, steps=steps + 1)
+    ours = [m for _ in range(2) for m in list(sod.train(config))[1:]]  # the first warms up
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, per_rollout = trl_steps(config, Trainer, Settings, folder)
+    mine = np.array([m["seconds"] for m in ours])
+    tokens = np.median([m["tokens"] / 128 for m in ours])
+    yield Row(f"a training step on 128 rollouts in the world, {device}",
+              f"{show(mine)}, {tokens:.0f} sampled tokens a rollout",
+              f"{show(theirs)}, TRL, {per_rollout:.0f} sampled tokens a rollout",
+              float(np.median(theirs) / np.median(mine)), ">= 1")
+
+
+def trl_steps(config, Trainer, Settings, folder):
+    """Seconds of TRL's steps but the first, and its sampled tokens a rollout."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.chat_template_utils import qwen3_template
+    agent = sod.load_agent(config)
+    tokenizer, clock = agent.tokenizer, []
+    tokenizer.padding_side, tokenizer.response_template = "left", qwen3_template
+    # TRL hands the template parsed calls; ours keeps what the student wrote. Same text either way.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message.content }}<|im_end|>",
+        "{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>\n"
+        "{{ call.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>")
+
+    def code_interpreter(code: str) -> str:
+        """Run a Python program.
+
+        Args:
+            code: the program.
+        """
+        return agent.tool.run([code])[0].text
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.append(time.perf_counter())
+    problems = [p for p, _ in agent.practice[0][:16 * config.steps]]
+    rows = [{"prompt": [{"role": "user", "content": p.question}]} for p in problems for _ in range(8)]
+    settings = Settings(
+        folder, per_device_train_batch_size=128, max_steps=config.steps, beta=1.0, bf16=False,
+        max_completion_length=config.max_response, learning_rate=config.lr, report_to=[],
+        lr_scheduler_type="constant", save_strategy="no", logging_steps=1, shuffle_dataset=False,
+        use_cpu=config.device == "cpu", max_tool_calling_iterations=config.max_turns - 1,
+        gradient_checkpointing=False, disable_tqdm=True)
+    with contextlib.redirect_stdout(None):
+        trainer = Trainer(agent.student, agent.teacher, settings, processing_class=tokenizer,
+                          train_dataset=Dataset.from_list(rows), tools=[code_interpreter],
+                          callbacks=[Clock()])
+        trainer.train()
+    per_rollout = np.median([log["completions/mean_length"] for log in trainer.state.log_history
+                             if "completions/mean_length" in log])
+    return np.diff(clock), per_rollout
+
+
+# --- Peak memory of a step --------------------------------------------------------------------
+
+PROMPT, BUDGETS = 2560, {"0.6B": 12.5, "1.7B": 30.0}  # tokens; GiB
+
+
+def fake_step(size, length=PROMPT + N, teacher="4B", **changes):
+    """GiB of one sequence through the real score_batch and update: {phase: peak}.
+
+    Real classes and shapes, bf16, gradient checkpointing, tensors without data. All response
+    tokens count as sampled, which is the most there can be. One update takes AdamW's state into
+    being, the second is measured. The teacher is there only while it scores.
+    """
+    found = {}
+    config = sod.Config(updates_per_step=1, group_size=1, gradient_checkpointing=True, max_response=N, **changes)
+    with FakeTensorMode(), as_on_a_gpu(), PeakMemory() as memory, AskedFor(length - PROMPT):
+        student = random_qwen3(size, V, dtype=torch.bfloat16).train()
+        sod.enable_checkpointing(student)
+        agent = sod.Agent(config, student, None, None, None,
+                          optimizer=sod.Optimizer(student, 1e-6, config))
+        if config.offload == "all":  # these are in the CPU's memory
+            memory.elsewhere([agent.optimizer.low, agent.optimizer.m, agent.optimizer.v])
+        found["resident"] = memory.now / GIB
+        rollout = sod.Rollout(None, [0] * length, [-1] * PROMPT + [0] * (length - PROMPT), PROMPT,
+                              outcomes=[""])
+        for _ in range(2):
+            agent.teacher = random_qwen3(teacher, V, dtype=torch.bfloat16).requires_grad_(False)
+            memory.peak = memory.now
+            scored = sod.score_batch(agent, [rollout], config)
+            found["scoring"] = memory.peak / GIB
+            agent.teacher, memory.peak = None, 0
+            sod.update(agent, scored, [0], config)
+            found["update"] = memory.peak / GIB
+            del scored
+    assert memory.operators["_scaled_dot_product_flash_attention_for_cpu"], "no flash kernel"
+    return found
+
+
+def peak():
+    """Peak memory of a whole update at 0.6B and 1.7B with a 4B teacher, one 23,040-token sequence."""
+    for size, offload in (("0.6B", "teacher"), ("1.7B", "teacher"), ("1.7B", "all")):
+        seen = fake_step(size, offload=offload)
+        what = f"peak of an update, {size}, one sequence of {PROMPT + N:,} tokens, offload {offload}"
+        target = 24.0 if offload == "all" else BUDGETS[size]
+        yield Row(what, f"{seen['update']:.1f} GiB (scoring with the 4B teacher "
+                  f"{seen['scoring']:.1f}, weights and optimiser {seen['resident']:.1f})",
+                  f"{target} GiB", seen["update"] / target, "<= 1")
+        yield real_step(size, offload, seen) if CUDA else no_gpu(what)
+
+
+def real_step(size, offload, counted, length=PROMPT + N):
+    """The same update on the GPU, beside what was counted."""
+    config = sod.Config(updates_per_step=1, group_size=1, gradient_checkpointing=True, max_response=N,
+                        offload=offload, method="grpo")
+    student = random_qwen3(size, V, "cuda", torch.bfloat16).train()
+    sod.enable_checkpointing(student)
+    agent = sod.Agent(config, student, None, None, None,
+                      optimizer=sod.Optimizer(student, 1e-6, config))
+    rollout = sod.Rollout(None, [7] * length, [-1] * PROMPT + [0] * (length - PROMPT), PROMPT,
+                          outcomes=[""], reward=1.0)
+    for _ in range(2):
+        scored = sod.score_batch(agent, [rollout], config)
+        torch.cuda.reset_peak_memory_stats()
+        sod.update(agent, scored, [0], config)
+    seen = torch.cuda.max_memory_allocated() / GIB
+    return Row(f"peak of an update, {size}, offload {offload}, measured by CUDA over counted",
+               f"{seen:.1f} GiB", f"{counted['update']:.1f} GiB", seen / counted["update"],
+               "<= 1.05")
+
+
+# --- Growth -----------------------------------------------------------------------------------
+
+
+def growth():
+    """What more turns, trajectories and tokens cost: the exponent of the best power law."""
+    agent = sod.load_agent(sod.Config())
+    tokenizer, model = agent.tokenizer, agent.student
+    curves = {
+        "turns of 16 trajectories": ([2, 4, 8, 12], lambda n: [[12] * n] * 16),
+        "trajectories of 3 turns": ([32, 64, 128, 256], lambda n: [[12] * 3] * n),
+        "words in each of 2 turns, 64 trajectories": ([24, 48, 96, 192], lambda n: [[n] * 2] * 64)}
+    for what, (sizes, turns) in curves.items():
+        for engine, target in (("slots", "<= 1.1"), ("generate", "")):
+            scripts = {n: Script(tokenizer, turns(n), len(tokenizer), 900) for n in sizes}
+            works = {n: lambda s=s: s.play(model, engine) for n, s in scripts.items()}
+            yield curve(f"seconds by {what}, {engine}", take_turns(works, 3), show, target)
+    lengths = [5760, 11_520, 23_040]
+    extra = {}
+    for length in lengths:
+        seen = fake_step("0.6B", length, offload="teacher")
+        extra[length] = np.array([seen["update"] - seen["resident"]])
+    yield curve("memory of an update on top of weights and optimiser by tokens, 0.6B", extra,
+                lambda x: f"{x[0]:.2f} GiB", "<= 1.1")
+
+
+def curve(what, found, show, target):
+    """found: {size: measurements}"""
+    sizes, middle = list(found), [float(np.median(x)) for x in found.values()]
+    exponent = np.polyfit(np.log(sizes), np.log(middle), 1)[0]
+    return Row(what, ", ".join(f"{n:,}: {show(x)}" for n, x in found.items()), "linear is 1",
+               float(exponent), target)
+
+
+SECTIONS = {f.__name__: f for f in (steps, memory, head, rollouts, overlap, methods, trl, peak,
+                                   growth)}
 
 
 def main():

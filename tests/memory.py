@@ -36,12 +36,12 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.operators = Counter()
-        self._known = weakref.WeakKeyDictionary()  # storage: True; a storage is equal only to itself
+        self._bytes = weakref.WeakKeyDictionary()  # storage: [its size, or 0 where not counted]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operators[func.overloadpacket.__name__] += 1
-        for tensor in tensors_in((args, kwargs)):  # made outside: known, and not counted
-            self._known.setdefault(tensor.untyped_storage(), True)
+        for tensor in tensors_in((args, kwargs)):  # not seen before, so made outside
+            self._bytes.setdefault(tensor.untyped_storage(), [0])
         out = func(*args, **(kwargs or {}))
         self.hold(out)
         return out
@@ -50,15 +50,20 @@ class PeakMemory(TorchDispatchMode):
         """Count every tensor in `tree` from now until it is gone."""
         for tensor in tensors_in(tree):
             storage = tensor.untyped_storage()
-            if storage not in self._known:
-                self._known[storage] = True
-                size = storage.nbytes()
-                weakref.finalize(storage, self._gone, size).atexit = False
-                self.now += size
+            if storage not in self._bytes:
+                self._bytes[storage] = size = [storage.nbytes()]
+                weakref.finalize(storage, self._forget, size).atexit = False
+                self.now += size[0]
         self.peak = max(self.peak, self.now)
 
-    def _gone(self, size):
-        self.now -= size
+    def elsewhere(self, tree):
+        """Count the tensors in `tree` no longer: they stand for some in another memory."""
+        for tensor in tensors_in(tree):
+            self._forget(self._bytes[tensor.untyped_storage()])
+
+    def _forget(self, size):
+        self.now -= size[0]
+        size[0] = 0
 
 
 def tensors_in(tree):
@@ -73,14 +78,16 @@ def as_on_a_gpu():
 
 
 class AskedFor(TorchDispatchMode):
-    """Answers 1 where a program asks for a number of a tensor without data; counts the questions."""
+    """Answers for tensors without data: a number that is asked for is 1, `found` places are true."""
 
-    def __init__(self):
+    def __init__(self, found):
         super().__init__()
-        self.times = 0
+        self.found, self.times = found, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.times += 1
             return 1.0
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((self.found, args[0].dim()), dtype=torch.long)
         return func(*args, **(kwargs or {}))

@@ -76,12 +76,12 @@ def test_token_logprobs_take_half_a_gibibyte_where_logits_take_thirty_five():
     assert FLOOR < ours < 0.5 and naive > 34
 
 
-def test_reverse_kl_takes_less_than_seven_tenths_of_a_gibibyte():
+def test_reverse_kl_takes_six_tenths_of_a_gibibyte_where_logits_take_fifty_eight():
     shapes = (N, D_S), (V, D_S), (N, D_T), (V, D_T)
     ours, naive = (peak(f, *shapes) / GIB for f in (
         lambda h, w, h_t, w_t, _: sod.reverse_kl(h, w, h_t.detach(), w_t.detach()),
         naive_reverse_kl))
-    assert FLOOR < ours < 0.7 and naive > 50 * ours
+    assert FLOOR < ours < 0.6 and naive > 57
 
 
 # --- Waiting for the device -------------------------------------------------------------------
@@ -130,12 +130,15 @@ def test_every_way_to_look_at_data_fails_on_a_meta_tensor(look):
 # --- Weights that move ------------------------------------------------------------------------
 
 
+class OneWeight(torch.nn.Linear):
+    device = torch.device("cpu")
+
+
 class InPlaceAdamW(torch.optim.AdamW):
     """What goes wrong: bf16 weights, updated where they are."""
 
     def __init__(self, model, lr, config):
-        self.master = list(model.parameters())
-        super().__init__(self.master, lr=lr, weight_decay=config.weight_decay,
+        super().__init__(model.parameters(), lr=lr, weight_decay=config.weight_decay,
                          betas=(config.beta1, config.beta2))
 
     def step(self):
@@ -143,21 +146,28 @@ class InPlaceAdamW(torch.optim.AdamW):
         self.zero_grad()
 
 
+def exact(model, optimizer):
+    """The first weight of a model as its optimizer knows it, in fp32."""
+    p, low = next(model.parameters()).detach(), getattr(optimizer, "low", [None])[0]
+    return p.float() if low is None else sod.join(p, low)
+
+
 def share_of_true_way(make, steps=50):
     """How far bf16 weights come along the way of fp32 AdamW, as a share of it: 1 is all of it."""
     torch.manual_seed(0)
-    exact, config = torch.nn.Linear(64, 512), sod.Config(grad_clip=1e9)
-    exact.weight.data = exact.weight.data.bfloat16().float()
-    model = torch.nn.Linear(64, 512)
-    model.load_state_dict(exact.state_dict())
-    optimizers = make(model.bfloat16(), 1e-6, config), InPlaceAdamW(exact, 1e-6, config)
-    start, drift = exact.weight.detach().clone(), torch.randn(512, 64)
+    models = [OneWeight(64, 512, bias=False) for _ in range(2)]
+    start = models[0].weight.detach().bfloat16().float()
+    models[0].weight.data = start.clone()
+    models[1].weight.data = start.bfloat16()
+    config = sod.Config(grad_clip=1e9)
+    pairs = [(m, f(m, 1e-6, config)) for m, f in zip(models, (InPlaceAdamW, make))]
+    drift = torch.randn(512, 64)
     for _ in range(steps):
         g = (drift + torch.randn(512, 64)).bfloat16()
-        for module, optimizer in zip((model, exact), optimizers):
-            (module.weight * g.to(module.weight.dtype)).sum().backward()
+        for model, optimizer in pairs:
+            (model.weight * g.to(model.weight.dtype)).sum().backward()
             optimizer.step()
-    moved, true = (o.master[0].detach().float() - start for o in optimizers)
+    true, moved = (exact(*pair) - start for pair in pairs)
     return float((moved * true).sum() / true.square().sum())
 
 
