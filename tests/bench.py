@@ -1,7 +1,7 @@
 """Every hot path beside its peers in one run: medians, ratios, and the ratio each must reach.
 
-    python tests/bench.py                    all sections below, about 15 minutes on a quiet CPU core
-    python tests/bench.py memory time        some of them; --help lists them
+    python tests/bench.py                 all sections
+    python tests/bench.py memory head     some of them; --help lists them
 
 Where a CUDA GPU is at hand each section measures it too. Peers from TRL appear where TRL can be
 imported (pip install trl==1.16.0); the project does not need it.
@@ -14,6 +14,7 @@ without data, see tests/memory.py.
 """
 import argparse
 import contextlib
+import gc
 import math
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sod_mini as sod  # noqa: E402
@@ -134,7 +135,7 @@ def steps():
     loop = (time.process_time() - started) * B / rows
     torch.testing.assert_close(tensors(*batch, rows=rows), torch.stack(looped))
     what = f"step boundaries, d, w and advantages, {B} x {T:,} tokens"
-    yield Row(what, show(seconds), f"{loop:.1f} s, a loop with .item() ({rows} of {B} rows, scaled)",
+    yield Row(what, show(seconds), f"{loop:.1f} s, a loop with .item() ({rows} rows, scaled)",
               loop / float(np.median(seconds)), ">= 100")
     if not CUDA:
         yield no_gpu(what)
@@ -325,22 +326,23 @@ class Script:
     what they pick tokens by, and here it is the number of the token.
     """
 
-    def __init__(self, tokenizer, turns, vocabulary, max_response):
+    def __init__(self, tokenizer, turns, vocabulary):
         """turns: for each rollout the number of filler words of each of its turns."""
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.problem = tools.Problem("What is 6 * 7?", "42")
-        self.prompts = [(self.problem, sod.encode_prompt(tokenizer, self.problem))] * len(turns)
-        self.noise = np.zeros((len(turns), max_response))
-        self.tokens = 0
+        self.tokenizer, self.vocabulary, self.tokens = tokenizer, vocabulary, 0
+        problem = tools.Problem("What is 6 * 7?", "42")
+        self.prompts = [(problem, sod.encode_prompt(tokenizer, problem))] * len(turns)
+        answer, rows = sod.encode_tool_turn(tokenizer, ANSWER), []
         for i, words in enumerate(turns):
-            at = 0
+            rows.append([])
             for k, n in enumerate(words):
                 call = tools.render_tool_call(f"{i} + {k}")
                 text = "7 " * n + (call if k < len(words) - 1 else "\\boxed{42}")
                 ids = sod.encode(tokenizer, text + tokenizer.eos_token)
-                self.noise[i, at:at + len(ids)] = (np.array(ids) + 0.5) / vocabulary
                 self.tokens += len(ids)
-                at += len(ids) + len(sod.encode_tool_turn(tokenizer, ANSWER))
+                rows[-1] += ids + answer
+        self.noise = np.zeros((len(rows), max(map(len, rows)) + 1))
+        for noise, ids in zip(self.noise, rows):
+            noise[:len(ids)] = (np.array(ids) + 0.5) / vocabulary
 
     def random(self, shape):
         return self.noise if shape == self.noise.shape else np.ones(shape)  # ones: no silence
@@ -391,7 +393,8 @@ def ragged(rollouts, longest, seed=0):
 
 def rollouts():
     """64 ragged trajectories of several turns: the slots engine beside per-turn generate."""
-    agent = sod.load_agent(sod.Config(rollout_batch=64, tool_wait=0.0, silent_rate=0.0))
+    agent = sod.load_agent(sod.Config(device="cpu", rollout_batch=64, tool_wait=0.0,
+                                      silent_rate=0.0))
     prompts = [p for p in agent.practice[0][:16] for _ in range(4)]
 
     def tokens_per_second(engine, tool):
@@ -401,41 +404,41 @@ def rollouts():
         taken = time.perf_counter() - started
         return sum(k >= 0 for r in found for k in r.step_id) / taken
     late = LateTool(agent.tool.run, one_in_sixteen)
-    for tool, with_tools, target in ((late, "slow tools", ">= 1.6"), (agent.tool, "its own tool", "")):
-        yield engines("64 rollouts, embedded student", with_tools, target,
+    for tool, of, target in ((late, "slow tools", ">= 1.6"), (agent.tool, "its own tool", "")):
+        yield engines(f"64 rollouts, embedded student, {of}", target,
                       lambda engine: tokens_per_second(engine, tool))
     tokenizer = agent.tokenizer
     model = random_qwen3((512, 10, 8, 1536), len(tokenizer), head_dim=64)
-    yield from scripted("a random Qwen3 of 31M", Script(tokenizer, ragged(64, 48), 512, 512), model,
+    yield from scripted("a random Qwen3 of 31M", Script(tokenizer, ragged(64, 24), 512), model,
                         ">= 1.3")
     if not CUDA:
         yield no_gpu("64 rollouts, 0.6B, and its decode step")
         return
     model = random_qwen3("0.6B", V, "cuda", torch.bfloat16)
-    yield from scripted("0.6B, GPU", Script(tokenizer, ragged(64, 300), V, 2048), model, ">= 6")
+    yield from scripted("0.6B, GPU", Script(tokenizer, ragged(64, 300), V), model, ">= 6")
     yield decode_step(tokenizer, model)
 
 
-def engines(what, with_tools, target, tokens_per_second, rounds=3):
+def engines(what, target, tokens_per_second, rounds=3):
     speed = {"slots": [], "generate": []}
     for _ in range(rounds + 1):
         for engine in speed:
             speed[engine].append(tokens_per_second(engine))
     slots, generate = (np.array(found[1:]) for found in speed.values())
-    return Row(f"{what}, {with_tools}", f"{np.median(slots):,.0f} tok/s, slots",
+    return Row(what, f"{np.median(slots):,.0f} tok/s, slots",
                f"{np.median(generate):,.0f} tok/s, generate", ratio(slots, generate), target)
 
 
 def scripted(name, script, model, target):
-    for seconds, with_tools in ((one_in_sixteen, "slow tools"), (lambda code: 0.0, "instant tools")):
-        yield engines(f"64 rollouts of 1-6 turns, {name}", with_tools,
-                      target if with_tools == "slow tools" else "",
+    for of, seconds, promised in (("slow tools", one_in_sixteen, target),
+                                  ("instant tools", lambda code: 0.0, "")):
+        yield engines(f"64 rollouts of 1-6 turns, {name}, {of}", promised,
                       lambda engine: script.tokens / script.play(model, engine, seconds))
 
 
 def decode_step(tokenizer, model, rows=64, words=256):
     """Time of one step of 64 rows beside the time to read the weights and the filled cache once."""
-    script = Script(tokenizer, [[words]] * rows, V, 2 * words + 64)
+    script = Script(tokenizer, [[words]] * rows, V)
     steps = script.tokens // rows
     seconds = np.median([script.play(model, "slots") for _ in range(4)][1:]) / steps
     block = torch.empty(GIB, dtype=torch.uint8, device=model.device)
@@ -450,8 +453,15 @@ def decode_step(tokenizer, model, rows=64, words=256):
 
 def overlap():
     """A tool that takes 2 s in one of 16 rows: when are the other 15 done?"""
-    agent = sod.load_agent(sod.Config())
-    script = Script(agent.tokenizer, [[20, 20, 20]] * 16, len(agent.tokenizer), 384)
+    for device in ["cpu"] + ["cuda"] * CUDA:
+        yield from overlap_on(device)
+    if not CUDA:
+        yield no_gpu("a 2 s tool in one of 16 rows")
+
+
+def overlap_on(device):
+    agent = sod.load_agent(sod.Config(device=device))
+    script = Script(agent.tokenizer, [[20, 20, 20]] * 16, len(agent.tokenizer))
 
     def others_done(engine, seconds):
         """Seconds until the last of the other rows has finished."""
@@ -469,7 +479,7 @@ def overlap():
     for engine, target in (("slots", "<= 1.05"), ("generate", "")):
         found = np.array([[others_done(engine, s) for s in (slow, lambda code: 0.0)]
                           for _ in range(6)])[1:]
-        yield Row(f"a 2 s tool in one of 16 rows, {engine}: the other rows are done after",
+        yield Row(f"a 2 s tool in one of 16 rows, {engine}, {device}: the others are done after",
                   show(found[:, 0]), f"{show(found[:, 1])}, without it",
                   ratio(found[:, 0], found[:, 1]), target)
 
@@ -556,7 +566,7 @@ def trl_steps(config, Trainer, Settings, folder):
         def on_step_end(self, *args, **kwargs):
             clock.append(time.perf_counter())
     problems = [p for p, _ in agent.practice[0][:16 * config.steps]]
-    rows = [{"prompt": [{"role": "user", "content": p.question}]} for p in problems for _ in range(8)]
+    prompts = [[{"role": "user", "content": p.question}] for p in problems for _ in range(8)]
     settings = Settings(
         folder, per_device_train_batch_size=128, max_steps=config.steps, beta=1.0, bf16=False,
         max_completion_length=config.max_response, learning_rate=config.lr, report_to=[],
@@ -565,8 +575,8 @@ def trl_steps(config, Trainer, Settings, folder):
         gradient_checkpointing=False, disable_tqdm=True)
     with contextlib.redirect_stdout(None):
         trainer = Trainer(agent.student, agent.teacher, settings, processing_class=tokenizer,
-                          train_dataset=Dataset.from_list(rows), tools=[code_interpreter],
-                          callbacks=[Clock()])
+                          train_dataset=Dataset.from_dict({"prompt": prompts}),
+                          tools=[code_interpreter], callbacks=[Clock()])
         trainer.train()
     per_rollout = np.median([log["completions/mean_length"] for log in trainer.state.log_history
                              if "completions/mean_length" in log])
@@ -576,6 +586,7 @@ def trl_steps(config, Trainer, Settings, folder):
 # --- Peak memory of a step --------------------------------------------------------------------
 
 PROMPT, BUDGETS = 2560, {"0.6B": 12.5, "1.7B": 30.0}  # tokens; GiB
+LONG = sod.Config(updates_per_step=1, group_size=1, gradient_checkpointing=True, max_response=N)
 
 
 def fake_step(size, length=PROMPT + N, teacher="4B", **changes):
@@ -583,11 +594,14 @@ def fake_step(size, length=PROMPT + N, teacher="4B", **changes):
 
     Real classes and shapes, bf16, gradient checkpointing, tensors without data. All response
     tokens count as sampled, which is the most there can be. One update takes AdamW's state into
-    being, the second is measured. The teacher is there only while it scores.
+    being, the second is measured. The teacher is there only while it scores. A GPU's backward of
+    flash attention has scratch space of up to .4 GiB, at a time when more than that is free.
     """
     found = {}
-    config = sod.Config(updates_per_step=1, group_size=1, gradient_checkpointing=True, max_response=N, **changes)
-    with FakeTensorMode(), as_on_a_gpu(), PeakMemory() as memory, AskedFor(length - PROMPT):
+    config = replace(LONG, **changes)
+    at_home = mock.patch.object(sod, "visiting", lambda *a: contextlib.nullcontext())
+    asked = AskedFor(length - PROMPT)
+    with FakeTensorMode(), as_on_a_gpu(), PeakMemory() as memory, asked, at_home:
         student = random_qwen3(size, V, dtype=torch.bfloat16).train()
         sod.enable_checkpointing(student)
         agent = sod.Agent(config, student, None, None, None,
@@ -611,10 +625,10 @@ def fake_step(size, length=PROMPT + N, teacher="4B", **changes):
 
 
 def peak():
-    """Peak memory of a whole update at 0.6B and 1.7B with a 4B teacher, one 23,040-token sequence."""
+    """Peak memory of an update, 0.6B and 1.7B with a 4B teacher, one 23,040-token sequence."""
     for size, offload in (("0.6B", "teacher"), ("1.7B", "teacher"), ("1.7B", "all")):
         seen = fake_step(size, offload=offload)
-        what = f"peak of an update, {size}, one sequence of {PROMPT + N:,} tokens, offload {offload}"
+        what = f"peak of an update, {size}, {PROMPT + N:,} tokens, offload {offload}"
         target = 24.0 if offload == "all" else BUDGETS[size]
         yield Row(what, f"{seen['update']:.1f} GiB (scoring with the 4B teacher "
                   f"{seen['scoring']:.1f}, weights and optimiser {seen['resident']:.1f})",
@@ -624,8 +638,9 @@ def peak():
 
 def real_step(size, offload, counted, length=PROMPT + N):
     """The same update on the GPU, beside what was counted."""
-    config = sod.Config(updates_per_step=1, group_size=1, gradient_checkpointing=True, max_response=N,
-                        offload=offload, method="grpo")
+    gc.collect()  # the optimiser and its weights refer to each other
+    torch.cuda.empty_cache()
+    config = replace(LONG, offload=offload, method="grpo")
     student = random_qwen3(size, V, "cuda", torch.bfloat16).train()
     sod.enable_checkpointing(student)
     agent = sod.Agent(config, student, None, None, None,
@@ -637,7 +652,7 @@ def real_step(size, offload, counted, length=PROMPT + N):
         torch.cuda.reset_peak_memory_stats()
         sod.update(agent, scored, [0], config)
     seen = torch.cuda.max_memory_allocated() / GIB
-    return Row(f"peak of an update, {size}, offload {offload}, measured by CUDA over counted",
+    return Row(f"peak of an update, {size}, offload {offload}, CUDA's over counted",
                f"{seen:.1f} GiB", f"{counted['update']:.1f} GiB", seen / counted["update"],
                "<= 1.05")
 
@@ -647,7 +662,7 @@ def real_step(size, offload, counted, length=PROMPT + N):
 
 def growth():
     """What more turns, trajectories and tokens cost: the exponent of the best power law."""
-    agent = sod.load_agent(sod.Config())
+    agent = sod.load_agent(sod.Config(device="cpu"))
     tokenizer, model = agent.tokenizer, agent.student
     curves = {
         "turns of 16 trajectories": ([2, 4, 8, 12], lambda n: [[12] * n] * 16),
@@ -655,7 +670,7 @@ def growth():
         "words in each of 2 turns, 64 trajectories": ([24, 48, 96, 192], lambda n: [[n] * 2] * 64)}
     for what, (sizes, turns) in curves.items():
         for engine, target in (("slots", "<= 1.1"), ("generate", "")):
-            scripts = {n: Script(tokenizer, turns(n), len(tokenizer), 900) for n in sizes}
+            scripts = {n: Script(tokenizer, turns(n), len(tokenizer)) for n in sizes}
             works = {n: lambda s=s: s.play(model, engine) for n, s in scripts.items()}
             yield curve(f"seconds by {what}, {engine}", take_turns(works, 3), show, target)
     lengths = [5760, 11_520, 23_040]

@@ -78,7 +78,7 @@ def as_on_a_gpu():
 
 
 class AskedFor(TorchDispatchMode):
-    """Answers for tensors without data: a number that is asked for is 1, `found` places are true."""
+    """Answers for tensors without data: each number is 1, and `found` places are true."""
 
     def __init__(self, found):
         super().__init__()

@@ -4,7 +4,9 @@ Memory is counted at the true sizes on tensors without data; a wait is caught by
 on `meta` tensors, of which nothing can be read. tests/bench.py measures the same things and more.
 """
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ def naive_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _):
 
 def test_counted_peak_is_the_allocators_own():
     """On real tensors: the count beside what the CPU allocator reports to the profiler."""
-    hidden, weight = torch.randn(256, 64, requires_grad=True), torch.randn(9000, 64).requires_grad_()
+    hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (256, 9000))
     targets = torch.zeros(256, dtype=torch.long)
     for work in (sod.token_logprobs, naive_logprobs):
         hidden.grad = weight.grad = None
@@ -108,6 +110,39 @@ def test_nothing_from_hidden_states_to_gradients_waits_for_the_device():
     assert all(g.device.type == "meta" for g in method_on("meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
         method_on("meta", num_steps=None)  # looks K up in step_id
+
+
+class Embedder(torch.nn.Module):
+    """A student without layers: HF's own forward looks at its position ids, which is one wait."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = torch.device(device)
+        self.embedding = torch.nn.Embedding(600, 16, device=device)
+
+    def base_model(self, input_ids, use_cache):
+        return types.SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+
+    def get_output_embeddings(self):
+        return self.embedding
+
+
+def learn_on(device):
+    """Loss and gradient of one micro-batch, the old policy's log-probabilities given."""
+    student = Embedder(device)
+    config = sod.Config(updates_per_step=2, prompts_per_step=2, group_size=1, method="grpo")
+    rollouts = [sod.Rollout(None, [5] * n, [-1] * 3 + [0] * (n - 3), 3, outcomes=[""])
+                for n in (20, 30)]
+    host = types.SimpleNamespace(config=config, student=student)
+    with mock.patch.object(sod, "score", lambda *a: (torch.zeros(2, 30), torch.zeros(2, 30))):
+        scored = sod.score_batch(host, rollouts, config)
+    loss, clipped = sod.batch_loss(host, scored, [0, 1], 44, config)
+    loss.backward()
+    return [p.grad for p in student.parameters()]
+
+
+def test_a_micro_batch_is_learnt_from_without_waiting_for_the_device():
+    assert all(g.device.type == "meta" for g in learn_on("meta"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA names every wait itself")
