@@ -401,7 +401,6 @@ class _TokenLogProbs(torch.autograd.Function):
             at, inside = _columns(targets, tile)
             chosen = torch.where(inside, z.gather(1, at), chosen[:, None])[:, 0]
             sums = _add_tile(sums, z, z.clone() if want_entropy else None)
-            del z  # before the next tile takes its place
         top, total, weighted = sums  # weighted / total: the mean logit under the softmax
         lse = top + total.log()
         logp, entropy = chosen - lse, lse - weighted / total
@@ -458,10 +457,7 @@ class _ReverseKL(torch.autograd.Function):
             z_s = _logits(hidden_s, weight_s[tile], temperature)  # (N, n)
             z_t = _logits(hidden_t, weight_t[tile], temperature)
             gap = z_s - z_t
-            sums_t = _add_tile(sums_t, z_t)
-            del z_t  # each tile goes before the next takes its place
-            sums_s = _add_tile(sums_s, z_s, gap)
-            del z_s, gap
+            sums_s, sums_t = _add_tile(sums_s, z_s, gap), _add_tile(sums_t, z_t)
         (top_s, total_s, weighted), (top_t, total_t, _) = sums_s, sums_t
         lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
         kl = weighted / total_s - lse_s + lse_t

@@ -350,7 +350,7 @@ class Script:
     def play(self, model, engine, seconds=lambda code: 0.0, **changes):
         """Seconds on the wall of all rollouts by one of the engines."""
         config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0, overlong=0,
-                            max_response=self.noise.shape[1], tool_wait=0.0, **changes)
+                            max_response=self.noise.shape[1], tool_wait=0.0, chunk=512, **changes)
         tool = LateTool(lambda codes: [tools.Observation(ANSWER, "ok", 0.0)] * len(codes), seconds)
 
         def pick(logits, noise, temperature, top_p):
@@ -433,7 +433,7 @@ def scripted(name, script, model, target):
     for of, seconds, promised in (("slow tools", one_in_sixteen, target),
                                   ("instant tools", lambda code: 0.0, "")):
         yield engines(f"64 rollouts of 1-6 turns, {name}, {of}", promised,
-                      lambda engine: script.tokens / script.play(model, engine, seconds))
+                      lambda engine: script.tokens / script.play(model, engine, seconds), 2)
 
 
 def decode_step(tokenizer, model, rows=64, words=256):
