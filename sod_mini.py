@@ -371,66 +371,115 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
 # At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. Both
-# functions below walk over tiles of the vocabulary, keep a running log-sum-exp, and compute each
-# tile a second time in backward.
+# functions below walk over tiles of the vocabulary, all tokens at once, and compute each tile a
+# second time in backward: a row of the head's gradient is finished by one product, in place. A
+# tile is worked on in place too, since reading and writing it is what costs beside the products.
 
-TILE_ELEMENTS = 2 ** 25  # of one fp32 tile: 128 MiB
+TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
 
 
 def _tiles(tokens, vocabulary):
-    width = min(max(TILE_ELEMENTS // max(tokens, 1), 256), vocabulary)
+    width = max(TILE_ELEMENTS // max(tokens, 1) // 256 * 256, 256)  # aligned for tensor cores
     return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
 
 
 def _logits(hidden, weight, temperature):
     """(N, D) and (n, D) -> (N, n), at least fp32: the softmax is never taken in 16 bits."""
     if hidden.dtype in (torch.float32, torch.float64):
-        return hidden @ weight.T / temperature
-    if hidden.is_cuda:  # the GEMM adds up in fp32 anyway; do not round its result
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32) / temperature
-    return hidden.float() @ weight.float().T / temperature
+        z = hidden @ weight.T
+    elif hidden.is_cuda:  # the GEMM adds up in fp32 anyway; do not round its result
+        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        z = hidden.float() @ weight.float().T
+    return z if temperature == 1 else z.div_(temperature)
+
+
+def _add_product(total, a, b):
+    """total += a @ b; 16-bit factors give an fp32 product, not rounded before it is added."""
+    if total.dtype != a.dtype and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _no_sums(hidden):
+    """What _add_tile starts from: (N,) top -inf, sum 0, weighted sum 0."""
+    zero = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return zero - math.inf, zero, zero
+
+
+def _add_tile(sums, z, x=None):
+    """Add a tile of logits (N, n) to the running sums of a softmax; overwrites z.
+
+    sums     (N,) top, the largest logit so far, sum of exp(z - top), and sum of exp(z - top) x
+    returns  the same, of all tiles so far
+    """
+    old, total, weighted = sums
+    top = torch.maximum(old, z.amax(1))
+    fade, e = (old - top).exp(), z.sub_(top[:, None]).exp_()
+    total = total * fade + e.sum(1)
+    return top, total, weighted if x is None else weighted * fade + e.mul_(x).sum(1)
+
+
+def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
+    """Gradients (N, D) and (V, D) of hidden states and head, from those of a tile of logits.
+
+    d_logits  slice of the vocabulary -> (N, n), but for the factor of each row
+    scale     (N,) that factor: it joins the (N, D) matrices, not the far larger tiles
+    """
+    d_weight = torch.empty_like(weight) if needs_weight else None
+    scaled = (hidden * scale[:, None]).to(hidden.dtype)
+    d_hidden = torch.zeros_like(hidden, dtype=scale.dtype)
+    for tile in _tiles(len(hidden), len(weight)):
+        dz = d_logits(tile)
+        _add_product(d_hidden, dz, weight[tile])
+        if needs_weight:
+            torch.mm(dz.T, scaled, out=d_weight[tile])
+        del dz  # before the next tile takes its place
+    return d_hidden.mul_(scale[:, None]).to(hidden.dtype), d_weight
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        N, dtype = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
-        lse = torch.full((N,), -math.inf, dtype=dtype, device=hidden.device)
-        chosen, mean_z = torch.zeros_like(lse), torch.zeros_like(lse)
-        for tile in _tiles(N, len(weight)):
+        sums = _no_sums(hidden)
+        chosen = sums[1]
+        for tile in _tiles(len(hidden), len(weight)):
             z = _logits(hidden, weight[tile], temperature)  # (N, n)
-            grown = torch.logaddexp(lse, z.logsumexp(1))
-            if want_entropy:  # running mean of z under the softmax
-                mean_z = mean_z * (lse - grown).exp() + ((z - grown[:, None]).exp() * z).sum(1)
-            lse = grown
-            at = targets - tile.start
-            inside = (at >= 0) & (at < z.shape[1])
-            z_at = z.gather(1, at.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-            chosen = torch.where(inside, z_at, chosen)
-        ctx.save_for_backward(hidden, weight, targets, lse)
+            at, inside = _columns(targets, tile)
+            chosen = torch.where(inside, z.gather(1, at), chosen[:, None])[:, 0]
+            sums = _add_tile(sums, z, z.clone() if want_entropy else None)
+        top, total, weighted = sums  # weighted / total: the mean logit under the softmax
+        lse = top + total.log()
+        logp, entropy = chosen - lse, lse - weighted / total
+        ctx.save_for_backward(hidden, weight, targets, lse, logp)
         ctx.temperature = temperature
-        entropy = lse - mean_z
         ctx.mark_non_differentiable(entropy)  # a metric, not a loss
-        return chosen - lse, entropy
+        return logp, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for tile in _tiles(len(hidden), len(weight)):
-            z = _logits(hidden, weight[tile], ctx.temperature)
-            dz = z.sub_(lse[:, None]).exp_().mul_(-grad[:, None])  # -p * grad
-            at = targets - tile.start
-            inside = (at >= 0) & (at < dz.shape[1])
-            # The one-hot joins in fp32: where p is near 1, 1 - p does not survive 16 bits.
-            dz.scatter_add_(1, at.clamp(0, dz.shape[1] - 1)[:, None],
-                            torch.where(inside, grad, 0.0)[:, None])
-            dz = dz.div_(ctx.temperature).to(hidden.dtype)
-            d_hidden += dz @ weight[tile]
-            if d_weight is not None:
-                d_weight[tile] = dz.T @ hidden
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+        hidden, weight, targets, lse, logp = ctx.saved_tensors
+
+        def d_logits(tile):
+            """p - one-hot."""
+            z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
+            p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
+            at, inside = _columns(targets, tile)
+            # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
+            new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, at))
+            return p.scatter_(1, at, new)
+
+        d_hidden, d_weight = _head_gradients(d_logits, grad / -ctx.temperature, hidden, weight,
+                                             ctx.needs_input_grad[1])
+        return d_hidden, d_weight, None, None, None
+
+
+def _columns(targets, tile):
+    """(N, 1) column of each target in a tile, and whether it is there at all."""
+    at = (targets - tile.start)[:, None]
+    width = tile.stop - tile.start
+    return at.clamp(0, width - 1), (at >= 0) & (at < width)
 
 
 def token_logprobs(hidden, lm_head_weight, targets, temperature=1.0, entropy=False):
@@ -451,18 +500,15 @@ def token_logprobs(hidden, lm_head_weight, targets, temperature=1.0, entropy=Fal
 class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_s, weight_s, hidden_t, weight_t, temperature):
-        N, dtype = len(hidden_s), torch.promote_types(hidden_s.dtype, torch.float32)
-        lse_s = torch.full((N,), -math.inf, dtype=dtype, device=hidden_s.device)
-        lse_t, gap = lse_s.clone(), torch.zeros_like(lse_s)
-        for tile in _tiles(N, len(weight_s)):
+        sums_s, sums_t = _no_sums(hidden_s), _no_sums(hidden_t)
+        for tile in _tiles(len(hidden_s), len(weight_s)):
             z_s = _logits(hidden_s, weight_s[tile], temperature)  # (N, n)
             z_t = _logits(hidden_t, weight_t[tile], temperature)
-            grown = torch.logaddexp(lse_s, z_s.logsumexp(1))
-            # running mean of z_s - z_t under the student
-            gap = (gap * (lse_s - grown).exp()
-                   + ((z_s - grown[:, None]).exp() * (z_s - z_t)).sum(1))
-            lse_s, lse_t = grown, torch.logaddexp(lse_t, z_t.logsumexp(1))
-        kl = gap - lse_s + lse_t
+            gap = z_s - z_t
+            sums_s, sums_t = _add_tile(sums_s, z_s, gap), _add_tile(sums_t, z_t)
+        (top_s, total_s, weighted), (top_t, total_t, _) = sums_s, sums_t
+        lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
+        kl = weighted / total_s - lse_s + lse_t
         ctx.save_for_backward(hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl)
         ctx.temperature = temperature
         return kl
@@ -470,18 +516,17 @@ class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl = ctx.saved_tensors
-        d_hidden = torch.zeros(hidden_s.shape, dtype=kl.dtype, device=kl.device)
-        d_weight = torch.empty_like(weight_s) if ctx.needs_input_grad[1] else None
-        for tile in _tiles(len(hidden_s), len(weight_s)):
+
+        def d_logits(tile):
+            """p_v (log p_v - log q_v - KL)."""
             log_p = _logits(hidden_s, weight_s[tile], ctx.temperature).sub_(lse_s[:, None])
-            log_q = _logits(hidden_t, weight_t[tile], ctx.temperature).sub_(lse_t[:, None])
-            # d KL / d z_v = p_v (log p_v - log q_v - KL)
-            dz = (log_p - log_q - kl[:, None]).mul_(log_p.exp()).mul_(grad[:, None])
-            dz = dz.div_(ctx.temperature).to(hidden_s.dtype)
-            d_hidden += dz @ weight_s[tile]
-            if d_weight is not None:
-                d_weight[tile] = dz.T @ hidden_s
-        return d_hidden.to(hidden_s.dtype), d_weight, None, None, None
+            gap = _logits(hidden_t, weight_t[tile], ctx.temperature).sub_((lse_t - kl)[:, None])
+            gap = torch.sub(log_p, gap, out=gap)
+            return torch.mul(log_p.exp_(), gap, out=torch.empty_like(gap, dtype=hidden_s.dtype))
+
+        d_hidden, d_weight = _head_gradients(d_logits, grad / ctx.temperature, hidden_s, weight_s,
+                                             ctx.needs_input_grad[1])
+        return d_hidden, d_weight, None, None, None
 
 
 def reverse_kl(hidden_s, weight_s, hidden_t, weight_t, temperature=1.0):
