@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter, deque
@@ -74,6 +75,7 @@ class Config:
     epsilon: float = 1e-6                   # keeps the ratio of Eq. 7 finite
     delta: float = 0.2                      # w_k <= 1 + delta (Eq. 7)
     decay: float = 0.9                      # factor a step of the weight scheme "decay"
+    floor: float = 0.2                      # least d of the weight scheme "floor", nats/token
     opd_coef: float = 1.0                   # distillation against outcome (Eq. 8)
     clip_low: float = 0.2                   # ratio >= 1 - clip_low
     clip_high: float = 0.28                 # ratio <= 1 + clip_high
@@ -109,12 +111,14 @@ class Config:
     chunk: int = 24                         # generate: sampled tokens until ended rows leave
     look: int = 8                           # slots: sampled tokens until ended rows are seen to
     tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
-    micro_batch_tokens: int = 16_384        # tokens in a micro-batch, padding included
+    micro_batch_tokens: int = 2048          # tokens in a micro-batch, padding included
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
     seed: int = 0                           # of sampling, data order and tool silence
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
     show_every: int = 10                    # steps between two rollouts shown, 0 for never
+    store_tokens: int = 128                 # rollouts a step whose tokens go to rollouts.jsonl
+    page: bool = True                       # write rollouts.html at the end
     max_refused: int = 3                    # steps in a row that could not be taken: then stop
     save_every: int = 5                     # steps between two saves, 0: only when interrupted
     resume: str = ""                        # go on with an interrupted run: its folder or name
@@ -167,8 +171,9 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_per_step=8,
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
            silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
-           rollout_engine="generate", tool_wait=0.0, threads=0, gradient_checkpointing=True,
-           show_every=1)
+           rollout_engine="generate", tool_wait=0.0, threads=0, micro_batch_tokens=16_384,
+           gradient_checkpointing=True, show_every=1,
+           store_tokens=16)  # of 64: each token takes some 34 bytes
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
     "world": {},
@@ -252,10 +257,18 @@ def step_divergence(logp_s, logp_t, step_id, num_steps=None):
     """
     K = num_steps or max(int(step_id.max()) + 1, 1)
     gap = torch.where(step_id >= 0, (logp_s - logp_t).abs(), 0.0)
+    return step_sums(gap, step_id, K) / step_tokens(step_id, K).clamp(min=1)
+
+
+def step_sums(values, step_id, K):
+    """(B, T) values -> (B, K) their sum over the tokens of each step."""
     slot = step_id.long() + 1  # slot 0 collects what belongs to no step
-    total = gap.new_zeros(len(gap), K + 1).scatter_add_(1, slot, gap)[:, 1:]
-    count = gap.new_zeros(len(gap), K + 1).scatter_add_(1, slot, torch.ones_like(gap))[:, 1:]
-    return total / count.clamp(min=1)
+    return values.new_zeros(len(values), K + 1).scatter_add_(1, slot, values)[:, 1:]
+
+
+def step_tokens(step_id, K):
+    """(B, T) step ids -> (B, K) how many tokens each step has, 0 for no step."""
+    return step_sums(torch.ones_like(step_id, dtype=torch.float32), step_id, K)
 
 
 def step_weights(d, epsilon=1e-6, delta=0.2):
@@ -299,13 +312,48 @@ def mask_after_error(failed):
     return (steps_since_failure(failed) == 0).float()
 
 
-WEIGHTS = {  # the weight schemes of the paper's ablation
-    "sod": lambda d, failed, c: step_weights(d, c.epsilon, c.delta),
-    "uniform": lambda d, failed, c: torch.ones_like(d),
-    "decay": lambda d, failed, c: decay_weights(failed, c.decay),
-    "mask_after_error": lambda d, failed, c: mask_after_error(failed),
-    "unclipped": lambda d, failed, c: unclipped_weights(d, c.epsilon),
+def token_mean(w, tokens):
+    """Mean weight of a sampled token of the batch: (B, K) and (B, K) tokens a step -> scalar.
+
+    >>> token_mean(torch.tensor([[1.0, 0.5, 9.9]]), torch.tensor([[1, 3, 0]]))
+    tensor(0.6250)
+    """
+    return (w * tokens).sum() / tokens.sum().clamp(min=1)
+
+
+def rescaled_weights(w, tokens):
+    """The same weights with mean 1 over the sampled tokens of the batch: (B, K) -> (B, K)."""
+    return w / token_mean(w, tokens)
+
+
+def median_weights(d, epsilon=1e-6, delta=0.2):
+    """Eq. 7 with the median of d_1..d_k in place of d_1: one easy step cannot switch off the rest.
+
+    >>> median_weights(torch.tensor([[0.0, 0.4, 0.2]]))
+    tensor([[1.0000, 0.5000, 1.0000]])
+    """
+    middle = torch.stack([d[:, :k].quantile(0.5, dim=1) for k in range(1, d.shape[1] + 1)], 1)
+    return ((middle + epsilon) / (d + epsilon)).clamp(max=1 + delta)
+
+
+# Functions of d, (B, K) failed calls, (B, K) tokens of each step and Config.
+WEIGHTS = {
+    "sod": lambda d, failed, tokens, c: step_weights(d, c.epsilon, c.delta),
+    # the paper's ablation
+    "uniform": lambda d, failed, tokens, c: torch.ones_like(d),
+    "decay": lambda d, failed, tokens, c: decay_weights(failed, c.decay),
+    "mask_after_error": lambda d, failed, tokens, c: mask_after_error(failed),
+    "unclipped": lambda d, failed, tokens, c: unclipped_weights(d, c.epsilon),
+    # ours: is it the scale of w or its shape (SOD's mean on every token; SOD's shape at mean 1),
+    # and does a first step that is known by heart (d_1 near 0) do harm?
+    "constant": lambda d, failed, tokens, c: token_mean(
+        step_weights(d, c.epsilon, c.delta), tokens).expand(d.shape),
+    "rescaled": lambda d, failed, tokens, c: rescaled_weights(
+        step_weights(d, c.epsilon, c.delta), tokens),
+    "floor": lambda d, failed, tokens, c: step_weights(d.clamp(min=c.floor), c.epsilon, c.delta),
+    "median": lambda d, failed, tokens, c: median_weights(d, c.epsilon, c.delta),
 }
+BATCHWIDE = ("constant", "rescaled")  # these need the whole batch at once
 
 
 def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, clip_dual=3.0,
@@ -335,66 +383,115 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
 # At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. Both
-# functions below walk over tiles of the vocabulary, keep a running log-sum-exp, and compute each
-# tile a second time in backward.
+# functions below walk over tiles of the vocabulary, all tokens at once, and compute each tile a
+# second time in backward: a row of the head's gradient is finished by one product, in place. A
+# tile is worked on in place too, since reading and writing it is what costs beside the products.
 
-TILE_ELEMENTS = 2 ** 25  # of one fp32 tile: 128 MiB
+TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
 
 
 def _tiles(tokens, vocabulary):
-    width = min(max(TILE_ELEMENTS // max(tokens, 1), 256), vocabulary)
+    width = max(TILE_ELEMENTS // max(tokens, 1) // 256 * 256, 256)  # aligned for tensor cores
     return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
 
 
 def _logits(hidden, weight, temperature):
     """(N, D) and (n, D) -> (N, n), at least fp32: the softmax is never taken in 16 bits."""
     if hidden.dtype in (torch.float32, torch.float64):
-        return hidden @ weight.T / temperature
-    if hidden.is_cuda:  # the GEMM adds up in fp32 anyway; do not round its result
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32) / temperature
-    return hidden.float() @ weight.float().T / temperature
+        z = hidden @ weight.T
+    elif hidden.is_cuda:  # the GEMM adds up in fp32 anyway; do not round its result
+        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        z = hidden.float() @ weight.float().T
+    return z if temperature == 1 else z.div_(temperature)
+
+
+def _add_product(total, a, b):
+    """total += a @ b; 16-bit factors give an fp32 product, not rounded before it is added."""
+    if total.dtype != a.dtype and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _no_sums(hidden):
+    """What _add_tile starts from: (N,) top -inf, sum 0, weighted sum 0."""
+    zero = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return zero - math.inf, zero, zero
+
+
+def _add_tile(sums, z, x=None):
+    """Add a tile of logits (N, n) to the running sums of a softmax; overwrites z.
+
+    sums     (N,) top, the largest logit so far, sum of exp(z - top), and sum of exp(z - top) x
+    returns  the same, of all tiles so far
+    """
+    old, total, weighted = sums
+    top = torch.maximum(old, z.amax(1))
+    fade, e = (old - top).exp(), z.sub_(top[:, None]).exp_()
+    total = total * fade + e.sum(1)
+    return top, total, weighted if x is None else weighted * fade + e.mul_(x).sum(1)
+
+
+def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
+    """Gradients (N, D) and (V, D) of hidden states and head, from those of a tile of logits.
+
+    d_logits  slice of the vocabulary -> (N, n), but for the factor of each row
+    scale     (N,) that factor: it joins the (N, D) matrices, not the far larger tiles
+    """
+    d_weight = torch.empty_like(weight) if needs_weight else None
+    scaled = (hidden * scale[:, None]).to(hidden.dtype)
+    d_hidden = torch.zeros_like(hidden, dtype=scale.dtype)
+    for tile in _tiles(len(hidden), len(weight)):
+        dz = d_logits(tile)
+        _add_product(d_hidden, dz, weight[tile])
+        if needs_weight:
+            torch.mm(dz.T, scaled, out=d_weight[tile])
+        del dz  # before the next tile takes its place
+    return d_hidden.mul_(scale[:, None]).to(hidden.dtype), d_weight
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        N, dtype = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
-        lse = torch.full((N,), -math.inf, dtype=dtype, device=hidden.device)
-        chosen, mean_z = torch.zeros_like(lse), torch.zeros_like(lse)
-        for tile in _tiles(N, len(weight)):
+        sums = _no_sums(hidden)
+        chosen = sums[1]
+        for tile in _tiles(len(hidden), len(weight)):
             z = _logits(hidden, weight[tile], temperature)  # (N, n)
-            grown = torch.logaddexp(lse, z.logsumexp(1))
-            if want_entropy:  # running mean of z under the softmax
-                mean_z = mean_z * (lse - grown).exp() + ((z - grown[:, None]).exp() * z).sum(1)
-            lse = grown
-            at = targets - tile.start
-            inside = (at >= 0) & (at < z.shape[1])
-            z_at = z.gather(1, at.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-            chosen = torch.where(inside, z_at, chosen)
-        ctx.save_for_backward(hidden, weight, targets, lse)
+            at, inside = _columns(targets, tile)
+            chosen = torch.where(inside, z.gather(1, at), chosen[:, None])[:, 0]
+            sums = _add_tile(sums, z, z.clone() if want_entropy else None)
+        top, total, weighted = sums  # weighted / total: the mean logit under the softmax
+        lse = top + total.log()
+        logp, entropy = chosen - lse, lse - weighted / total
+        ctx.save_for_backward(hidden, weight, targets, lse, logp)
         ctx.temperature = temperature
-        entropy = lse - mean_z
         ctx.mark_non_differentiable(entropy)  # a metric, not a loss
-        return chosen - lse, entropy
+        return logp, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for tile in _tiles(len(hidden), len(weight)):
-            z = _logits(hidden, weight[tile], ctx.temperature)
-            dz = z.sub_(lse[:, None]).exp_().mul_(-grad[:, None])  # -p * grad
-            at = targets - tile.start
-            inside = (at >= 0) & (at < dz.shape[1])
-            # The one-hot joins in fp32: where p is near 1, 1 - p does not survive 16 bits.
-            dz.scatter_add_(1, at.clamp(0, dz.shape[1] - 1)[:, None],
-                            torch.where(inside, grad, 0.0)[:, None])
-            dz = dz.div_(ctx.temperature).to(hidden.dtype)
-            d_hidden += dz @ weight[tile]
-            if d_weight is not None:
-                d_weight[tile] = dz.T @ hidden
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+        hidden, weight, targets, lse, logp = ctx.saved_tensors
+
+        def d_logits(tile):
+            """p - one-hot."""
+            z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
+            p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
+            at, inside = _columns(targets, tile)
+            # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
+            new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, at))
+            return p.scatter_(1, at, new)
+
+        d_hidden, d_weight = _head_gradients(d_logits, grad / -ctx.temperature, hidden, weight,
+                                             ctx.needs_input_grad[1])
+        return d_hidden, d_weight, None, None, None
+
+
+def _columns(targets, tile):
+    """(N, 1) column of each target in a tile, and whether it is there at all."""
+    at = (targets - tile.start)[:, None]
+    width = tile.stop - tile.start
+    return at.clamp(0, width - 1), (at >= 0) & (at < width)
 
 
 def token_logprobs(hidden, lm_head_weight, targets, temperature=1.0, entropy=False):
@@ -415,18 +512,15 @@ def token_logprobs(hidden, lm_head_weight, targets, temperature=1.0, entropy=Fal
 class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_s, weight_s, hidden_t, weight_t, temperature):
-        N, dtype = len(hidden_s), torch.promote_types(hidden_s.dtype, torch.float32)
-        lse_s = torch.full((N,), -math.inf, dtype=dtype, device=hidden_s.device)
-        lse_t, gap = lse_s.clone(), torch.zeros_like(lse_s)
-        for tile in _tiles(N, len(weight_s)):
+        sums_s, sums_t = _no_sums(hidden_s), _no_sums(hidden_t)
+        for tile in _tiles(len(hidden_s), len(weight_s)):
             z_s = _logits(hidden_s, weight_s[tile], temperature)  # (N, n)
             z_t = _logits(hidden_t, weight_t[tile], temperature)
-            grown = torch.logaddexp(lse_s, z_s.logsumexp(1))
-            # running mean of z_s - z_t under the student
-            gap = (gap * (lse_s - grown).exp()
-                   + ((z_s - grown[:, None]).exp() * (z_s - z_t)).sum(1))
-            lse_s, lse_t = grown, torch.logaddexp(lse_t, z_t.logsumexp(1))
-        kl = gap - lse_s + lse_t
+            gap = z_s - z_t
+            sums_s, sums_t = _add_tile(sums_s, z_s, gap), _add_tile(sums_t, z_t)
+        (top_s, total_s, weighted), (top_t, total_t, _) = sums_s, sums_t
+        lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
+        kl = weighted / total_s - lse_s + lse_t
         ctx.save_for_backward(hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl)
         ctx.temperature = temperature
         return kl
@@ -434,18 +528,17 @@ class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl = ctx.saved_tensors
-        d_hidden = torch.zeros(hidden_s.shape, dtype=kl.dtype, device=kl.device)
-        d_weight = torch.empty_like(weight_s) if ctx.needs_input_grad[1] else None
-        for tile in _tiles(len(hidden_s), len(weight_s)):
+
+        def d_logits(tile):
+            """p_v (log p_v - log q_v - KL)."""
             log_p = _logits(hidden_s, weight_s[tile], ctx.temperature).sub_(lse_s[:, None])
-            log_q = _logits(hidden_t, weight_t[tile], ctx.temperature).sub_(lse_t[:, None])
-            # d KL / d z_v = p_v (log p_v - log q_v - KL)
-            dz = (log_p - log_q - kl[:, None]).mul_(log_p.exp()).mul_(grad[:, None])
-            dz = dz.div_(ctx.temperature).to(hidden_s.dtype)
-            d_hidden += dz @ weight_s[tile]
-            if d_weight is not None:
-                d_weight[tile] = dz.T @ hidden_s
-        return d_hidden.to(hidden_s.dtype), d_weight, None, None, None
+            gap = _logits(hidden_t, weight_t[tile], ctx.temperature).sub_((lse_t - kl)[:, None])
+            gap = torch.sub(log_p, gap, out=gap)
+            return torch.mul(log_p.exp_(), gap, out=torch.empty_like(gap, dtype=hidden_s.dtype))
+
+        d_hidden, d_weight = _head_gradients(d_logits, grad / ctx.temperature, hidden_s, weight_s,
+                                             ctx.needs_input_grad[1])
+        return d_hidden, d_weight, None, None, None
 
 
 def reverse_kl(hidden_s, weight_s, hidden_t, weight_t, temperature=1.0):
@@ -1053,7 +1146,8 @@ def score_batch(agent, rollouts, config):
     failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")  # (B, K)
     A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size, valid)
     # With one update a batch, that update's own forward pass is the old policy's: no second one.
-    fresh = config.updates_per_step == 1
+    # Weights that are relative to the batch's mean must know all of the batch before.
+    fresh = config.updates_per_step == 1 and config.weights not in ("constant", "rescaled")
     logp_s, entropy_s = (torch.zeros(step_id.shape) for _ in range(2)) if fresh else score(
         agent.student, rollouts, config)
     logp_t, entropy_t = logp_s, entropy_s
@@ -1075,7 +1169,7 @@ def weigh(scored, at, config):
     logp_s, logp_t = scored.logp_s[at], scored.logp_t[at]
     d = step_divergence(logp_s, logp_t, step_id, scored.d.shape[1])
     scheme = config.weights if method.weights == "sod" else "uniform"
-    w = WEIGHTS[scheme](d, scored.failed[at], config)
+    w = WEIGHTS[scheme](d, scored.failed[at], step_tokens(step_id, d.shape[1]), config)
     coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
     scored.d[at], scored.w[at] = d, w
     scored.advantages[at] = token_advantages(config.method, scored.A[at], logp_s, logp_t, step_id,
@@ -1517,6 +1611,7 @@ def batch_metrics(scored, config):
         "entropy": mean(scored.entropy_s, token),
         "teacher_entropy": mean(scored.entropy_t, token),
         "d": mean(scored.d, step), "w": mean(scored.w, step),
+        "w_quantiles": quantiles(scored.w[step]), "d_by_step": means_by_step(scored.d, step),
         "w_capped": mean((scored.w >= 1 + config.delta - 1e-6).float(), step),
         "turns": float(np.mean([len(r.turns) for r in rollouts])),
         "tool_calls": sum(outcomes.values()) / len(rollouts),
@@ -1527,6 +1622,16 @@ def batch_metrics(scored, config):
         "infrastructure": int((~scored.valid).sum()),
         "tokens": int(token.sum()),
     }
+
+
+def quantiles(x):
+    """(N,) -> its 10%, 25%, 50%, 75% and 90% quantiles."""
+    return np.quantile(x.tolist(), [0.1, 0.25, 0.5, 0.75, 0.9]).tolist()
+
+
+def means_by_step(x, step):
+    """(B, K), and which of it are steps -> K means over the rollouts that have a k-th step."""
+    return (torch.where(step, x, 0.0).sum(0) / step.sum(0)).tolist()
 
 
 def update_metrics(updates):
@@ -1836,8 +1941,9 @@ def write_step(agent, m, folder):
     What the machine did goes to a file of its own, so that the others depend on the seed alone.
     """
     clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
-    rows = ([{k: v for k, v in m.items() if k not in clock}], [{"step": m["step"], **clock}],
-            rollout_rows(agent.scored, m["step"]) if agent.scored else [])
+    rows = ([{k: plain(v) for k, v in m.items() if k not in clock}], [{"step": m["step"], **clock}],
+            rollout_rows(agent.scored, m["step"], agent.tokenizer, agent.config.store_tokens)
+            if agent.scored else [])
     with tools.writing(folder):
         for name, new in zip(LOGS, rows):
             tools.append_rows(folder / name, new)
@@ -1847,18 +1953,66 @@ def write_step(agent, m, folder):
                 torch.save(agent.aside, file)
 
 
-def rollout_rows(scored, step):
-    """A batch as JSON-ready dicts, one a rollout, one entry a step."""
+def token_pieces(tokenizer, ids):
+    """The text of each token; joined, the text of all, control tokens included.
+
+    A byte-level token may end inside a character: it gets "", and the token that completes the
+    character gets both.
+    """
+    pieces, pending = [], []
+    for i in ids:
+        pending.append(i)
+        text = tokenizer.decode(pending)
+        whole = not text.endswith("\ufffd")  # what stands for the bytes of half a character
+        pieces.append(text if whole else "")
+        pending = [] if whole else pending
+    if pending:  # bytes that no token completed
+        pieces[-1] = tokenizer.decode(pending)
+    return pieces
+
+
+def plain(value):
+    """A number or list as JSON can hold it: it knows neither NaN nor infinity, they become null."""
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rounded(values, digits):
+    """(N,) tensor -> numbers that JSON can hold."""
+    return [plain(round(v, digits) + 0.0) for v in values.tolist()]  # + 0.0: no -0.0
+
+
+def token_row(scored, i, k, tokenizer):
+    """The tokens of step k of rollout i, log-probabilities and advantages to three decimals."""
+    r, at = scored.rollouts[i], scored.step_id[i] == k  # (T,)
+    ids = [token for token, step in zip(r.ids, r.step_id) if step == k]
+    row = {"tokens": token_pieces(tokenizer, ids), "logp_s": rounded(scored.logp_s[i, at], 3)}
+    if scored.logp_t is not scored.logp_s:  # somebody has scored
+        row["logp_t"] = rounded(scored.logp_t[i, at], 3)
+    return row | {"token_advantages": rounded(scored.advantages[i, at], 3)}
+
+
+def rollout_rows(scored, step, tokenizer, with_tokens):
+    """A batch as JSON-ready dicts, one a rollout, one entry a step; numbers to four decimals.
+
+    with_tokens  of so many rollouts each step also holds its tokens (token_row)
+    """
     for i, r in enumerate(scored.rollouts):
-        answers = iter(r.answers)
+        answers, d, w = iter(r.answers), rounded(scored.d[i], 4), rounded(scored.w[i], 4)
+        turns = [{"text": text, "outcome": outcome, "d": d[k], "w": w[k],
+                  "tool": next(answers) if outcome not in ("", "not_run") else None}
+                 | (token_row(scored, i, k, tokenizer) if i < with_tokens else {})
+                 for k, (text, outcome) in enumerate(zip(r.turns, r.outcomes))]
         yield {"step": step, "question": r.problem.question, "truth": r.problem.answer,
                "right": r.right, "reason": r.reason, "reward": round(r.reward, 4),
-               "advantage": round(float(scored.A[i]), 4), "finish": r.finish,
-               "turns": [{"text": text, "outcome": outcome, "d": round(float(d), 4),
-                          "w": round(float(w), 4),
-                          "tool": next(answers) if outcome not in ("", "not_run") else None}
-                         for text, outcome, d, w in zip(r.turns, r.outcomes,
-                                                        scored.d[i], scored.w[i])]}
+               "advantage": round(float(scored.A[i]), 4), "finish": r.finish, "turns": turns}
+
+
+def save_checkpoint(agent, folder, results={}):
+    """The trained student and its card, as folder/checkpoint."""
+    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as place:
+        write_model(agent, place, results)
 
 
 def write_model(agent, folder, results):
@@ -2126,10 +2280,13 @@ def measure_and_train(agent, config, folder, problems):
         measure("student after", agent.student)
         if METHODS.get(config.method, METHODS["grpo"]).view == "teacher":
             measure("teacher", agent.teacher)
-        finish(agent, folder, results)
+        save_checkpoint(agent, folder, results)
+        tools.remove(folder / "saves")
         print(f"checkpoint  {folder / 'checkpoint'}\nmetrics     {folder / 'metrics.jsonl'}")
     if config.method not in ("vanilla", "sft"):
         print(f"rollouts    {folder / 'rollouts.jsonl'}")
+    if config.page and config.method != "vanilla":
+        print(f"page        {page_of(folder)}")
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
               + results_table(results))
@@ -2142,11 +2299,19 @@ def read_results(folder):
     return {name: np.array(correct) for name, correct in found.items()}
 
 
-def finish(agent, folder, results):
-    """The result, with its card; the saves have done their work."""
-    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as place:
-        write_model(agent, place, results)
-    tools.remove(folder / "saves")
+def page_of(folder):
+    """Have evaluate.py write the page of a run; its path and size, or why there is none.
+
+    A process of its own, for imports go one way: evaluate.py imports this file. The run is done
+    and saved, so whatever happens there is told and does no harm.
+    """
+    script = Path(__file__).with_name("evaluate.py")
+    done = subprocess.run([sys.executable, script, "--page", folder],
+                          capture_output=True, text=True)
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return said[-1] if done.returncode == 0 and said else (
+        f"not written ({said[-1] if said else f'exit status {done.returncode}'}); to try again: "
+        f"python evaluate.py --page {folder}")
 
 
 def train_to_files(agent, config, folder):

@@ -1828,17 +1828,9 @@ def writing(folder):
 
 
 def append_rows(path, rows):
-    """Add dicts to a file, one a line. JSON has no NaN and no infinity: null stands for them."""
+    """Add dicts to a file, one a line."""
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
-
-
-def finite(x):
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def cut_back(path, size):

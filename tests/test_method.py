@@ -78,9 +78,40 @@ def test_ablation_weights_start_after_the_first_failed_call():
 
 
 def test_every_weight_scheme_of_the_ablation_has_the_shape_of_d():
-    d, failed = torch.rand(3, 4), torch.rand(3, 4) > 0.5
+    d, failed, tokens = torch.rand(3, 4), torch.rand(3, 4) > 0.5, torch.ones(3, 4)
     for scheme in sod.WEIGHTS.values():
-        assert scheme(d, failed, sod.Config()).shape == d.shape
+        assert scheme(d, failed, tokens, sod.Config()).shape == d.shape
+
+
+def weigh(scheme, d, tokens=((1, 1, 1),), **options):
+    d = torch.tensor(d)
+    w = sod.WEIGHTS[scheme](d, d > 9, torch.tensor(tokens), sod.Config(**options))
+    return w[0].tolist() if len(w) == 1 else w.tolist()
+
+
+def test_constant_and_rescaled_split_sod_into_its_scale_and_its_shape():
+    # SOD gives 1 .5 1.2 and 1 .2 (a step that is not there would get 1.2: it has no tokens)
+    d, tokens = [[.3, .6, .2], [.2, 1., 0.]], [[10, 20, 5], [10, 5, 0]]
+    mean = (10 + 20 * .5 + 5 * 1.2 + 10 + 5 * .2) / 50  # of a token: .74
+    assert weigh("constant", d, tokens) == [pytest.approx([mean] * 3, abs=1e-5)] * 2
+    one, two = weigh("rescaled", d, tokens)
+    assert one == pytest.approx([1 / mean, .5 / mean, 1.2 / mean], abs=1e-5)
+    assert two[:2] == pytest.approx([1 / mean, .2 / mean], abs=1e-5)
+    assert sum(n * w for n, w in zip([10, 20, 5, 10, 5], one + two[:2])) / 50 == pytest.approx(1)
+
+
+def test_a_first_step_known_by_heart_switches_off_sod_but_neither_floor_nor_median():
+    d = [[0.0, .4, .1, .8]]
+    assert weigh("sod", d, [[1] * 4])[1:] == pytest.approx([0, 0, 0], abs=1e-4)
+    assert weigh("floor", d, [[1] * 4], floor=.2) == pytest.approx([1, .5, 1, .25], abs=1e-4)
+    # medians of the first 1, 2, 3, 4: 0, .2, .1, .25
+    assert weigh("median", d, [[1] * 4]) == pytest.approx([1, .5, 1, .3125], abs=1e-4)
+    assert weigh("median", [[.3, .1]], [[1, 1]]) == pytest.approx([1, 1.2], abs=1e-4)  # the cap
+
+
+def test_tokens_of_a_step_are_counted_without_prompt_and_tool_text():
+    step_id = torch.tensor([[-1, 0, 0, -1, 1, -1], [-1, -1, 0, -1, -1, -1]])
+    assert sod.step_tokens(step_id, 3).tolist() == [[2, 1, 0], [1, 0, 0]]
 
 
 # --- Advantages -------------------------------------------------------------------------------
@@ -223,29 +254,6 @@ def test_softmax_is_taken_in_fp32_even_for_bf16_states():
     got = sod.token_logprobs(hidden, weight, targets)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=1e-5)
-
-
-def test_no_tensor_of_the_full_logits_is_ever_made():
-    """Peak memory of forward and backward at a true vocabulary, counted by a dispatch mode."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in (out if isinstance(out, (tuple, list)) else [out]):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.numel())
-            return out
-
-    N, V, D = 512, 151_936, 4
-    hidden = torch.randn(1, N, D, requires_grad=True)
-    weight = torch.randn(V, D, requires_grad=True)
-    with Watch():
-        sod.token_logprobs(hidden, weight, torch.zeros(1, N, dtype=torch.long)).sum().backward()
-    assert largest <= sod.TILE_ELEMENTS < N * V
 
 
 # --- What the estimator estimates -------------------------------------------------------------

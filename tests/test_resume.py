@@ -29,9 +29,9 @@ WORLD = ROOT / "data" / "world"
 PLACES = dict(student=WORLD / "student", teacher=WORLD / "teacher",
               train_data="few.jsonl", eval_data="", preset="world")
 SOD = dict(PLACES, name="sod", steps=5, prompts_per_step=2, group_size=2, max_response=120,
-           lr=1e-3, save_every=1, show_every=0)
+           lr=1e-3, save_every=1, show_every=0, page="false")
 SFT = dict(PLACES, name="sft", method="sft", demonstrations="shown.jsonl", sft_epochs=2,
-           sft_batch=4, save_every=1)
+           sft_batch=4, save_every=1, page="false")
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sod_mini"])
 

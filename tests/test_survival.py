@@ -51,8 +51,8 @@ def weights(agent):
 
 
 def command(**options):
-    return sod.main([str(word) for name, value in {**SMALL, "preset": "world", "show_every": 0,
-                                                   **options}.items()
+    options = {**SMALL, "preset": "world", "show_every": 0, "page": "false", **options}
+    return sod.main([str(word) for name, value in options.items()
                      for word in (f"--{name}", value)])
 
 

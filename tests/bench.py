@@ -1,0 +1,714 @@
+"""Every hot path beside its peers in one run: medians, ratios, and the ratio each must reach.
+
+    python tests/bench.py                 all sections
+    python tests/bench.py memory head     some of them; --help lists them
+
+Where a CUDA GPU is at hand each section measures it too. Peers from TRL appear where TRL can be
+imported (pip install trl==1.16.0); the project does not need it.
+
+How it is measured. What is compared takes turns, so that both sides meet the same machine; ratios
+are medians of the ratios of neighbours. Torch has one thread. Arithmetic on the CPU is timed by the
+CPU seconds of the process, which other programs change less than the clock on the wall; rollouts
+and whole steps, where tools are waited for, by the wall. Peaks of memory are counted on tensors
+without data, see tests/memory.py.
+"""
+import argparse
+import contextlib
+import gc
+import math
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sod_mini as sod  # noqa: E402
+import tools  # noqa: E402
+from memory import AskedFor, PeakMemory, as_on_a_gpu  # noqa: E402
+
+GIB, CUDA = 2 ** 30, torch.cuda.is_available()
+N, V = 20_480, 151_936  # tokens of the paper's longest response; rows of Qwen3's vocabulary
+QWEN3 = {  # hidden size, layers, heads, intermediate size; 8 key heads of 128
+    "0.6B": (1024, 28, 16, 3072), "1.7B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728)}
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+    what: str
+    ours: str
+    against: str
+    ratio: float = math.nan  # how much better or worse we are, in the sense that `target` says
+    target: str = ""         # such as ">= 50"; "" where nothing was promised
+
+    def __str__(self):
+        ratio = "" if math.isnan(self.ratio) else f"{self.ratio:.3g}"
+        met = ""
+        if self.target and not math.isnan(self.ratio):
+            sign, bound = self.target.split()
+            holds = self.ratio >= float(bound) if sign == ">=" else self.ratio <= float(bound)
+            met = "yes" if holds else "NO"
+        return f"| {self.what} | {self.ours} | {self.against} | {ratio} | {self.target} | {met} |"
+
+
+def no_gpu(what):
+    return Row(f"{what}, GPU", "no GPU: not measured", "")
+
+
+# --- Measuring --------------------------------------------------------------------------------
+
+
+def take_turns(works, rounds, clock=time.process_time):
+    """{name: (rounds,) seconds} of functions that run one after the other, again and again."""
+    seconds = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            started = clock()
+            work()
+            seconds[name].append(clock() - started)
+    return {name: np.array(times[1:]) for name, times in seconds.items()}  # the first warms up
+
+
+def gpu_clock():
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratio(a, b):
+    return float(np.median(a / b))
+
+
+def show(seconds):
+    middle = float(np.median(seconds))
+    return f"{middle:.2f} s" if middle >= 1 else f"{1000 * middle:.3g} ms"
+
+
+def fake_peak(work, *shapes, dtype=torch.bfloat16, gpu=True):
+    """GiB that `work` and its backward take at their peak, inputs not counted."""
+    with FakeTensorMode(), as_on_a_gpu() if gpu else contextlib.nullcontext():
+        inputs = [torch.empty(s, dtype=dtype, requires_grad=True) for s in shapes]
+        targets = torch.zeros(shapes[0][0], dtype=torch.long)
+        with PeakMemory() as memory:
+            work(*inputs, targets).sum().backward()
+    return memory.peak / GIB
+
+
+def real_peak(work, *shapes):
+    """The same from CUDA's allocator."""
+    inputs = [(torch.randn(s, device="cuda", dtype=torch.bfloat16) / 32).requires_grad_()
+              for s in shapes]
+    targets = torch.zeros(shapes[0][0], dtype=torch.long, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work(*inputs, targets).sum().backward()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+# --- Steps: boundaries, divergence, weights, advantages ----------------------------------------
+
+
+def steps():
+    """step_divergence, step_weights and token_advantages beside a loop over tokens."""
+    B, T, K = 64, N, 16
+    torch.manual_seed(0)
+    logp_s, logp_t, A = -torch.rand(B, T), -torch.rand(B, T), torch.randn(B)
+    step_id = (torch.arange(T) * K // T).repeat(B, 1)
+    step_id[:, ::9] = -1  # tool text
+
+    def tensors(*x, rows=B):
+        logp_s, logp_t, step_id, A = (part[:rows] for part in x)
+        w = sod.step_weights(sod.step_divergence(logp_s, logp_t, step_id, K))
+        return sod.token_advantages("sod", A, logp_s, logp_t, step_id, w)
+
+    batch, rows = (logp_s, logp_t, step_id, A), 8
+    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9)["tensors"]
+    started = time.process_time()
+    looped = [loop_over_tokens(*(part[i] for part in batch)) for i in range(rows)]
+    loop = (time.process_time() - started) * B / rows
+    torch.testing.assert_close(tensors(*batch, rows=rows), torch.stack(looped))
+    what = f"step boundaries, d, w and advantages, {B} x {T:,} tokens"
+    yield Row(what, show(seconds), f"{loop:.1f} s, a loop with .item() ({rows} rows, scaled)",
+              loop / float(np.median(seconds)), ">= 100")
+    if not CUDA:
+        yield no_gpu(what)
+        return
+    batch = [x.cuda() for x in batch]
+    torch.cuda.set_sync_debug_mode("error")  # an error where anything waits for the GPU
+    tensors(*batch)
+    torch.cuda.set_sync_debug_mode("default")
+    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9, gpu_clock)["tensors"]
+    started = gpu_clock()
+    loop_over_tokens(*(part[0, :2048] if part.dim() > 1 else part[0] for part in batch))
+    loop = (gpu_clock() - started) * B * T / 2048
+    yield Row(f"{what}, GPU, no wait for the device", show(seconds),
+              f"{loop:.0f} s, a loop with .item() (2,048 tokens, scaled)",
+              loop / float(np.median(seconds)), ">= 100")
+
+
+def loop_over_tokens(logp_s, logp_t, step_id, A):
+    """The obvious way, for one rollout: (T,) advantages."""
+    total, count, advantages = {}, {}, torch.zeros_like(logp_s)
+    for t in range(len(step_id)):
+        k = step_id[t].item()
+        if k >= 0:
+            gap = abs(logp_s[t].item() - logp_t[t].item())
+            total[k], count[k] = total.get(k, 0) + gap, count.get(k, 0) + 1
+    d = {k: total[k] / count[k] for k in total}
+    for t in range(len(step_id)):
+        k = step_id[t].item()
+        if k >= 0:
+            w = min((d[0] + 1e-6) / (d[k] + 1e-6), 1.2)
+            advantages[t] = A.item() + w * (logp_t[t].item() - logp_s[t].item())
+    return advantages
+
+
+# --- Head: memory and time of token_logprobs and reverse_kl ------------------------------------
+
+
+def naive_logprobs(hidden, weight, targets):
+    logits = (hidden @ weight.T).float()
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def naive_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _=None):
+    log_p, log_q = ((h @ w.T).float().log_softmax(-1)
+                    for h, w in ((hidden_s, weight_s), (hidden_t.detach(), weight_t.detach())))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def our_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _=None):
+    return sod.reverse_kl(hidden_s, weight_s, hidden_t.detach(), weight_t.detach())
+
+
+def trl_kernels():
+    """TRL's counterparts of both functions, or None: (logprobs, reverse KL, modules)."""
+    try:
+        from trl.kernels import chunked_divergence, chunked_logprob
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as width
+    except ImportError:
+        return None
+
+    def logprobs(hidden, weight, targets):
+        return chunked_logprob.ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, width, None, 1.0, ())[0]
+
+    def kl(hidden_s, weight_s, hidden_t, weight_t, _=None):
+        return chunked_divergence.ChunkedDivergenceFunction.apply(
+            hidden_s, weight_s, None, hidden_t.detach(), weight_t.detach(), None, 1.0)[0]
+    return logprobs, kl, (chunked_logprob, chunked_divergence)
+
+
+@contextlib.contextmanager
+def with_triton(modules):
+    """TRL's memory as on a GPU: its Triton kernels and its products take no memory at all there."""
+    nothing, nothing_new = (lambda *a, **k: None), (lambda total, a, b: total.add_(0))
+    names = ("_forward_tile", "_backward_tile", "_stats_tile", "_project")
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name in names:
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, nothing))
+            stack.enter_context(mock.patch.object(module, "_addmm_fp32", nothing_new))
+        yield
+
+
+def memory():
+    """Extra memory of forward and backward at full size, inputs not counted."""
+    kernels, D, D_t = trl_kernels(), QWEN3["0.6B"][0], QWEN3["4B"][0]
+    for name, ours, naive, trl, shapes, bound in (
+            ("token_logprobs", sod.token_logprobs, naive_logprobs, 0, ((N, D), (V, D)), 2.4),
+            ("reverse_kl", our_reverse_kl, naive_reverse_kl, 1,
+             ((N, D), (V, D), (N, D_t), (V, D_t)), 3)):
+        what = f"{name}, extra memory, {N:,} x {V:,} x {D}, bf16"
+        mine, plain = fake_peak(ours, *shapes), fake_peak(naive, *shapes)
+        floor = 2 * (N + V) * D / GIB
+        yield Row(what, f"{mine:.2f} GiB (gradients alone {floor:.2f})", f"{plain:.1f} GiB, naive",
+                  plain / mine, ">= 50")
+        if kernels:
+            with with_triton(kernels[2]):
+                theirs = fake_peak(kernels[trl], *shapes)
+            yield Row(what, f"{mine:.2f} GiB", f"{theirs:.2f} GiB, TRL with its GPU kernels",
+                      theirs / mine, f">= {bound}")
+            theirs = fake_peak(kernels[trl], *shapes, gpu=False)
+            yield Row(what, f"{mine:.2f} GiB", f"{theirs:.2f} GiB, TRL without them", theirs / mine)
+        if CUDA:
+            seen = real_peak(ours, *shapes)
+            yield Row(f"{what}, measured by CUDA over counted", f"{seen:.2f} GiB",
+                      f"{mine:.2f} GiB", seen / mine, "<= 1.1")  # cuBLAS has its workspace
+        else:
+            yield no_gpu(what)
+
+
+def products(hidden, weight):
+    """The matrix products no tiling can avoid: logits, twice, and both gradients. 8 N V D flops."""
+    p = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+
+    def work():
+        with torch.no_grad():
+            torch.mm(hidden, weight.T, out=p)
+            torch.mm(hidden, weight.T, out=p)
+            return p @ weight, p.T @ hidden
+    return work
+
+
+def head_times(n, v, d, dtype, device, clock, rounds):
+    """Rows of the time of token_logprobs, forward and backward, beside its peers."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(s, device=device, dtype=dtype).div_(d ** 0.25).requires_grad_()
+                      for s in ((n, d), (v, d)))
+    targets, g = torch.randint(0, v, (n,), device=device), torch.randn(n, device=device)
+
+    def both_ways(function):
+        def work():
+            hidden.grad = weight.grad = None
+            (function(hidden, weight, targets) * g).sum().backward()
+        return work
+    kernels = trl_kernels()
+    peers = {"ours": sod.token_logprobs, "naive": naive_logprobs}
+    peers |= {"TRL": kernels[0]} if kernels else {}
+    seconds = take_turns({name: both_ways(f) for name, f in peers.items()}
+                         | {"floor": products(hidden, weight)}, rounds, clock)
+    what = f"token_logprobs, time, {n:,} x {v:,} x {d}, {str(dtype)[6:]}, {device}"
+    ours = seconds["ours"]
+    yield Row(what, show(ours), f"{show(seconds['naive'])}, naive", ratio(ours, seconds["naive"]),
+              "<= 1.2" if device == "cpu" else "<= 1.0")
+    yield Row(f"{what}, share of the floor", show(ours),
+              f"{show(seconds['floor'])}, its 4 products alone", ratio(seconds["floor"], ours),
+              ">= 0.75")
+    if kernels:
+        yield Row(what, show(ours), f"{show(seconds['TRL'])}, TRL", ratio(ours, seconds["TRL"]))
+
+
+def head():
+    """Time of token_logprobs, forward and backward."""
+    yield from head_times(512, V // 4, 1024, torch.float32, "cpu", time.process_time, 5)
+    yield from head_times(2048, 8192, 256, torch.float32, "cpu", time.process_time, 5)
+    if CUDA:
+        yield from head_times(8192, V, 1024, torch.bfloat16, "cuda", gpu_clock, 9)
+    else:
+        yield no_gpu("token_logprobs, time")
+
+
+# --- Rollouts ---------------------------------------------------------------------------------
+
+
+class LateTool:
+    """A tool whose answers take longer: `seconds(code)`, for calls made together the longest."""
+
+    def __init__(self, run, seconds):
+        self.answer, self.seconds = run, seconds
+
+    def run(self, codes, stdins=None):
+        started = time.perf_counter()
+        seen = self.answer(codes)
+        until = started + max(map(self.seconds, codes), default=0)
+        time.sleep(max(until - time.perf_counter(), 0))
+        return seen
+
+
+def one_in_sixteen(code):
+    """Seconds of a call: 1 for one program in sixteen, 20 ms for the others."""
+    return 1.0 if zlib.crc32(code.encode()) % 16 == 0 else 0.02
+
+
+class Script:
+    """Rollouts that are known beforehand, so that any model takes as many turns as we like.
+
+    The engines do all their work; only which token comes next is not left to the model. Noise is
+    what they pick tokens by, and here it is the number of the token.
+    """
+
+    def __init__(self, tokenizer, turns, vocabulary):
+        """turns: for each rollout the number of filler words of each of its turns."""
+        self.tokenizer, self.vocabulary, self.tokens = tokenizer, vocabulary, 0
+        problem = tools.Problem("What is 6 * 7?", "42")
+        self.prompts = [(problem, sod.encode_prompt(tokenizer, problem))] * len(turns)
+        answer, rows = sod.encode_tool_turn(tokenizer, ANSWER), []
+        for i, words in enumerate(turns):
+            rows.append([])
+            for k, n in enumerate(words):
+                call = tools.render_tool_call(f"{i} + {k}")
+                text = "7 " * n + (call if k < len(words) - 1 else "\\boxed{42}")
+                ids = sod.encode(tokenizer, text + tokenizer.eos_token)
+                self.tokens += len(ids)
+                rows[-1] += ids + answer
+        self.noise = np.zeros((len(rows), max(map(len, rows)) + 1))
+        for noise, ids in zip(self.noise, rows):
+            noise[:len(ids)] = (np.array(ids) + 0.5) / vocabulary
+
+    def random(self, shape):
+        return self.noise if shape == self.noise.shape else np.ones(shape)  # ones: no silence
+
+    def play(self, model, engine, seconds=lambda code: 0.0, **changes):
+        """Seconds on the wall of all rollouts by one of the engines."""
+        config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0, overlong=0,
+                            max_response=self.noise.shape[1], tool_wait=0.0, chunk=512, **changes)
+        tool = LateTool(lambda codes: [tools.Observation(ANSWER, "ok", 0.0)] * len(codes), seconds)
+
+        def pick(logits, noise, temperature, top_p):
+            PICK(logits, noise, temperature, top_p)  # takes the time it takes
+            return (noise * self.vocabulary).long()
+        with mock.patch.object(sod, "pick_tokens", pick):
+            started = time.perf_counter()
+            rollouts = sod.sample_rollouts(model, self.tokenizer, self.prompts, tool, config, self)
+        taken = time.perf_counter() - started
+        assert all(r.right for r in rollouts) and self.tokens == sum(
+            k >= 0 for r in rollouts for k in r.step_id), "not what the script says"
+        return taken
+
+
+ANSWER, PICK = "1 2 3 4 5 6 7 8 9 10", sod.pick_tokens
+
+
+def random_qwen3(size, vocabulary, device="cpu", dtype=torch.float32, **changes):
+    """A Qwen3 model of random weights: a name of QWEN3 or (hidden, layers, heads, MLP)."""
+    hidden, layers, heads, inner = QWEN3.get(size, size)
+    shape = dict(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
+                 num_attention_heads=heads, num_key_value_heads=min(8, heads // 2), head_dim=128,
+                 intermediate_size=inner, tie_word_embeddings=True, max_position_embeddings=40_960)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def ragged(rollouts, longest, seed=0):
+    """1 to 6 turns each, of 2 to `longest` words each."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, longest + 1, rng.integers(1, 7)).tolist() for _ in range(rollouts)]
+
+
+def rollouts():
+    """64 ragged trajectories of several turns: the slots engine beside per-turn generate."""
+    agent = sod.load_agent(sod.Config(device="cpu", rollout_batch=64, tool_wait=0.0,
+                                      silent_rate=0.0))
+    prompts = [p for p in agent.practice[0][:16] for _ in range(4)]
+
+    def tokens_per_second(engine, tool):
+        config, rng = replace(agent.config, rollout_engine=engine), sod.random_numbers(0, "b", 0)
+        started = time.perf_counter()
+        found = sod.sample_rollouts(agent.student, agent.tokenizer, prompts, tool, config, rng)
+        taken = time.perf_counter() - started
+        return sum(k >= 0 for r in found for k in r.step_id) / taken
+    late = LateTool(agent.tool.run, one_in_sixteen)
+    for tool, of, target in ((late, "slow tools", ">= 1.6"), (agent.tool, "its own tool", "")):
+        yield engines(f"64 rollouts, embedded student, {of}", target,
+                      lambda engine: tokens_per_second(engine, tool))
+    tokenizer = agent.tokenizer
+    model = random_qwen3((512, 10, 8, 1536), len(tokenizer), head_dim=64)
+    yield from scripted("a random Qwen3 of 31M", Script(tokenizer, ragged(64, 24), 512), model,
+                        ">= 1.3")
+    if not CUDA:
+        yield no_gpu("64 rollouts, 0.6B, and its decode step")
+        return
+    model = random_qwen3("0.6B", V, "cuda", torch.bfloat16)
+    yield from scripted("0.6B, GPU", Script(tokenizer, ragged(64, 300), V), model, ">= 6")
+    yield decode_step(tokenizer, model)
+
+
+def engines(what, target, tokens_per_second, rounds=3):
+    speed = {"slots": [], "generate": []}
+    for _ in range(rounds + 1):
+        for engine in speed:
+            speed[engine].append(tokens_per_second(engine))
+    slots, generate = (np.array(found[1:]) for found in speed.values())
+    return Row(what, f"{np.median(slots):,.0f} tok/s, slots",
+               f"{np.median(generate):,.0f} tok/s, generate", ratio(slots, generate), target)
+
+
+def scripted(name, script, model, target):
+    for of, seconds, promised in (("slow tools", one_in_sixteen, target),
+                                  ("instant tools", lambda code: 0.0, "")):
+        yield engines(f"64 rollouts of 1-6 turns, {name}, {of}", promised,
+                      lambda engine: script.tokens / script.play(model, engine, seconds), 2)
+
+
+def decode_step(tokenizer, model, rows=64, words=256):
+    """Time of one step of 64 rows beside the time to read the weights and the filled cache once."""
+    script = Script(tokenizer, [[words]] * rows, V)
+    steps = script.tokens // rows
+    seconds = np.median([script.play(model, "slots") for _ in range(4)][1:]) / steps
+    block = torch.empty(GIB, dtype=torch.uint8, device=model.device)
+    other = torch.empty_like(block)
+    copy = take_turns({"copy": lambda: other.copy_(block)}, 9, gpu_clock)["copy"]
+    c = model.config
+    cache = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * steps / 2
+    floor = (2 * sum(p.numel() for p in model.parameters()) + cache) / (2 * GIB / np.median(copy))
+    return Row(f"decode step, 0.6B, {rows} slots, GPU", f"{1000 * seconds:.2f} ms",
+               f"{1000 * floor:.2f} ms, its bytes at the speed of a copy", seconds / floor, "<= 2")
+
+
+def overlap():
+    """A tool that takes 2 s in one of 16 rows: when are the other 15 done?"""
+    for device in ["cpu"] + ["cuda"] * CUDA:
+        yield from overlap_on(device)
+    if not CUDA:
+        yield no_gpu("a 2 s tool in one of 16 rows")
+
+
+def overlap_on(device):
+    agent = sod.load_agent(sod.Config(device=device))
+    script = Script(agent.tokenizer, [[20, 20, 20]] * 16, len(agent.tokenizer))
+
+    def others_done(engine, seconds):
+        """Seconds until the last of the other rows has finished."""
+        done, end_turn = {}, sod.end_turn
+
+        def watched(tokenizer, r, *rest):
+            call = end_turn(tokenizer, r, *rest)
+            done[id(r)] = time.perf_counter() if "0 + " not in r.turns[0] else 0.0
+            return call
+        with mock.patch.object(sod, "end_turn", watched):
+            started = time.perf_counter()
+            script.play(agent.student, engine, seconds, look=4)
+            return max(done.values()) - started
+    slow = lambda code: 2.0 if code == "0 + 0" else 0.0
+    for engine, target in (("slots", "<= 1.05"), ("generate", "")):
+        found = np.array([[others_done(engine, s) for s in (slow, lambda code: 0.0)]
+                          for _ in range(6)])[1:]
+        yield Row(f"a 2 s tool in one of 16 rows, {engine}, {device}: the others are done after",
+                  show(found[:, 0]), f"{show(found[:, 1])}, without it",
+                  ratio(found[:, 0], found[:, 1]), target)
+
+
+# --- Whole steps ------------------------------------------------------------------------------
+
+
+def methods():
+    """SOD over OPD: scoring and updates on the same rollouts; their rollouts cost the same."""
+    for device in ["cpu"] + ["cuda"] * CUDA:
+        agent = sod.load_agent(sod.Config(device=device))
+        prompts = [p for p in agent.practice[0][:16] for _ in range(8)]
+        found = sod.sample_rollouts(agent.student.eval(), agent.tokenizer, prompts, agent.tool,
+                                    agent.config, sod.random_numbers(0, "b", 0))
+        agent.optimizer = sod.Optimizer(agent.student, agent.config.lr, agent.config)
+        agent.student.train()
+
+        def learn(method):
+            config = replace(agent.config, method=method)
+            scored, size = sod.score_batch(agent, found, config), len(found) // 2
+            for start in (0, size):
+                sod.update(agent, scored, list(range(start, start + size)), config)
+        clock = time.process_time if device == "cpu" else gpu_clock
+        seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 21, clock)
+        yield Row(f"scoring and updates, 128 rollouts of the world, {device}",
+                  f"{show(seconds['sod'])}, sod", f"{show(seconds['opd'])}, opd",
+                  ratio(seconds["sod"], seconds["opd"]), "<= 1.01")
+    if not CUDA:
+        yield no_gpu("SOD over OPD")
+
+
+
+def trl():
+    """A whole training step in the embedded world: rollouts, scores, update, beside TRL's."""
+    try:
+        from trl import DistillationConfig, DistillationTrainer
+    except ImportError:
+        yield Row("a whole training step in the world, beside TRL", "TRL is not installed", "")
+        return
+    yield from beside_trl("cpu", DistillationTrainer, DistillationConfig)
+    if CUDA:
+        yield from beside_trl("cuda", DistillationTrainer, DistillationConfig)
+    else:
+        yield no_gpu("a whole training step in the world")
+
+
+def beside_trl(device, Trainer, Settings, steps=3):
+    """One update on 128 rollouts of 16 problems, the same models, problems and tool, no silence."""
+    config = sod.Config(device=device, silent_rate=0.0, updates_per_step=1, steps=steps + 1)
+    ours = [m for _ in range(2) for m in list(sod.train(config))[1:]]  # the first warms up
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, per_rollout = trl_steps(config, Trainer, Settings, folder)
+    mine = np.array([m["seconds"] for m in ours])
+    tokens = np.median([m["tokens"] / 128 for m in ours])
+    yield Row(f"a training step on 128 rollouts in the world, {device}",
+              f"{show(mine)}, {tokens:.0f} sampled tokens a rollout",
+              f"{show(theirs)}, TRL, {per_rollout:.0f} sampled tokens a rollout",
+              float(np.median(theirs) / np.median(mine)), ">= 1")
+
+
+def trl_steps(config, Trainer, Settings, folder):
+    """Seconds of TRL's steps but the first, and its sampled tokens a rollout."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.chat_template_utils import qwen3_template
+    agent = sod.load_agent(config)
+    tokenizer, clock = agent.tokenizer, []
+    tokenizer.padding_side, tokenizer.response_template = "left", qwen3_template
+    # TRL hands the template parsed calls; ours keeps what the student wrote. Same text either way.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message.content }}<|im_end|>",
+        "{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>\n"
+        "{{ call.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>")
+
+    def code_interpreter(code: str) -> str:
+        """Run a Python program.
+
+        Args:
+            code: the program.
+        """
+        return agent.tool.run([code])[0].text
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.append(time.perf_counter())
+    problems = [p for p, _ in agent.practice[0][:16 * config.steps]]
+    prompts = [[{"role": "user", "content": p.question}] for p in problems for _ in range(8)]
+    settings = Settings(
+        folder, per_device_train_batch_size=128, max_steps=config.steps, beta=1.0, bf16=False,
+        max_completion_length=config.max_response, learning_rate=config.lr, report_to=[],
+        lr_scheduler_type="constant", save_strategy="no", logging_steps=1, shuffle_dataset=False,
+        use_cpu=config.device == "cpu", max_tool_calling_iterations=config.max_turns - 1,
+        gradient_checkpointing=False, disable_tqdm=True)
+    with contextlib.redirect_stdout(None):
+        trainer = Trainer(agent.student, agent.teacher, settings, processing_class=tokenizer,
+                          train_dataset=Dataset.from_dict({"prompt": prompts}),
+                          tools=[code_interpreter], callbacks=[Clock()])
+        trainer.train()
+    per_rollout = np.median([log["completions/mean_length"] for log in trainer.state.log_history
+                             if "completions/mean_length" in log])
+    return np.diff(clock), per_rollout
+
+
+# --- Peak memory of a step --------------------------------------------------------------------
+
+PROMPT, BUDGETS = 2560, {"0.6B": 12.5, "1.7B": 30.0}  # tokens; GiB
+LONG = sod.Config(updates_per_step=1, group_size=1, gradient_checkpointing=True, max_response=N)
+
+
+def fake_step(size, length=PROMPT + N, teacher="4B", **changes):
+    """GiB of one sequence through the real score_batch and update: {phase: peak}.
+
+    Real classes and shapes, bf16, gradient checkpointing, tensors without data. All response
+    tokens count as sampled, which is the most there can be. One update takes AdamW's state into
+    being, the second is measured. The teacher is there only while it scores. A GPU's backward of
+    flash attention has scratch space of up to .4 GiB, at a time when more than that is free.
+    """
+    found = {}
+    config = replace(LONG, **changes)
+    at_home = mock.patch.object(sod, "visiting", lambda *a: contextlib.nullcontext())
+    asked = AskedFor(length - PROMPT)
+    with FakeTensorMode(), as_on_a_gpu(), PeakMemory() as memory, asked, at_home:
+        student = random_qwen3(size, V, dtype=torch.bfloat16).train()
+        sod.enable_checkpointing(student)
+        agent = sod.Agent(config, student, None, None, None,
+                          optimizer=sod.Optimizer(student, 1e-6, config))
+        if config.offload == "all":  # these are in the CPU's memory
+            memory.elsewhere([agent.optimizer.low, agent.optimizer.m, agent.optimizer.v])
+        found["resident"] = memory.now / GIB
+        rollout = sod.Rollout(None, [0] * length, [-1] * PROMPT + [0] * (length - PROMPT), PROMPT,
+                              outcomes=[""])
+        for _ in range(2):
+            agent.teacher = random_qwen3(teacher, V, dtype=torch.bfloat16).requires_grad_(False)
+            memory.peak = memory.now
+            scored = sod.score_batch(agent, [rollout], config)
+            found["scoring"] = memory.peak / GIB
+            agent.teacher, memory.peak = None, 0
+            sod.update(agent, scored, [0], config)
+            found["update"] = memory.peak / GIB
+            del scored
+    assert memory.operators["_scaled_dot_product_flash_attention_for_cpu"], "no flash kernel"
+    return found
+
+
+def peak():
+    """Peak memory of an update, 0.6B and 1.7B with a 4B teacher, one 23,040-token sequence."""
+    for size, offload in (("0.6B", "teacher"), ("1.7B", "teacher"), ("1.7B", "all")):
+        seen = fake_step(size, offload=offload)
+        what = f"peak of an update, {size}, {PROMPT + N:,} tokens, offload {offload}"
+        target = 24.0 if offload == "all" else BUDGETS[size]
+        yield Row(what, f"{seen['update']:.1f} GiB (scoring with the 4B teacher "
+                  f"{seen['scoring']:.1f}, weights and optimiser {seen['resident']:.1f})",
+                  f"{target} GiB", seen["update"] / target, "<= 1")
+        yield real_step(size, offload, seen) if CUDA else no_gpu(what)
+
+
+def real_step(size, offload, counted, length=PROMPT + N):
+    """The same update on the GPU, beside what was counted."""
+    gc.collect()  # the optimiser and its weights refer to each other
+    torch.cuda.empty_cache()
+    config = replace(LONG, offload=offload, method="grpo")
+    student = random_qwen3(size, V, "cuda", torch.bfloat16).train()
+    sod.enable_checkpointing(student)
+    agent = sod.Agent(config, student, None, None, None,
+                      optimizer=sod.Optimizer(student, 1e-6, config))
+    rollout = sod.Rollout(None, [7] * length, [-1] * PROMPT + [0] * (length - PROMPT), PROMPT,
+                          outcomes=[""], reward=1.0)
+    for _ in range(2):
+        scored = sod.score_batch(agent, [rollout], config)
+        torch.cuda.reset_peak_memory_stats()
+        sod.update(agent, scored, [0], config)
+    seen = torch.cuda.max_memory_allocated() / GIB
+    return Row(f"peak of an update, {size}, offload {offload}, CUDA's over counted",
+               f"{seen:.1f} GiB", f"{counted['update']:.1f} GiB", seen / counted["update"],
+               "<= 1.05")
+
+
+# --- Growth -----------------------------------------------------------------------------------
+
+
+def growth():
+    """What more turns, trajectories and tokens cost: the exponent of the best power law."""
+    agent = sod.load_agent(sod.Config(device="cpu"))
+    tokenizer, model = agent.tokenizer, agent.student
+    curves = {
+        "turns of 16 trajectories": ([2, 4, 8, 12], lambda n: [[12] * n] * 16),
+        "trajectories of 3 turns": ([32, 64, 128, 256], lambda n: [[12] * 3] * n),
+        "words in each of 2 turns, 64 trajectories": ([24, 48, 96, 192], lambda n: [[n] * 2] * 64)}
+    for what, (sizes, turns) in curves.items():
+        for engine, target in (("slots", "<= 1.1"), ("generate", "")):
+            scripts = {n: Script(tokenizer, turns(n), len(tokenizer)) for n in sizes}
+            works = {n: lambda s=s: s.play(model, engine) for n, s in scripts.items()}
+            yield curve(f"seconds by {what}, {engine}", take_turns(works, 3), show, target)
+    lengths = [5760, 11_520, 23_040]
+    extra = {}
+    for length in lengths:
+        seen = fake_step("0.6B", length, offload="teacher")
+        extra[length] = np.array([seen["update"] - seen["resident"]])
+    yield curve("memory of an update on top of weights and optimiser by tokens, 0.6B", extra,
+                lambda x: f"{x[0]:.2f} GiB", "<= 1.1")
+
+
+def curve(what, found, show, target):
+    """found: {size: measurements}"""
+    sizes, middle = list(found), [float(np.median(x)) for x in found.values()]
+    exponent = np.polyfit(np.log(sizes), np.log(middle), 1)[0]
+    return Row(what, ", ".join(f"{n:,}: {show(x)}" for n, x in found.items()), "linear is 1",
+               float(exponent), target)
+
+
+SECTIONS = {f.__name__: f for f in (steps, memory, head, rollouts, overlap, methods, trl, peak,
+                                   growth)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION",
+                        help=", ".join(f"{n}: {f.__doc__.splitlines()[0]}"
+                                       for n, f in SECTIONS.items()))
+    names = parser.parse_args().sections or list(SECTIONS)
+    for name in names:
+        if name not in SECTIONS:
+            parser.error(f"there is no section {name}; choose from {', '.join(SECTIONS)}")
+    torch.set_num_threads(1)
+    print("| what | ours | against | ratio | target | met |\n|---|---|---|---|---|---|")
+    for name in names:
+        for row in SECTIONS[name]():
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
