@@ -1122,7 +1122,6 @@ def as_seen(rollouts, prompts=None):
 class Scored:
     """A batch of rollouts with everything the update needs; (B, T) unless said otherwise."""
     rollouts: list[Rollout]
-    valid: torch.Tensor       # (B,) bool: False where the machine failed the rollout
     step_id: torch.Tensor     # k or -1
     failed: torch.Tensor      # (B, K) bool: the call of step k failed
     A: torch.Tensor           # (B,)
@@ -1136,9 +1135,14 @@ class Scored:
     fresh: bool               # the old policy is still the student: its update fills in the rest
 
 
+def valid_rows(rollouts):
+    """(B,) bool: False where the machine failed the rollout."""
+    return torch.tensor([r.finish != "infrastructure" for r in rollouts])
+
+
 def score_batch(agent, rollouts, config):
     """Steps 3 to 6 of the method: log-probabilities, A, d, w and the token advantages."""
-    valid = torch.tensor([r.finish != "infrastructure" for r in rollouts])
+    valid = valid_rows(rollouts)
     if not valid.any():
         raise ValueError("the sandbox failed a program of every rollout of this step, four times "
                          "each; see what this machine lacks (processes, memory), then resume")
@@ -1156,7 +1160,7 @@ def score_batch(agent, rollouts, config):
             logp_t, entropy_t = score(agent.teacher, rollouts, config,
                                       teacher_prompts(agent, rollouts))
     empty = (torch.zeros(shape) for shape in (failed.shape, failed.shape, step_id.shape))
-    scored = Scored(rollouts, valid, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s,
+    scored = Scored(rollouts, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s,
                     *empty, fresh)
     if not fresh:
         weigh(scored, slice(None), config)
@@ -1434,7 +1438,7 @@ def fault_of_updates(updates):
 
 
 REMEDIES = {
-    "student": "its weights are broken: lower --lr, and begin from an earlier state",
+    "student": "its weights are broken: begin anew with a lower --lr",
     "teacher": "it gives no chance to a token that was sampled, or its weights do not suit --dtype",
     "update": "lower --lr, or try --dtype float32",
 }
@@ -1481,7 +1485,8 @@ def train(config, agent=None):
     """Train the student with any method of METHODS, or imitate demonstrations (sft).
 
     A generator: yields one dict of numbers a step, documented in batch_metrics. Printing, files
-    and evaluation live outside. Without `agent` it loads what `config` names.
+    and evaluation live outside. Without `agent` it loads what `config` names; an agent that has
+    done some steps goes on after them.
     """
     agent = agent or load_agent(config)
     if config.method == "sft":
@@ -1597,7 +1602,8 @@ def batch_metrics(scored, config):
     """
     rollouts = [r for r in scored.rollouts if r.finish != "infrastructure"]
     token, K = scored.step_id >= 0, scored.d.shape[1]
-    turns = torch.tensor([len(r.outcomes) for r in scored.rollouts]) * scored.valid
+    valid = valid_rows(scored.rollouts)
+    turns = torch.tensor([len(r.outcomes) for r in scored.rollouts]) * valid
     step = torch.arange(K) < turns[:, None]  # (B, K)
     outcomes = Counter(o for r in rollouts for o in r.outcomes if o)
     calls = max(sum(outcomes.values()), 1)
@@ -1619,7 +1625,7 @@ def batch_metrics(scored, config):
         "outcomes": dict(outcomes),
         "cut_budget": float(np.mean([r.finish == "budget" for r in rollouts])),
         "cut_turns": float(np.mean([r.finish == "turns" for r in rollouts])),
-        "infrastructure": int((~scored.valid).sum()),
+        "infrastructure": int((~valid).sum()),
         "tokens": int(token.sum()),
     }
 
@@ -1942,7 +1948,7 @@ def write_step(agent, m, folder):
     """
     clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
     rows = ([{k: plain(v) for k, v in m.items() if k not in clock}], [{"step": m["step"], **clock}],
-            rollout_rows(agent.scored, m["step"], agent.tokenizer, agent.config.store_tokens)
+            list(rollout_rows(agent.scored, m["step"], agent.tokenizer, agent.config.store_tokens))
             if agent.scored else [])
     with tools.writing(folder):
         for name, new in zip(LOGS, rows):

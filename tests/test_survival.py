@@ -331,7 +331,8 @@ def test_nothing_is_learnt_from_a_rollout_that_the_machine_failed(engine, kl):
     (row,) = sod.train(c, agent)
     scored = agent.scored
     lost = [i for i, r in enumerate(scored.rollouts) if r.finish == "infrastructure"]
-    assert lost and row["infrastructure"] == len(lost) and not scored.valid[lost].any()
+    assert lost and row["infrastructure"] == len(lost) and not (
+        sod.valid_rows(scored.rollouts)[lost].any())
     assert scored.A[lost].eq(0).all() and scored.advantages[lost].eq(0).all()
     assert "sandbox_error" not in row["outcomes"]
     assert "lost to infrastructure" in sod.progress_line(row, c)
