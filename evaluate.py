@@ -1368,7 +1368,8 @@ def learn(agent, config):
             found["patterns"].append(pattern_shares(agent.scored))
             if max(rises) > best:
                 best, i = max(rises), int(np.argmax(rises))
-                found["example"] = list(sod.rollout_rows(agent.scored, m["step"]))[i]
+                found["example"] = list(sod.rollout_rows(agent.scored, m["step"], agent.tokenizer,
+                                                          with_tokens=0))[i]
     return found | {"seconds": time.perf_counter() - clock}
 
 
