@@ -1368,8 +1368,8 @@ def learn(agent, config):
             found["patterns"].append(pattern_shares(agent.scored))
             if max(rises) > best:
                 best, i = max(rises), int(np.argmax(rises))
-                found["example"] = list(
-                    sod.rollout_rows(agent.scored, m["step"], agent.tokenizer, 0))[i]
+                found["example"] = list(sod.rollout_rows(agent.scored, m["step"], agent.tokenizer,
+                                                          with_tokens=0))[i]
     return found | {"seconds": time.perf_counter() - clock}
 
 
@@ -1451,16 +1451,17 @@ def step_along(model, scored, signal, config, lr=WORLD.lr):
 
     signal  (B, T) what each token is worth, 0 for those that do not count
     """
-    model.zero_grad()
+    weights = list(model.parameters())
+    grads = [torch.zeros_like(p) for p in weights]
     for rows in sod.micro_batches([len(r.ids) for r in scored.rollouts], config.micro_batch_tokens):
         ids = sod.pad([scored.rollouts[i].ids for i in rows], 0, model.device)
-        logp = sod.sampled_logprobs(model, ids, scored.step_id[rows, :ids.shape[1]],
-                                    config.temperature)
-        (signal[rows, :ids.shape[1]] * logp).sum().backward()
+        step_id = scored.step_id[rows, :ids.shape[1]]
+        logp = sod.sampled_logprobs(model, ids, step_id, config.temperature)
+        found = torch.autograd.grad((signal[rows, :ids.shape[1]] * logp).sum(), weights)
+        grads = [g + new for g, new in zip(grads, found)]
     with torch.no_grad():
-        for p in model.parameters():
-            p += lr * p.grad.sign()
-    model.zero_grad()
+        for p, g in zip(weights, grads):
+            p += lr * g.sign()
 
 
 # --- The study: many runs at a time, and again after an interruption ----------------------------

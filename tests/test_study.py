@@ -60,8 +60,9 @@ def scored(d, outcomes, right=True):
     rollouts = [sod.Rollout(None, [0] * (len(row) + 1), [], 1, outcomes=list(row), right=right)
                 for row in outcomes]
     wide = sod.pad([[0.0] + row for row in d], 0.0, "cpu")
-    return sod.Scored(rollouts, step_id, wide, 0 * wide, wide, wide / 10, torch.zeros(len(d)),
-                      wide[:, 1:], torch.ones(len(d), wide.shape[1] - 1), wide)
+    return sod.Scored(rollouts, step_id, failed=None, A=torch.zeros(len(d)), logp_t=0 * wide,
+                      entropy_t=wide / 10, logp_s=wide, entropy_s=wide, d=wide[:, 1:],
+                      w=torch.ones(len(d), wide.shape[1] - 1), advantages=wide, fresh=False)
 
 
 def test_steps_are_told_apart_by_the_failed_call_before_or_at_them():
@@ -73,11 +74,8 @@ def test_steps_are_told_apart_by_the_failed_call_before_or_at_them():
     assert after[2] == [1, pytest.approx(.3), pytest.approx(.03)]
 
 
-def test_patterns_follow_from_drift_and_the_last_step():
-    assert evaluate.pattern([.3, .4]) == "stable"
-    assert evaluate.pattern([.3, 2., .4]) == "recovery"
-    assert evaluate.pattern([.3, .4, 2.]) == "erroneous"
-    batch = scored([[.1, .2], [.1, 3.], [2., .1], [.1]], [["ok", ""]] * 3 + [["" ]])
+def test_a_rollout_has_the_pattern_of_its_last_step():
+    batch = scored([[.1, .1]] * 4, [["ok", ""], ["error", "ok"], ["ok", "timeout"], ["", ""]])
     assert evaluate.pattern_shares(batch) == [.5, .25, .25]
 
 
