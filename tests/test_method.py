@@ -206,9 +206,11 @@ def problem(B=2, T=5, V=700, D=8):
             torch.randn(V, D, **T64, requires_grad=True), torch.randint(0, V, (B, T)))
 
 
+@pytest.mark.parametrize("keep", [0, 2 ** 25])
 @pytest.mark.parametrize("tile", [256, 2 ** 25])
-def test_token_logprobs_equal_log_softmax_and_its_gradient(monkeypatch, tile):
+def test_token_logprobs_equal_log_softmax_and_its_gradient(monkeypatch, tile, keep):
     monkeypatch.setattr(sod, "TILE_ELEMENTS", tile)  # 3 tiles of 256, or one
+    monkeypatch.setattr(sod, "KEEP_ELEMENTS", keep)  # computed again in backward, or kept
     hidden, weight, targets = problem()
     logp, entropy = sod.token_logprobs(hidden, weight, targets, temperature=0.7, entropy=True)
     full = torch.log_softmax(hidden @ weight.T / 0.7, -1)
@@ -238,7 +240,8 @@ def test_reverse_kl_equals_the_sum_over_the_vocabulary_and_its_gradient(monkeypa
     torch.testing.assert_close(got, want)
 
 
-def test_both_functions_pass_gradcheck():
+def test_both_functions_pass_gradcheck(monkeypatch):
+    monkeypatch.setattr(sod, "KEEP_ELEMENTS", 0)  # kept tiles serve the first backward only
     hidden, weight, targets = problem(B=1, T=2, V=5, D=3)
     other, head = torch.randn(1, 2, 4, **T64), torch.randn(5, 4, **T64)
     check = torch.autograd.gradcheck
