@@ -388,6 +388,7 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 # tile is worked on in place too, since reading and writing it is what costs beside the products.
 
 TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
+KEEP_ELEMENTS = 2 ** 26  # up to 256 MiB of tiles wait for backward, which then is a product sooner
 
 
 def _tiles(tokens, vocabulary):
@@ -421,16 +422,16 @@ def _no_sums(hidden):
 
 
 def _add_tile(sums, z, x=None):
-    """Add a tile of logits (N, n) to the running sums of a softmax; overwrites z.
+    """Add a tile of logits (N, n) to the running sums of a softmax.
 
     sums     (N,) top, the largest logit so far, sum of exp(z - top), and sum of exp(z - top) x
-    returns  the same, of all tiles so far
+    returns  the same, of all tiles so far; z then holds exp(z - top), and x is overwritten
     """
     old, total, weighted = sums
     top = torch.maximum(old, z.amax(1))
     fade, e = (old - top).exp(), z.sub_(top[:, None]).exp_()
     total = total * fade + e.sum(1)
-    return top, total, weighted if x is None else weighted * fade + e.mul_(x).sum(1)
+    return top, total, weighted if x is None else weighted * fade + x.mul_(e).sum(1)
 
 
 def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
@@ -454,13 +455,15 @@ def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        sums = _no_sums(hidden)
+        sums, ctx.kept = _no_sums(hidden), []
         chosen = sums[1]
         for tile in _tiles(len(hidden), len(weight)):
             z = _logits(hidden, weight[tile], temperature)  # (N, n)
             at, inside = _columns(targets, tile)
             chosen = torch.where(inside, z.gather(1, at), chosen[:, None])[:, 0]
             sums = _add_tile(sums, z, z.clone() if want_entropy else None)
+            if len(hidden) * len(weight) <= KEEP_ELEMENTS:
+                ctx.kept.append((z, sums[0]))
         top, total, weighted = sums  # weighted / total: the mean logit under the softmax
         lse = top + total.log()
         logp, entropy = chosen - lse, lse - weighted / total
@@ -475,8 +478,12 @@ class _TokenLogProbs(torch.autograd.Function):
 
         def d_logits(tile):
             """p - one-hot."""
-            z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
-            p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
+            if ctx.kept:
+                e, top = ctx.kept.pop(0)
+                p = e.mul_((top - lse).exp()[:, None]).to(hidden.dtype)
+            else:
+                z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
+                p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
             at, inside = _columns(targets, tile)
             # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
             new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, at))
