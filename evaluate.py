@@ -90,6 +90,7 @@ class Config:
     def __post_init__(self):
         self.sampling()  # rejects impossible values of what the two classes share
         for name, low, high in (("k", 1, math.inf), ("runs", 1, math.inf), ("limit", 0, math.inf),
+                                ("rollout_batch", 1, math.inf),
                                 ("top_p", 1e-12, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}"
@@ -577,7 +578,8 @@ def evaluate(name, data, problems, model, tokenizer, config):
     """Sample what the file lacks, a line a sample; the finished Evaluation and its path."""
     sampling = config.sampling()
     check_window(name, model, config)
-    agent = sod.Agent(sampling, model, None, tokenizer, sod.load_tool(sampling))
+    tool, _ = sod.load_tool(sampling)
+    agent = sod.Agent(sampling, model, None, tokenizer, tool)
     prompts, skipped = sod.fitting_prompts(agent, problems)
     used = {key: value for key, value in asdict(config).items() if key not in FOLDERS}
     used |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
@@ -693,7 +695,7 @@ def rescore(path, given):
     if missing:
         raise ValueError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
                          "...); rescoring needs the file that was evaluated")
-    with sod.load_tool(config.sampling()) as tool:
+    with sod.load_tool(config.sampling())[0] as tool:
         rows = [graded_again(row, problems[row["problem"]], tool)
                 for row in tqdm(old.rows, unit="sample", desc=f"rescoring {short(path)}")]
     changed = sum(a["right"] != b["right"] for a, b in zip(old.rows, rows))

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -103,13 +104,14 @@ class Config:
     dtype: str = "auto"                     # auto: bfloat16 on cuda, float32 on cpu
     offload: str = "none"                   # to the CPU while idle: teacher; all: optimiser too
     threads: int = 1                        # CPU threads of torch; 0: as many as it likes
-    rollout_batch: int = 256                # rollouts sampled side by side
+    rollout_batch: int = 256                # rollouts sampled side by side; 0: as memory allows
     rollout_engine: str = "slots"           # slots: a kept KV cache, Qwen3; generate: HF's, plain
     chunk: int = 24                         # generate: sampled tokens until ended rows leave
     look: int = 8                           # slots: sampled tokens until ended rows are seen to
     tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
-    micro_batch_tokens: int = 2048          # tokens in a micro-batch, padding included
+    micro_batch_tokens: int = 2048          # in a micro-batch, with padding; 0: as memory allows
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
+    preflight: bool = True                  # false: go on though disk, memory or a model look wrong
     seed: int = 0                           # of sampling, data order and tool silence
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
@@ -150,8 +152,7 @@ TINY = 1e-12
 BOUNDS = {
     **dict.fromkeys(["steps", "prompts_per_step", "group_size", "updates_per_step", "max_turns",
                      "max_prompt", "max_response", "sft_epochs", "sft_batch", "eval_problems",
-                     "eval_samples", "rollout_batch", "chunk", "look",
-                     "micro_batch_tokens"], (1, math.inf)),
+                     "eval_samples", "chunk", "look"], (1, math.inf)),
     **dict.fromkeys(["temperature", "eval_temperature", "epsilon", "lr", "sft_lr", "grad_clip",
                      "tool_timeout"], (TINY, math.inf)),
     **dict.fromkeys(["beta1", "beta2", "clip_low", "silent_rate", "silent_persist"], (0, 1)),
@@ -163,9 +164,9 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
           "Put the final answer in \\boxed{}.")
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_per_step=8,
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
-           silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
-           rollout_engine="generate", tool_wait=0.0, threads=0, micro_batch_tokens=16_384,
-           gradient_checkpointing=True, show_every=1,
+           silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, chunk=512,
+           rollout_engine="generate", tool_wait=0.0, threads=0, rollout_batch=0,
+           micro_batch_tokens=0, gradient_checkpointing=True, show_every=1,
            store_tokens=16)  # of 64: each token takes some 34 bytes
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
@@ -173,7 +174,7 @@ PRESETS = {
     "gpu": GPU,
     "paper": dict(GPU, prompts_per_step=64, group_size=16, updates_per_step=4, max_turns=16,
                   max_prompt=2560, max_response=20_480, overlong=1024, sft_epochs=5, sft_batch=128,
-                  eval_samples=32, micro_batch_tokens=32_768),
+                  eval_samples=32),
 }
 
 # --- The method, as a family (Sec. 4): teacher's view and token advantage ---------------------
@@ -1335,11 +1336,14 @@ def full_kl(agent, rollouts, hidden, config):
 class Agent:
     """Everything a run holds on to."""
     config: Config
-    student: torch.nn.Module
+    student: torch.nn.Module | None  # None until its weights are loaded
     teacher: torch.nn.Module | None  # frozen; None where the method has none
     tokenizer: object
     tool: object                     # run(codes) -> observations
     practice: tuple = ([], 0)        # (problems or demonstrations as ids, how many were too long)
+    notes: list = field(default_factory=list)  # what preflight found, as lines
+    predicted: int = 0               # bytes at the peak of the memory plan
+    before: int = 0                  # bytes taken before anything was loaded
     optimizer: Optimizer | None = None
     scored: Scored | None = None     # the newest batch, for files and eyes
 
@@ -1350,7 +1354,9 @@ def train(config, agent=None):
     A generator: yields one dict of numbers a step, documented in batch_metrics. Printing, files
     and evaluation live outside. Without `agent` it loads what `config` names.
     """
-    agent = agent or load_agent(config)
+    if agent is None:
+        agent = load_agent(config)
+        config = agent.config  # with the sizes that were left to the memory plan
     if config.method == "sft":
         yield from imitate(agent, config)
     elif config.method != "vanilla":
@@ -1521,6 +1527,138 @@ def resampled_means(values, draws=10_000):
     return values.mean() + math.sqrt(P / max(P - 1, 1)) * (means - values.mean())
 
 
+# --- Memory: what a run will hold, before anything is loaded -----------------------------------
+# From the shapes alone, for the worst case: every rollout fills its budget. The five moments of
+# PHASES never overlap, so the peak is that of the fullest.
+
+GIB = 2 ** 30
+STATE_BYTES = {4: 12, 2: 16}  # a weight: gradient and AdamW's two moments; bf16: an fp32 copy too
+PHASES = ("sampling", "forward", "scoring", "loss", "backward")
+MARGIN = 0.1  # of the device stays free: an allocator cannot use every gap between its blocks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the memory of a decoder depends on."""
+    weights: int  # how many
+    layers: int
+    V: int        # rows of the output matrix
+    D: int        # width of the residual stream
+    F: int        # width inside the MLP
+    q: int        # query heads * head_dim
+    kv: int       # key heads * head_dim; as many for the values
+    heads: int    # of queries and of keys
+
+    @classmethod
+    def of(cls, model):
+        c, heads = model.config, model.config.num_attention_heads
+        kv_heads = getattr(c, "num_key_value_heads", None) or heads
+        dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+        return cls(sum(p.numel() for p in model.parameters()), c.num_hidden_layers,
+                   len(model.get_output_embeddings().weight), c.hidden_size, inner,
+                   heads * dim, kv_heads * dim, heads + kv_heads)
+
+    def kept(self, b):
+        """Bytes a token that autograd keeps of one layer of Qwen3, in numbers of b bytes."""
+        norms = 2 * (4 + 2 * b) * self.D          # two of them: fp32, divided by rms, scaled
+        heads = (4 + 3 * b) * (self.q + self.kv)  # q, k: the same, rotated; v; what attention gives
+        mlp = 4 * b * self.F                      # gate, silu(gate), up, their product
+        return norms + heads + mlp + 4 * (2 + self.heads)  # 1 / rms of each norm
+
+    def passing(self, b):
+        """Bytes a token at the fullest moment of a forward pass without gradient."""
+        mlp, rotation = 4 * self.D + 3 * self.F, self.D + 4 * (self.q + self.kv)
+        return max(b * mlp, b * rotation, 3 * b * self.D + (8 + b) * self.q)  # or q's norm, in fp32
+
+
+def skeleton(path):
+    """A model on the meta device: every shape and no numbers, at once, whatever its size."""
+    shape = load_pretrained(AutoConfig, path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def most_rollouts(config):
+    """Rollouts that are ever asked for at once, in training or evaluation."""
+    return max(config.prompts_per_step * config.group_size,
+               config.eval_problems * config.eval_samples * bool(config.eval_data))
+
+
+def memory_plan(config, student, teacher, b):
+    """What a run holds at each of PHASES: {part: five numbers of bytes}.
+
+    student, teacher  Shapes; teacher None where the method has none
+    b                 bytes of a number the models compute in
+    """
+    s, t, width = student, teacher or student, config.max_prompt + config.max_response
+    rows = min(config.rollout_batch, most_rollouts(config))
+    tokens = max(config.micro_batch_tokens, width)  # one row alone may be longer than the budget
+    # generate() runs the whole prefix at each chunk, and masks padding with (rows, width, width).
+    prefill = rows * width * (s.passing(b) + (1 + b) * width)
+    cache = 2 * (s.layers + 1) * s.kv * b * rows * width  # a layer's grows by copying: one more
+    saved = s.layers * (b * s.D if config.gradient_checkpointing else s.kept(b))
+    saved += (4 + 2 * b) * s.D  # the last norm
+    again = s.kept(b) * config.gradient_checkpointing  # one layer is computed a second time
+    tile = 4 * min(TILE_ELEMENTS, tokens * s.V)  # of token_logprobs: the old one beside two new
+    tiles = int(tile * (2 if tile < 4 * TILE_ELEMENTS else 3 if b == 4 else 3.5))
+    plan = {
+        "student": [b * s.weights] * 5,
+        "optimiser": [STATE_BYTES[b] * s.weights] * 5,
+        "teacher": [b * t.weights * (teacher is not None)] * 5,
+        "KV cache": [cache, 0, 0, 0, 0],
+        "activations": [prefill, tokens * max(s.passing(b), t.passing(b)),
+                        tokens * 2 * b * max(s.D, t.D), tokens * saved,
+                        tokens * (saved + again + 2 * b * s.F)],
+        "logits": [24 * rows * s.V, 0, 3 * tile, tiles + (4 + 2 * b) * s.D * tokens, 0],
+        "head's gradient": [0, 0, 0, b * s.V * s.D, b * s.V * s.D],
+    }
+    if config.method == "vanilla":  # it samples, and no more
+        plan = {part: plan[part][:1] for part in ("student", "KV cache", "activations", "logits")}
+    return plan
+
+
+def peak(plan, phases=slice(None)):
+    """The sum at the fullest of some phases, bytes."""
+    return max([sum(parts) for parts in zip(*plan.values())][phases])
+
+
+def sized(config, student, teacher, b, room):
+    """The config with each size that is 0 set to the largest power of two that fits in `room`."""
+    most = {"micro_batch_tokens": (1 << 16, slice(1, None)),
+            "rollout_batch": (most_rollouts(config), slice(1))}
+    for name, (largest, phases) in most.items():
+        size = 1 << largest.bit_length() - 1
+        while size > 1 and getattr(config, name) == 0 and peak(memory_plan(
+                replace(config, **{name: size}), student, teacher, b), phases) > room:
+            size //= 2
+        config = replace(config, **{name: getattr(config, name) or size})
+    return config
+
+
+def memory_table(plan):
+    """The plan as lines: a row a part, a column a phase, GiB."""
+    together = {"together": [sum(parts) for parts in zip(*plan.values())]}
+    shown = {part: n for part, n in plan.items() if max(n) > 0.01 * peak(plan)}
+    head = f"memory, GiB{'':6}" + "".join(f"{p:>10}" for p in PHASES[:len(together["together"])])
+    return [head] + [f"  {part:15}" + "".join(f"{n / GIB:10.2f}" for n in numbers)
+                     for part, numbers in (shown | together).items()]
+
+
+def free_memory(device):
+    """Bytes a run could take: of the GPU, else of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+
+
+def memory_taken(device):
+    """The most bytes held so far: by tensors on a GPU, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 # --- Loading ----------------------------------------------------------------------------------
 
 
@@ -1585,20 +1723,32 @@ def load_tokenizer(path):
     return tokenizer
 
 
-PROBE = ("Solve 12 + 3045 = ?\n\tnaïve 東京 🙂 <think>\n\n</think>\n<tool_call>\n{\"a\": 1}\n"
-         "</tool_call><tool_response></tool_response><|im_start|>user<|im_end|><|endoftext|>")
+PROBES = [
+    "Solve 12 + 3045 = ?\n\t1,024.50", "naïve 東京 🙂 e\u0301", "  print( 'x' )\r\n\n",
+    "\\boxed{\\frac{1}{2}}", "<think>\n\n</think>",
+    '<tool_call>\n{"a": 1}\n</tool_call><tool_response></tool_response>',
+    "<|im_start|>user<|im_end|><|endoftext|>"]
+EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
+    {"role": "assistant", "content": tools.render_tool_call("print(12 + 30)")},
+    {"role": "tool", "content": "42"}, {"role": "assistant", "content": "\\boxed{42}"}])
 
 
 def check_same_ids(student, teacher, tokenizer_s, tokenizer_t):
     """SOD compares log-probabilities id by id, so both sides must write the same ids."""
-    ids_s, ids_t = encode(tokenizer_s, PROBE), encode(tokenizer_t, PROBE)
-    if ids_s != ids_t or tokenizer_s.eos_token_id != tokenizer_t.eos_token_id:
-        at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b),
-                  min(len(ids_s), len(ids_t)))
-        where = (f"they differ from token {at}, {tokenizer_s.decode(ids_s[at:at + 3])!r}"
-                 if ids_s != ids_t else "their end-of-turn tokens differ")
-        raise ValueError(f"{student} and {teacher} give different ids for the same text ({where}); "
-                         "SOD compares log-probabilities id by id. Use two models of one family.")
+    for probe in PROBES:
+        ids_s, ids_t = encode(tokenizer_s, probe), encode(tokenizer_t, probe)
+        if ids_s != ids_t:
+            at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b),
+                      min(len(ids_s), len(ids_t)))
+            where = f"they differ from token {at} of {probe!r}, {tokenizer_s.decode(ids_s[at:])!r}"
+            break
+    else:
+        if tokenizer_s.eos_token_id == tokenizer_t.eos_token_id:
+            return
+        where = (f"their end-of-turn tokens differ, {tokenizer_s.eos_token} and "
+                 f"{tokenizer_t.eos_token}")
+    raise ValueError(f"{student} and {teacher} give different ids for the same text ({where}); "
+                     "SOD compares log-probabilities id by id. Use two models of one family.")
 
 
 def enable_checkpointing(model):
@@ -1607,55 +1757,177 @@ def enable_checkpointing(model):
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def load_agent(config):
-    """Load student, teacher, tool and data; every mismatch stops here with a sentence."""
+def preflight(config):
+    """All that can be known in seconds, before the weights: an Agent that still lacks its models.
+
+    Every mismatch stops here with a sentence; what was found is in agent.notes. Sizes that were
+    left to the memory plan are set in agent.config.
+    """
+    device, dtype, _ = choose_device(config)
+    tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
+    check_vocabulary(config.student, student, tokenizer)
+    view, teacher, notes = getattr(METHODS.get(config.method), "view", ""), None, []
+    if view == "teacher":
+        other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
+        check_same_ids(config.student, config.teacher, tokenizer, other)
+        check_vocabulary(config.teacher, teacher, tokenizer)
+        check_rows(student, teacher, config)
+        notes = [f"same ids on {len(PROBES)} probes", same_template(tokenizer, other)]
+    elif view:  # self-distillation: the frozen start, told more
+        teacher = student
+    tool, milliseconds = load_tool(config)
+    agent = Agent(config, None, None, tokenizer, tool)
+    agent.practice = load_practice(agent)
+    notes += [f"{len(agent.practice[0]):,} rows to learn from"] * (config.method != "vanilla")
+    notes += [f"tool answers in {milliseconds:.0f} ms", room_on_disk(config, student, dtype)]
+    agent.notes = ["preflight  " + ", ".join(notes)]
+    plan_memory(agent, student, teacher, device, dtype)
+    return agent
+
+
+def load_agent(config, agent=None):
+    """Student, teacher, tool and data, after a preflight unless `agent` has had it."""
+    agent = agent or preflight(config)
+    config = agent.config
     torch.manual_seed(config.seed)
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
     device, dtype, _ = choose_device(config)
-    tokenizer = load_tokenizer(config.student)
-    student = load_model(config.student, device, dtype, config.init)
+    student = agent.student = load_model(config.student, device, dtype, config.init)
+    if config.init == "pretrained":
+        check_likelihood(config.student, student, agent)
     if config.gradient_checkpointing:
         enable_checkpointing(student)
-    teacher, view = None, getattr(METHODS.get(config.method), "view", "")
+    view = getattr(METHODS.get(config.method), "view", "")
     if view == "teacher":
-        check_same_ids(config.student, config.teacher, tokenizer, load_tokenizer(config.teacher))
-        teacher = load_model(config.teacher, device, dtype)
+        agent.teacher = load_model(config.teacher, device, dtype)
+        check_likelihood(config.teacher, agent.teacher, agent)
     elif view:  # self-distillation: the frozen start, told more
-        teacher = copy.deepcopy(student).eval()
-    if teacher is not None:
-        teacher.requires_grad_(False)
+        agent.teacher = copy.deepcopy(student).eval()
+    if agent.teacher is not None:
+        agent.teacher.requires_grad_(False)
         there = device if config.teacher_device == "same" else config.teacher_device
-        teacher.to("cpu" if config.offload != "none" else there)
-        check_vocabulary(student, teacher, config)
-    agent = Agent(config, student, teacher, tokenizer, load_tool(config))
-    if config.method == "sft":
-        rows = tools.load_demonstrations(config.demonstrations)
-        agent.practice = fitting_demonstrations(agent, rows)
-    elif config.method != "vanilla":
-        problems = tools.load_problems(config.train_data)
-        check_view(problems, config)
-        agent.practice = fitting_prompts(agent, problems)
+        agent.teacher.to("cpu" if config.offload != "none" else there)
     return agent
 
 
+def load_practice(agent):
+    """What the student learns from, as ids: (problems or demonstrations, how many are too long)."""
+    config = agent.config
+    if config.method == "vanilla":
+        return [], 0
+    if config.method == "sft":
+        return fitting_demonstrations(agent, tools.load_demonstrations(config.demonstrations))
+    problems = tools.load_problems(config.train_data)
+    check_view(problems, config)
+    return fitting_prompts(agent, problems)
+
+
 def load_tool(config):
-    """The sandbox, tried once: it refuses to start where it cannot contain a program."""
+    """The sandbox, tried once, and the milliseconds a call takes.
+
+    It refuses to start where it cannot contain a program.
+    """
     tool = tools.PythonTool(timeout=config.tool_timeout, max_chars=config.tool_chars,
                             modules=tuple(filter(None, config.tool_modules.split(","))),
                             unsafe=config.tool_unsafe)
     try:
-        tool.run(["1"])
+        tool.run(["1"])  # starts it
     except RuntimeError as error:
         raise ValueError(f"{error} On the command line: --tool_unsafe true.") from None
-    return tool
+    seen = tool.run(["print(1 + 1)"])[0]
+    if seen.text.strip() != "2":
+        raise ValueError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
+                         "print(1 + 1), not 2; see what `python tools.py` says, or raise --tool_timeout")
+    return tool, 1000 * seen.seconds
 
 
-def check_vocabulary(student, teacher, config):
+def check_vocabulary(path, model, tokenizer):
+    """Each id the tokenizer can write needs a row of the model."""
+    rows, largest = len(model.get_output_embeddings().weight), max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(f"the tokenizer writes ids up to {largest} and {path} has {rows} "
+                         "vocabulary rows; use the tokenizer that the model was trained with")
+
+
+def check_rows(student, teacher, config):
     rows_s, rows_t = (len(m.get_output_embeddings().weight) for m in (student, teacher))
     if config.kl == "full" and rows_s != rows_t:
         raise ValueError(f"student and teacher have {rows_s} and {rows_t} vocabulary rows; "
                          "--kl full compares row by row, so use --kl sampled")
+
+
+def same_template(tokenizer_s, tokenizer_t):
+    """Whether the teacher's own template writes what the student's does; what to expect if not."""
+    ids_s, ids_t = (encode_demonstration(t, *EXAMPLE)[0] for t in (tokenizer_s, tokenizer_t))
+    if ids_s == ids_t:
+        return "same template"
+    at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b), 0)
+    return (f"NOTE: their templates differ from token {at} on "
+            f"({tokenizer_s.decode(ids_s[at:at + 8])!r}, the teacher's "
+            f"{tokenizer_t.decode(ids_t[at:at + 8])!r}), and the teacher scores the student's")
+
+
+def room_on_disk(config, student, dtype):
+    """Two checkpoints with the optimiser's state, a third while it is written, and the weights."""
+    each = (dtype.itemsize + 12) * Shape.of(student).weights
+    need, place = 3 * each + dtype.itemsize * Shape.of(student).weights, Path(config.out).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < need and config.preflight and config.method != "vanilla":
+        raise ValueError(f"{free / GIB:.1f} GiB are free in {place} and the checkpoints need "
+                         f"{need / GIB:.1f}; make room, choose another --out, or go on all the "
+                         "same: --preflight false")
+    return f"{free / GIB:.0f} GiB free on disk of {need / GIB:.2f} needed"
+
+
+def plan_memory(agent, student, teacher, device, dtype):
+    """Set the sizes left open, note the plan, refuse one that does not fit."""
+    config, b, free = agent.config, dtype.itemsize, free_memory(device)
+    shapes = [Shape.of(student), Shape.of(teacher) if teacher is not None else None]
+    if config.teacher_device != "same":
+        shapes[1] = None  # another device's memory
+    room = (1 - MARGIN) * free
+    config = agent.config = sized(config, *shapes, b, room)
+    plan = memory_plan(config, *shapes, b)
+    agent.predicted, agent.before = peak(plan), memory_taken(device)
+    there = f"{room / GIB:.1f} GiB ({free / GIB:.1f} free on {device}, less {MARGIN:.0%})"
+    agent.notes += memory_table(plan)
+    agent.notes.append(f"  peak {peak(plan) / GIB:.2f} of {there}; rollout_batch "
+                       f"{config.rollout_batch}, micro_batch_tokens {config.micro_batch_tokens}")
+    if peak(plan) > room and config.preflight:
+        part = max(plan, key=lambda name: max(plan[name]))
+        raise ValueError(
+            f"the run needs {peak(plan) / GIB:.1f} GiB of {there}; most of it is {part}, "
+            f"{max(plan[part]) / GIB:.1f} GiB. Lower --max_response, --rollout_batch or "
+            "--micro_batch_tokens, set --gradient_checkpointing true, or go on all the same: "
+            "--preflight false")
+
+
+def memory_verdict(agent):
+    """The plan against what was taken, once the optimiser's state exists."""
+    device = agent.student.device
+    taken = memory_taken(device) - (0 if device.type == "cuda" else agent.before)
+    how = "by its tensors" if device.type == "cuda" else "growth of the whole process"
+    return (f"memory  peak of the plan {agent.predicted / GIB:.2f} GiB, measured {taken / GIB:.2f} "
+            f"({how})")
+
+
+@torch.no_grad()
+def check_likelihood(path, model, agent):
+    """A model that knows its own template finds a simple conversation likelier than chance."""
+    ids, step_id = encode_demonstration(agent.tokenizer, *EXAMPLE)
+    logp = sampled_logprobs(model, torch.tensor([ids], device=model.device), 1.0)[0].cpu()
+    mean = float(logp[torch.tensor(step_id) >= 0].mean())
+    chance = -math.log(len(model.get_output_embeddings().weight))
+    if not mean > 0.9 * chance and agent.config.preflight:  # NaN too; chance varies by some percent
+        raise ValueError(f"{path} gives a plain tool call in its own template {mean:.2f} nats a "
+                         f"token, and chance is {chance:.2f}: its weights are random, damaged or "
+                         "for another tokenizer; load them again, use --init random for a student "
+                         "that is to start from nothing, or go on all the same: --preflight false")
+    agent.notes.append(f"likelihood  {path}: {mean:.2f} nats a token of its own turns, chance "
+                       f"{chance:.2f}")
 
 
 def fitting_prompts(agent, problems):
@@ -1699,13 +1971,17 @@ def make_run_folder(config):
     folder = Path(config.out) / name
     try:
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        write_settings(config, folder)
     except FileExistsError:
         raise ValueError(f"{folder} exists already; give this run another --name") from None
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out"
                          ) from None
     return folder
+
+
+def write_settings(config, folder):
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 
 def token_pieces(tokenizer, ids):
@@ -1922,9 +2198,14 @@ def run(config, preset):
     device, dtype, reason = choose_device(config)
     print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
     try:
-        agent = load_agent(config)
+        agent = preflight(config)
+        config, (problems, results) = agent.config, (eval_problems(agent, agent.config), {})
+        print(*agent.notes, sep="\n")
+        agent.notes.clear()
+        write_settings(config, folder)
+        load_agent(config, agent)
+        print(*agent.notes, sep="\n")
         describe(agent, config)
-        problems, results = eval_problems(agent, config), {}
     except BaseException:
         shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
         raise
@@ -1985,6 +2266,8 @@ def train_to_files(agent, config, folder):
                     tqdm.write(progress_line(m, config))
                 continue
             tqdm.write(progress_line(m, config))
+            if m["step"] == 2:  # now the optimiser's state exists
+                tqdm.write(memory_verdict(agent))
             rollouts_file.writelines(json.dumps(row) + "\n"
                                      for row in rollout_rows(
                                          agent.scored, m["step"], agent.tokenizer,
