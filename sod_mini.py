@@ -1532,7 +1532,7 @@ def resampled_means(values, draws=10_000):
 # PHASES never overlap, so the peak is that of the fullest.
 
 GIB = 2 ** 30
-STATE_BYTES = {4: 12, 2: 16}  # a weight: gradient and AdamW's two moments; bf16: an fp32 copy too
+STATE_BYTES = {4: 8, 2: 10}  # a weight: AdamW's two moments; bf16 weights: their low halves too
 PHASES = ("sampling", "forward", "scoring", "loss", "backward")
 MARGIN = 0.1  # of the device stays free: an allocator cannot use every gap between its blocks
 
@@ -1594,24 +1594,34 @@ def memory_plan(config, student, teacher, b):
     s, t, width = student, teacher or student, config.max_prompt + config.max_response
     rows = min(config.rollout_batch, most_rollouts(config))
     tokens = max(config.micro_batch_tokens, width)  # one row alone may be longer than the budget
-    # generate() runs the whole prefix at each chunk, and masks padding with (rows, width, width).
-    prefill = rows * width * (s.passing(b) + (1 + b) * width)
-    cache = 2 * (s.layers + 1) * s.kv * b * rows * width  # a layer's grows by copying: one more
+    cache = 2 * s.layers * s.kv * b * rows * width  # keys and values
+    if config.rollout_engine == "slots":  # grows by half, beside its old self; masks (tokens, width)
+        cache, masks = int(2.5 * cache), min(tokens, rows * width) * (1 + (1 + b) * s.q // s.kv)
+        reading = min(tokens, rows * width) * s.passing(b)
+    else:  # generate() reads the whole prefix at each chunk; masks (rows, width, width)
+        cache, masks = cache * (s.layers + 1) // s.layers, rows * width * (1 + b)
+        reading = rows * width * s.passing(b)
     saved = s.layers * (b * s.D if config.gradient_checkpointing else s.kept(b))
-    saved += (4 + 2 * b) * s.D  # the last norm
+    saved += (4 + 3 * b) * s.D  # the last norm
     again = s.kept(b) * config.gradient_checkpointing  # one layer is computed a second time
-    tile = 4 * min(TILE_ELEMENTS, tokens * s.V)  # of token_logprobs: the old one beside two new
-    tiles = int(tile * (2 if tile < 4 * TILE_ELEMENTS else 3 if b == 4 else 3.5))
+    sampled = tokens * config.max_response // width  # only these meet the vocabulary
+    tile = 4 * min(TILE_ELEMENTS, sampled * s.V)  # of token_logprobs: the old one beside two new
+    one = tile < 4 * TILE_ELEMENTS and config.updates_per_step > 1  # no entropy, no old tile
+    tiles = int(tile * (2 if one else 3 if b == 4 else 3.5) * (1 + (config.kl == "full")))
+    gradient = 4 * s.weights + b * s.V * s.D  # summed in fp32, and the head's on its way
+    state = (STATE_BYTES[b] if config.offload != "all" else 0) * s.weights
+    at_home = config.offload == "none"
     plan = {
         "student": [b * s.weights] * 5,
-        "optimiser": [STATE_BYTES[b] * s.weights] * 5,
-        "teacher": [b * t.weights * (teacher is not None)] * 5,
+        "AdamW": [state] * 5,
+        "gradient": [0, 0, 0, gradient, gradient],
+        "teacher": [n * b * t.weights * (teacher is not None)
+                    for n in (at_home, True, True, at_home, at_home)],
         "KV cache": [cache, 0, 0, 0, 0],
-        "activations": [prefill, tokens * max(s.passing(b), t.passing(b)),
-                        tokens * 2 * b * max(s.D, t.D), tokens * saved,
+        "activations": [reading + masks * width, tokens * max(s.passing(b), t.passing(b)),
+                        (tokens + sampled) * b * max(s.D, t.D), tokens * saved,
                         tokens * (saved + again + 2 * b * s.F)],
-        "logits": [24 * rows * s.V, 0, 3 * tile, tiles + (4 + 2 * b) * s.D * tokens, 0],
-        "head's gradient": [0, 0, 0, b * s.V * s.D, b * s.V * s.D],
+        "logits": [28 * rows * s.V, 0, 3 * tile, tiles + (4 + 2 * b) * s.D * sampled, 0],
     }
     if config.method == "vanilla":  # it samples, and no more
         plan = {part: plan[part][:1] for part in ("student", "KV cache", "activations", "logits")}
@@ -1870,7 +1880,7 @@ def same_template(tokenizer_s, tokenizer_t):
 
 def room_on_disk(config, student, dtype):
     """Two checkpoints with the optimiser's state, a third while it is written, and the weights."""
-    each = (dtype.itemsize + 12) * Shape.of(student).weights
+    each = (dtype.itemsize + STATE_BYTES[dtype.itemsize]) * Shape.of(student).weights
     need, place = 3 * each + dtype.itemsize * Shape.of(student).weights, Path(config.out).resolve()
     while not place.exists():
         place = place.parent
@@ -1918,8 +1928,9 @@ def memory_verdict(agent):
 def check_likelihood(path, model, agent):
     """A model that knows its own template finds a simple conversation likelier than chance."""
     ids, step_id = encode_demonstration(agent.tokenizer, *EXAMPLE)
-    logp = sampled_logprobs(model, torch.tensor([ids], device=model.device), 1.0)[0].cpu()
-    mean = float(logp[torch.tensor(step_id) >= 0].mean())
+    ids, step_id = torch.tensor([ids], device=model.device), torch.tensor([step_id])
+    logp = sampled_logprobs(model, ids, step_id, 1.0).cpu()
+    mean = float(logp[step_id >= 0].mean())
     chance = -math.log(len(model.get_output_embeddings().weight))
     if not mean > 0.9 * chance and agent.config.preflight:  # NaN too; chance varies by some percent
         raise ValueError(f"{path} gives a plain tool call in its own template {mean:.2f} nats a "
