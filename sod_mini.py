@@ -1430,7 +1430,7 @@ def batch_metrics(scored, config):
     K = scored.d.shape[1]
     step = torch.arange(K) < torch.tensor([len(r.outcomes) for r in rollouts])[:, None]  # (B, K)
     outcomes = Counter(o for r in rollouts for o in r.outcomes if o)
-    calls = max(sum(outcomes.values()), 1)
+    calls, several = max(sum(outcomes.values()), 1), step.sum(1) > 1  # (B,) with later steps
     groups = scored.A.view(-1, config.group_size)
     mean = lambda x, where: float(x[where].mean())
     return {
@@ -1443,10 +1443,11 @@ def batch_metrics(scored, config):
         "d": mean(scored.d, step), "w": mean(scored.w, step),
         "w_quantiles": quantiles(scored.w[step]), "d_by_step": means_by_step(scored.d, step),
         "w_capped": mean((scored.w >= 1 + config.delta - 1e-6).float(), step),
+        "d1_near_0": float((several & (scored.d[:, 0] < NEAR_0)).sum() / max(several.sum(), 1)),
         "turns": float(np.mean([len(r.turns) for r in rollouts])),
         "tool_calls": sum(outcomes.values()) / len(rollouts),
         "tool_fail": sum(n for o, n in outcomes.items() if o not in FINE) / calls,
-        "outcomes": dict(outcomes),
+        "outcomes": dict(outcomes), "faults": dict(Counter(faults(rollouts))),
         "cut_budget": float(np.mean([r.finish == "budget" for r in rollouts])),
         "cut_turns": float(np.mean([r.finish == "turns" for r in rollouts])),
         "tokens": int(token.sum()),
@@ -1463,6 +1464,16 @@ def means_by_step(x, step):
     return (torch.where(step, x, 0.0).sum(0) / step.sum(0)).tolist()
 
 
+def faults(rollouts):
+    """What went wrong in each failed call: the Python error by name, else the outcome."""
+    for r in rollouts:
+        called = [o for o in r.outcomes if o not in ("", "not_run")]
+        for outcome, answer in zip(called, r.answers):
+            error = re.search(r"^(\w+)(?::.*)?\s*\Z", answer.rstrip().rpartition("\n")[2])
+            if outcome not in FINE:
+                yield error[1] if outcome == "error" and error else outcome
+
+
 def update_metrics(updates):
     """Means over the optimiser steps of one batch; steps with a non-finite norm are counted."""
     norms, losses, clipped = zip(*updates)
@@ -1476,6 +1487,103 @@ def clock_metrics(clock, scored):
     return {"seconds": clock[-1] - clock[0], "seconds_rollout": rollout, "seconds_score": scoring,
             "seconds_update": updating, "tokens_per_second":
             int((scored.step_id >= 0).sum()) / (clock[-1] - clock[0])}
+
+
+# --- Health: what the numbers of a run say, in words -------------------------------------------
+
+NEAR_0 = 0.02  # nats/token: a usual d_k of .2 then gets w_k = .1 or less
+WINDOW = 10    # steps in which a trend shows, and before a sentence is said again
+HEALTH = {  # metric: (highest value without a word, why there, the sentence)
+    "cut_budget": (0.3, "cut rollouts have no answer, and are all wrong alike",
+                   "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
+    "cut_turns": (0.3, "the same", "{:.0%} of rollouts ran out of turns: raise --max_turns"),
+    "groups_agree": (0.9, "the outcome advantage of a group that agrees is 0",
+                     "{:.0%} of groups agree, so GRPO has nothing to learn from in them: raise "
+                     "--group_size, or take problems that are sometimes solved"),
+    "w_capped": (0.4, "a cap that is met so often has become the weight",
+                 "w is at its cap in {:.0%} of steps: d falls after the first step; raise --delta "
+                 "to tell those steps apart"),
+    "d1_near_0": (0.3, "their later w_k are near 0 whatever the student does",
+                  "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their first "
+                  "step; try --weights uniform"),
+    "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
+    "clipped": (0.2, "a clipped token has no gradient", "{:.0%} of tokens left the clip range: "
+                "lower --lr or --updates_per_step"),
+    "not_taken": (0, "rare in sound runs", "{:.0f} optimiser steps were not taken, their gradient "
+                  "was not finite: lower --lr, and look at the rollouts of this step"),
+    "teacher_entropy": (2.0, "the paper's lost teacher has 2.4 nats", "the teacher is lost, its "
+                        "entropy is {:.1f} nats: does it know this system text and tool?"),
+}
+
+
+def health(history, config):
+    """{topic: sentence} of what deserves a word, from the metrics of all steps so far."""
+    m, found = history[-1], {}
+    silent = silent_topics(config)
+    for name, (limit, _, sentence) in HEALTH.items():
+        if m.get(name, 0) > limit and name not in silent:
+            found[name] = sentence.format(m[name], common_fault(m))
+    if m.get("entropy", 1) < 0.1:  # one token in fifty is open
+        found["entropy"] = (f"entropy fell below 0.1 nats ({m['entropy']:.2f}): the student has "
+                            "stopped exploring; lower --lr, or raise --temperature")
+    if m.get("tool_calls", 1) < 0.1:
+        found["tool_calls"] = (f"the tool is hardly called ({m['tool_calls']:.2f} times a "
+                               "rollout): say in --system how, or imitate first: --method sft")
+    if broken := m.get("outcomes", {}).get("sandbox_error", 0):
+        found["sandbox"] = (f"the sandbox itself failed in {broken} calls, no fault of the model: "
+                            "see `python tools.py`, and whether the machine has memory left")
+    if not math.isfinite(m.get("loss", 0)):
+        found["loss"] = f"the loss is {m['loss']}: lower --lr, and start from an earlier checkpoint"
+    return found | trends(history[-WINDOW:])
+
+
+def silent_topics(config):
+    """What means nothing to this method."""
+    method = METHODS.get(config.method, METHODS["grpo"])
+    agree = [] if method.outcome and config.group_size > 1 else ["groups_agree"]
+    sod = method.weights == "sod" and config.weights == "sod" and config.delta > 0
+    return agree if sod else [*agree, "w_capped", "d1_near_0"]
+
+
+def news(history, told, config):
+    """The sentences of health() that were not said in the last WINDOW steps.
+
+    told  {topic: step at which it was last said}, kept up to date
+    """
+    step = history[-1]["step"]
+    for topic, sentence in health(history, config).items():
+        if step >= told.get(topic, -WINDOW) + WINDOW:
+            told[topic] = step
+            yield sentence
+
+
+def trends(window):
+    """The sentences that need WINDOW steps of history."""
+    found, values = {}, lambda name: [m[name] for m in window if name in m]
+    if len(window) == WINDOW and rises(values("reverse_kl")):
+        first, last = window[0]["reverse_kl"], window[-1]["reverse_kl"]
+        found["reverse_kl"] = (f"reverse KL rises for {WINDOW} steps, {first:.2f} to {last:.2f}: "
+                               "lower --lr")
+    if len(window) == WINDOW and values("right") and max(values("right")) == 0:
+        found["right"] = (f"no rollout was right for {WINDOW} steps: take easier problems, imitate "
+                          "first (--method sft), or check the answers in the data")
+    if len(window) == WINDOW and values("right") and min(values("right")) == 1:
+        found["right"] = f"every rollout was right for {WINDOW} steps: take harder problems"
+    return found
+
+
+def rises(values):
+    """True where nearly every later value is above nearly every earlier one, by a tenth in all."""
+    pairs = [b > a for i, a in enumerate(values) for b in values[i + 1:]]
+    half = len(values) // 2
+    return bool(pairs) and np.mean(pairs) >= 0.85 and (
+        np.mean(values[half:]) > 1.1 * np.mean(values[:half]) > 0)
+
+
+def common_fault(m):
+    """", 20 of 25 SyntaxError", from the counts of one step."""
+    counts = Counter(m.get("faults", {})).most_common(1)
+    return f", {counts[0][1]} of {sum(m['faults'].values())} {counts[0][0]}" if counts else ""
 
 
 # --- Evaluation -------------------------------------------------------------------------------
@@ -1595,7 +1703,7 @@ def memory_plan(config, student, teacher, b):
     rows = min(config.rollout_batch, most_rollouts(config))
     tokens = max(config.micro_batch_tokens, width)  # one row alone may be longer than the budget
     cache = 2 * s.layers * s.kv * b * rows * width  # keys and values
-    if config.rollout_engine == "slots":  # grows by half, beside its old self; masks (tokens, width)
+    if config.rollout_engine == "slots":  # grows by half, beside the old; masks (tokens, width)
         cache, masks = int(2.5 * cache), min(tokens, rows * width) * (1 + (1 + b) * s.q // s.kv)
         reading = min(tokens, rows * width) * s.passing(b)
     else:  # generate() reads the whole prefix at each chunk; masks (rows, width, width)
@@ -1848,7 +1956,8 @@ def load_tool(config):
     seen = tool.run(["print(1 + 1)"])[0]
     if seen.text.strip() != "2":
         raise ValueError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
-                         "print(1 + 1), not 2; see what `python tools.py` says, or raise --tool_timeout")
+                         "print(1 + 1), not 2; see what `python tools.py` says, or raise "
+                         "--tool_timeout")
     return tool, 1000 * seen.seconds
 
 
@@ -2262,6 +2371,7 @@ def page_of(folder):
 
 def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
+    history, told = [], {}
     with (open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics_file,
           open(folder / "rollouts.jsonl", "w", encoding="utf-8") as rollouts_file):
         total = config.steps if config.method in METHODS else None
@@ -2277,6 +2387,9 @@ def train_to_files(agent, config, folder):
                     tqdm.write(progress_line(m, config))
                 continue
             tqdm.write(progress_line(m, config))
+            history.append(m)
+            for sentence in news(history, told, config):
+                tqdm.write(f"    health: {sentence}")
             if m["step"] == 2:  # now the optimiser's state exists
                 tqdm.write(memory_verdict(agent))
             rollouts_file.writelines(json.dumps(row) + "\n"
