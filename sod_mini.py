@@ -18,6 +18,7 @@ Notation (code: paper)
 """
 import argparse
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -128,6 +129,13 @@ class Config:
             value, (low, high) = getattr(self, f.name), BOUNDS.get(f.name, (0, math.inf))
             if f.type in (int, float) and not low <= value < high:
                 raise ValueError(f"{f.name} is {value}; it must be at least {low} and below {high}")
+        if Path(self.name).name != self.name or not self.name.isprintable():
+            raise ValueError(f"name is {self.name!r}; needed one folder name, such as first-try "
+                             "(--out says where it is made)")
+        if not self.system.isascii() and self.system != self.system.encode(
+                errors="replace").decode():
+            raise ValueError(f"system holds bytes that are no UTF-8 ({self.system!r:.60}); type it "
+                             "again in UTF-8")
         if self.method not in ("sod", "sod_only") and self.weights != "sod":
             raise ValueError(f"method {self.method} fixes its own weights; "
                              f"--weights {self.weights} goes with --method sod or sod_only")
@@ -850,10 +858,8 @@ class Slots:
     """
 
     def __init__(self, model, size):
+        check_slots(model)
         c = model.config
-        if c.model_type != "qwen3" or set(c.layer_types) != {"full_attention"}:
-            raise ValueError(f"rollout_engine slots knows Qwen3 models with full attention, and "
-                             f"this is a {c.model_type} model; use --rollout_engine generate")
         # generate()'s trap, here too: dropout and checkpointing belong to training.
         assert not model.training, "call model.eval() before sampling"
         self.model, self.device = model, model.device
@@ -945,6 +951,13 @@ class Slots:
             x = x + a.o_proj(mixed.unflatten(2, (n, heads)).transpose(1, 2).flatten(2))
             x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm))
         return rms_norm(x, core.norm)
+
+
+def check_slots(model):
+    c = model.config
+    if c.model_type != "qwen3" or set(c.layer_types) != {"full_attention"}:
+        raise ValueError(f"rollout_engine slots knows Qwen3 models with full attention, and "
+                         f"this is a {c.model_type} model; use --rollout_engine generate")
 
 
 def rms_norm(x, norm):
@@ -1682,9 +1695,10 @@ class Shape:
 
 def skeleton(path):
     """A model on the meta device: every shape and no numbers, at once, whatever its size."""
-    shape = load_pretrained(AutoConfig, path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
+    def read(path):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return load_pretrained(read, path)
 
 
 def most_rollouts(config):
@@ -1785,6 +1799,12 @@ def choose_device(config):
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in (device, getattr(config, "teacher_device", device).replace("same", device)):
+        try:
+            torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"device {name!r} is none that torch knows; use cpu, cuda or cuda:1"
+                             ) from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for and no CUDA GPU is visible; "
                          "use --device cpu")
@@ -1796,13 +1816,16 @@ def choose_device(config):
     return torch.device(device), dtype, reason
 
 
-def load_pretrained(kind, path, **options):
-    """from_pretrained with one sentence in place of its traceback."""
-    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/"))):
-        raise ValueError(f"there is no folder {path}; name a folder that holds a model, "
+def load_pretrained(read, path, **options):
+    """read(path), such as from_pretrained, with one sentence in place of its traceback."""
+    if Path(path).is_file():
+        raise ValueError(f"{path} is a file; name the folder that holds the model")
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
+    if not path or not Path(path).exists() and not is_hub_id:
+        raise ValueError(f"there is no folder {path!r}; name a folder that holds a model, "
                          "or a Hub id such as Qwen/Qwen3-0.6B")
     try:
-        return kind.from_pretrained(path, **options)
+        return read(path, **options)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ValueError(f"cannot load {path}: {first.strip()} A Hub id needs a machine that can "
@@ -1813,10 +1836,12 @@ def load_pretrained(kind, path, **options):
 def load_model(path, device, dtype, init="pretrained"):
     """A causal language model whose shipped sampling settings cannot reach our rollouts."""
     if init == "random":
-        config = load_pretrained(AutoConfig, path)
+        config = load_pretrained(AutoConfig.from_pretrained, path)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
+        model, read = load_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=dtype,
+                                      output_loading_info=True)
+        check_weights(path, read)
     # generate() fills every setting we leave open from model.generation_config: Qwen3 ships
     # temperature .6, top-k 20 and top-p .95. Keep them for the saved checkpoint only.
     model.shipped_generation = model.generation_config
@@ -1824,9 +1849,25 @@ def load_model(path, device, dtype, init="pretrained"):
     return model.to(device).eval()
 
 
+def check_weights(path, read):
+    """transformers fills what a file lacks with random numbers, and only warns."""
+    for verb, names in (("lack", read["missing_keys"]), ("hold", read["unexpected_keys"])):
+        if names:
+            raise ValueError(f"the weights of {path} {verb} {len(names)} tensors that its config "
+                             f"does{' not' * (verb == 'hold')} name, such as {min(names)}; load "
+                             "the folder again, or mend its config.json")
+
+
+def check_window(name, model, config):
+    window = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if config.max_prompt + config.max_response > window:
+        raise ValueError(f"{name} reads {window} tokens; max_prompt {config.max_prompt} and "
+                         f"max_response {config.max_response} are more: lower one of them")
+
+
 def load_tokenizer(path):
     """The tokenizer, checked for what a conversation with a tool needs."""
-    tokenizer = load_pretrained(AutoTokenizer, path)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
@@ -1838,6 +1879,9 @@ def load_tokenizer(path):
     if probe not in seen:
         raise ValueError(f"the chat template of {path} does not show tool answers: it gave {seen}; "
                          "use a model whose template knows the role tool")
+    if tools.TOOL_NAME not in tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])):
+        raise ValueError(f"the chat template of {path} does not tell the model of its tool, "
+                         f"{tools.TOOL_NAME}; use a model whose template shows tools")
     return tokenizer
 
 
@@ -1884,18 +1928,22 @@ def preflight(config):
     device, dtype, _ = choose_device(config)
     tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
     check_vocabulary(config.student, student, tokenizer)
+    check_window(config.student, student, config)
+    if config.rollout_engine == "slots":
+        check_slots(student)
     view, teacher, notes = getattr(METHODS.get(config.method), "view", ""), None, []
     if view == "teacher":
         other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
         check_same_ids(config.student, config.teacher, tokenizer, other)
         check_vocabulary(config.teacher, teacher, tokenizer)
+        check_window(config.teacher, teacher, config)
         check_rows(student, teacher, config)
         notes = [f"same ids on {len(PROBES)} probes", same_template(tokenizer, other)]
     elif view:  # self-distillation: the frozen start, told more
         teacher = student
-    tool, milliseconds = load_tool(config)
-    agent = Agent(config, None, None, tokenizer, tool)
+    agent = Agent(config, None, None, tokenizer, None)
     agent.practice = load_practice(agent)
+    agent.tool, milliseconds = load_tool(config)
     notes += [f"{len(agent.practice[0]):,} rows to learn from"] * (config.method != "vanilla")
     notes += [f"tool answers in {milliseconds:.0f} ms", room_on_disk(config, student, dtype)]
     agent.notes = ["preflight  " + ", ".join(notes)]
@@ -1946,8 +1994,13 @@ def load_tool(config):
 
     It refuses to start where it cannot contain a program.
     """
+    modules = tuple(filter(None, config.tool_modules.split(",")))
+    for name in modules:
+        if not name.isidentifier() or importlib.util.find_spec(name) is None:
+            raise ValueError(f"tool_modules names {name!r}, which is not installed; pip install "
+                             "it, or leave it out of --tool_modules")
     tool = tools.PythonTool(timeout=config.tool_timeout, max_chars=config.tool_chars,
-                            modules=tuple(filter(None, config.tool_modules.split(","))),
+                            modules=modules,
                             unsafe=config.tool_unsafe)
     try:
         tool.run(["1"])  # starts it
@@ -2304,7 +2357,7 @@ def parse_config(argv=None):
     add_options(parser, Config, __file__, choices())
     given = vars(parser.parse_args(argv))
     data = [given[k] for k in ("train_data", "eval_data", "demonstrations") if given.get(k)]
-    embedded = all(Path(d).resolve().is_relative_to(Path(WORLD).resolve()) for d in data)
+    embedded = all(Path(os.path.realpath(d)).is_relative_to(Path(WORLD).resolve()) for d in data)
     preset = given.pop("preset", None) or ("world" if embedded else "gpu")
     try:
         return Config(**{**PRESETS[preset], **given}), preset
@@ -2314,8 +2367,8 @@ def parse_config(argv=None):
 
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
-    folder = make_run_folder(config)
     device, dtype, reason = choose_device(config)
+    folder = make_run_folder(config)
     print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
     try:
         agent = preflight(config)
