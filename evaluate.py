@@ -90,6 +90,7 @@ class Config:
     def __post_init__(self):
         self.sampling()  # rejects impossible values of what the two classes share
         for name, low, high in (("k", 1, math.inf), ("runs", 1, math.inf), ("limit", 0, math.inf),
+                                ("rollout_batch", 1, math.inf),
                                 ("top_p", 1e-12, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}"
@@ -111,7 +112,7 @@ EMBEDDED = dict(limit=WORLD.eval_problems)
 
 def settings(data, given):
     """The Config of one benchmark: the world's or the paper's values, then the command line's."""
-    is_world = data == "world" or Path(data).resolve().parent == Path(sod.WORLD).resolve()
+    is_world = data == "world" or Path(os.path.realpath(data)).parent == Path(sod.WORLD).resolve()
     return Config(**{**(EMBEDDED if is_world else PAPER), **given})
 
 
@@ -576,8 +577,9 @@ def load_model(name, config):
 def evaluate(name, data, problems, model, tokenizer, config):
     """Sample what the file lacks, a line a sample; the finished Evaluation and its path."""
     sampling = config.sampling()
-    check_window(name, model, config)
-    agent = sod.Agent(sampling, model, None, tokenizer, sod.load_tool(sampling))
+    sod.check_window(name, model, config)
+    tool, _ = sod.load_tool(sampling)
+    agent = sod.Agent(sampling, model, None, tokenizer, tool)
     prompts, skipped = sod.fitting_prompts(agent, problems)
     used = {key: value for key, value in asdict(config).items() if key not in FOLDERS}
     used |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
@@ -597,13 +599,6 @@ def evaluate(name, data, problems, model, tokenizer, config):
                 bar.set_postfix(right=f"{np.mean([row['right'] for row in found.rows]):.1%}")
                 bar.update(len(rows))
     return found, path
-
-
-def check_window(name, model, config):
-    window = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if config.max_prompt + config.max_response > window:
-        raise ValueError(f"{name} reads {window} tokens; max_prompt {config.max_prompt} and "
-                         f"max_response {config.max_response} are more: lower one of them")
 
 
 def crc_of(problems):
@@ -693,7 +688,7 @@ def rescore(path, given):
     if missing:
         raise ValueError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
                          "...); rescoring needs the file that was evaluated")
-    with sod.load_tool(config.sampling()) as tool:
+    with sod.load_tool(config.sampling())[0] as tool:
         rows = [graded_again(row, problems[row["problem"]], tool)
                 for row in tqdm(old.rows, unit="sample", desc=f"rescoring {short(path)}")]
     changed = sum(a["right"] != b["right"] for a, b in zip(old.rows, rows))
@@ -1826,6 +1821,10 @@ def evaluate_all(models, datas, given):
     """Every model on every benchmark; a report of each benchmark and the macro average."""
     found = defaultdict(list)
     loaded = {data: load_benchmark(data, settings(data, given)) for data in datas}
+    for name in models:  # all of them are looked at before the first one is sampled from
+        sod.load_tokenizer(name)
+        for data in datas:
+            sod.check_window(name, sod.skeleton(name), settings(data, given))
     for name in models:
         model, tokenizer = load_model(name, settings(datas[0], given))
         for data in datas:

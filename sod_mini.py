@@ -20,10 +20,12 @@ import argparse
 import copy
 import gc
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -106,13 +108,14 @@ class Config:
     dtype: str = "auto"                     # auto: bfloat16 on cuda, float32 on cpu
     offload: str = "none"                   # to the CPU while idle: teacher; all: optimiser too
     threads: int = 1                        # CPU threads of torch; 0: as many as it likes
-    rollout_batch: int = 256                # rollouts sampled side by side
+    rollout_batch: int = 256                # rollouts sampled side by side; 0: as memory allows
     rollout_engine: str = "slots"           # slots: a kept KV cache, Qwen3; generate: HF's, plain
     chunk: int = 24                         # generate: sampled tokens until ended rows leave
     look: int = 8                           # slots: sampled tokens until ended rows are seen to
     tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
-    micro_batch_tokens: int = 2048          # tokens in a micro-batch, padding included
+    micro_batch_tokens: int = 2048          # in a micro-batch, with padding; 0: as memory allows
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
+    preflight: bool = True                  # false: go on though disk, memory or a model look wrong
     seed: int = 0                           # of sampling, data order and tool silence
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
@@ -133,6 +136,13 @@ class Config:
             value, (low, high) = getattr(self, f.name), BOUNDS.get(f.name, (0, math.inf))
             if f.type in (int, float) and not low <= value < high:
                 raise ValueError(f"{f.name} is {value}; it must be at least {low} and below {high}")
+        if Path(self.name).name != self.name or not self.name.isprintable():
+            raise ValueError(f"name is {self.name!r}; needed one folder name, such as first-try "
+                             "(--out says where it is made)")
+        if not self.system.isascii() and self.system != self.system.encode(
+                errors="replace").decode():
+            raise ValueError(f"system holds bytes that are no UTF-8 ({self.system!r:.60}); type it "
+                             "again in UTF-8")
         if self.method not in ("sod", "sod_only") and self.weights != "sod":
             raise ValueError(f"method {self.method} fixes its own weights; "
                              f"--weights {self.weights} goes with --method sod or sod_only")
@@ -157,8 +167,7 @@ TINY = 1e-12
 BOUNDS = {
     **dict.fromkeys(["steps", "prompts_per_step", "group_size", "updates_per_step", "max_turns",
                      "max_prompt", "max_response", "sft_epochs", "sft_batch", "eval_problems",
-                     "eval_samples", "rollout_batch", "chunk", "look", "max_refused",
-                     "micro_batch_tokens"], (1, math.inf)),
+                     "eval_samples", "chunk", "look", "max_refused"], (1, math.inf)),
     **dict.fromkeys(["temperature", "eval_temperature", "epsilon", "lr", "sft_lr", "grad_clip",
                      "tool_timeout"], (TINY, math.inf)),
     **dict.fromkeys(["beta1", "beta2", "clip_low", "silent_rate", "silent_persist"], (0, 1)),
@@ -170,9 +179,9 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
           "Put the final answer in \\boxed{}.")
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_per_step=8,
            max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
-           silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, rollout_batch=64, chunk=512,
-           rollout_engine="generate", tool_wait=0.0, threads=0, micro_batch_tokens=16_384,
-           gradient_checkpointing=True, show_every=1,
+           silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, chunk=512,
+           rollout_engine="generate", tool_wait=0.0, threads=0, rollout_batch=0,
+           micro_batch_tokens=0, gradient_checkpointing=True, show_every=1,
            store_tokens=16)  # of 64: each token takes some 34 bytes
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
@@ -180,7 +189,7 @@ PRESETS = {
     "gpu": GPU,
     "paper": dict(GPU, prompts_per_step=64, group_size=16, updates_per_step=4, max_turns=16,
                   max_prompt=2560, max_response=20_480, overlong=1024, sft_epochs=5, sft_batch=128,
-                  eval_samples=32, micro_batch_tokens=32_768),
+                  eval_samples=32),
 }
 
 # --- The method, as a family (Sec. 4): teacher's view and token advantage ---------------------
@@ -872,10 +881,8 @@ class Slots:
     """
 
     def __init__(self, model, size):
+        check_slots(model)
         c = model.config
-        if c.model_type != "qwen3" or set(c.layer_types) != {"full_attention"}:
-            raise ValueError(f"rollout_engine slots knows Qwen3 models with full attention, and "
-                             f"this is a {c.model_type} model; use --rollout_engine generate")
         # generate()'s trap, here too: dropout and checkpointing belong to training.
         assert not model.training, "call model.eval() before sampling"
         self.model, self.device = model, model.device
@@ -967,6 +974,13 @@ class Slots:
             x = x + a.o_proj(mixed.unflatten(2, (n, heads)).transpose(1, 2).flatten(2))
             x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm))
         return rms_norm(x, core.norm)
+
+
+def check_slots(model):
+    c = model.config
+    if c.model_type != "qwen3" or set(c.layer_types) != {"full_attention"}:
+        raise ValueError(f"rollout_engine slots knows Qwen3 models with full attention, and "
+                         f"this is a {c.model_type} model; use --rollout_engine generate")
 
 
 def rms_norm(x, norm):
@@ -1471,11 +1485,14 @@ def stop_if_refused(agent, config):
 class Agent:
     """Everything a run holds on to."""
     config: Config
-    student: torch.nn.Module
+    student: torch.nn.Module | None  # None until its weights are loaded
     teacher: torch.nn.Module | None  # frozen; None where the method has none
     tokenizer: object
     tool: object                     # run(codes) -> observations
     practice: tuple = ([], 0)        # (problems or demonstrations as ids, how many were too long)
+    notes: list = field(default_factory=list)  # what preflight found, as lines
+    predicted: int = 0               # bytes at the peak of the memory plan
+    before: int = 0                  # bytes taken before anything was loaded
     optimizer: Optimizer | None = None
     scored: Scored | None = None     # the newest batch, for files and eyes
     step: int = 0                    # steps done: where a resumed run goes on
@@ -1495,7 +1512,9 @@ def train(config, agent=None):
     and evaluation live outside. Without `agent` it loads what `config` names; an agent that has
     done some steps goes on after them.
     """
-    agent = agent or load_agent(config)
+    if agent is None:
+        agent = load_agent(config)
+        config = agent.config  # with the sizes that were left to the memory plan
     if config.method == "sft":
         yield from imitate(agent, config)
     elif config.method != "vanilla":
@@ -1613,7 +1632,7 @@ def batch_metrics(scored, config):
     turns = torch.tensor([len(r.outcomes) for r in scored.rollouts]) * valid
     step = torch.arange(K) < turns[:, None]  # (B, K)
     outcomes = Counter(o for r in rollouts for o in r.outcomes if o)
-    calls = max(sum(outcomes.values()), 1)
+    calls, several = max(sum(outcomes.values()), 1), step.sum(1) > 1  # (B,) with later steps
     groups = scored.A.view(-1, config.group_size)
     mean = lambda x, where: float(x[where].mean())
     return {
@@ -1626,10 +1645,11 @@ def batch_metrics(scored, config):
         "d": mean(scored.d, step), "w": mean(scored.w, step),
         "w_quantiles": quantiles(scored.w[step]), "d_by_step": means_by_step(scored.d, step),
         "w_capped": mean((scored.w >= 1 + config.delta - 1e-6).float(), step),
+        "d1_near_0": float((several & (scored.d[:, 0] < NEAR_0)).sum() / max(several.sum(), 1)),
         "turns": float(np.mean([len(r.turns) for r in rollouts])),
         "tool_calls": sum(outcomes.values()) / len(rollouts),
         "tool_fail": sum(n for o, n in outcomes.items() if o not in FINE) / calls,
-        "outcomes": dict(outcomes),
+        "outcomes": dict(outcomes), "faults": dict(Counter(faults(rollouts))),
         "cut_budget": float(np.mean([r.finish == "budget" for r in rollouts])),
         "cut_turns": float(np.mean([r.finish == "turns" for r in rollouts])),
         "infrastructure": int((~valid).sum()),
@@ -1645,6 +1665,16 @@ def quantiles(x):
 def means_by_step(x, step):
     """(B, K), and which of it are steps -> K means over the rollouts that have a k-th step."""
     return (torch.where(step, x, 0.0).sum(0) / step.sum(0)).tolist()
+
+
+def faults(rollouts):
+    """What went wrong in each failed call: the Python error by name, else the outcome."""
+    for r in rollouts:
+        called = [o for o in r.outcomes if o not in ("", "not_run")]
+        for outcome, answer in zip(called, r.answers):
+            error = re.search(r"^(\w+)(?::.*)?\s*\Z", answer.rstrip().rpartition("\n")[2])
+            if outcome not in FINE:
+                yield error[1] if outcome == "error" and error else outcome
 
 
 def update_metrics(updates):
@@ -1669,6 +1699,103 @@ def trouble_metrics(agent):
 
 
 MACHINE = ("seconds", "tokens_per_second", "out_of_memory", "smaller", "tool_retries")
+
+
+# --- Health: what the numbers of a run say, in words -------------------------------------------
+
+NEAR_0 = 0.02  # nats/token: a usual d_k of .2 then gets w_k = .1 or less
+WINDOW = 10    # steps in which a trend shows, and before a sentence is said again
+HEALTH = {  # metric: (highest value without a word, why there, the sentence)
+    "cut_budget": (0.3, "cut rollouts have no answer, and are all wrong alike",
+                   "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
+    "cut_turns": (0.3, "the same", "{:.0%} of rollouts ran out of turns: raise --max_turns"),
+    "groups_agree": (0.9, "the outcome advantage of a group that agrees is 0",
+                     "{:.0%} of groups agree, so GRPO has nothing to learn from in them: raise "
+                     "--group_size, or take problems that are sometimes solved"),
+    "w_capped": (0.4, "a cap that is met so often has become the weight",
+                 "w is at its cap in {:.0%} of steps: d falls after the first step; raise --delta "
+                 "to tell those steps apart"),
+    "d1_near_0": (0.3, "their later w_k are near 0 whatever the student does",
+                  "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their first "
+                  "step; try --weights uniform"),
+    "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
+    "clipped": (0.2, "a clipped token has no gradient", "{:.0%} of tokens left the clip range: "
+                "lower --lr or --updates_per_step"),
+    "not_taken": (0, "rare in sound runs", "{:.0f} optimiser steps were not taken, their gradient "
+                  "was not finite: lower --lr, and look at the rollouts of this step"),
+    "teacher_entropy": (2.0, "the paper's lost teacher has 2.4 nats", "the teacher is lost, its "
+                        "entropy is {:.1f} nats: does it know this system text and tool?"),
+}
+
+
+def health(history, config):
+    """{topic: sentence} of what deserves a word, from the metrics of all steps so far."""
+    m, found = history[-1], {}
+    silent = silent_topics(config)
+    for name, (limit, _, sentence) in HEALTH.items():
+        if m.get(name, 0) > limit and name not in silent:
+            found[name] = sentence.format(m[name], common_fault(m))
+    if m.get("entropy", 1) < 0.1:  # one token in fifty is open
+        found["entropy"] = (f"entropy fell below 0.1 nats ({m['entropy']:.2f}): the student has "
+                            "stopped exploring; lower --lr, or raise --temperature")
+    if m.get("tool_calls", 1) < 0.1:
+        found["tool_calls"] = (f"the tool is hardly called ({m['tool_calls']:.2f} times a "
+                               "rollout): say in --system how, or imitate first: --method sft")
+    if broken := m.get("outcomes", {}).get("sandbox_error", 0):
+        found["sandbox"] = (f"the sandbox itself failed in {broken} calls, no fault of the model: "
+                            "see `python tools.py`, and whether the machine has memory left")
+    if not math.isfinite(m.get("loss", 0)):
+        found["loss"] = f"the loss is {m['loss']}: lower --lr, and start from an earlier checkpoint"
+    return found | trends(history[-WINDOW:])
+
+
+def silent_topics(config):
+    """What means nothing to this method."""
+    method = METHODS.get(config.method, METHODS["grpo"])
+    agree = [] if method.outcome and config.group_size > 1 else ["groups_agree"]
+    sod = method.weights == "sod" and config.weights == "sod" and config.delta > 0
+    return agree if sod else [*agree, "w_capped", "d1_near_0"]
+
+
+def news(history, told, config):
+    """The sentences of health() that were not said in the last WINDOW steps.
+
+    told  {topic: step at which it was last said}, kept up to date
+    """
+    step = history[-1]["step"]
+    for topic, sentence in health(history, config).items():
+        if step >= told.get(topic, -WINDOW) + WINDOW:
+            told[topic] = step
+            yield sentence
+
+
+def trends(window):
+    """The sentences that need WINDOW steps of history."""
+    found, values = {}, lambda name: [m[name] for m in window if name in m]
+    if len(window) == WINDOW and rises(values("reverse_kl")):
+        first, last = window[0]["reverse_kl"], window[-1]["reverse_kl"]
+        found["reverse_kl"] = (f"reverse KL rises for {WINDOW} steps, {first:.2f} to {last:.2f}: "
+                               "lower --lr")
+    if len(window) == WINDOW and values("right") and max(values("right")) == 0:
+        found["right"] = (f"no rollout was right for {WINDOW} steps: take easier problems, imitate "
+                          "first (--method sft), or check the answers in the data")
+    if len(window) == WINDOW and values("right") and min(values("right")) == 1:
+        found["right"] = f"every rollout was right for {WINDOW} steps: take harder problems"
+    return found
+
+
+def rises(values):
+    """True where nearly every later value is above nearly every earlier one, by a tenth in all."""
+    pairs = [b > a for i, a in enumerate(values) for b in values[i + 1:]]
+    half = len(values) // 2
+    return bool(pairs) and np.mean(pairs) >= 0.85 and (
+        np.mean(values[half:]) > 1.1 * np.mean(values[:half]) > 0)
+
+
+def common_fault(m):
+    """", 20 of 25 SyntaxError", from the counts of one step."""
+    counts = Counter(m.get("faults", {})).most_common(1)
+    return f", {counts[0][1]} of {sum(m['faults'].values())} {counts[0][0]}" if counts else ""
 
 
 # --- Evaluation -------------------------------------------------------------------------------
@@ -1722,6 +1849,149 @@ def resampled_means(values, draws=10_000):
     return values.mean() + math.sqrt(P / max(P - 1, 1)) * (means - values.mean())
 
 
+# --- Memory: what a run will hold, before anything is loaded -----------------------------------
+# From the shapes alone, for the worst case: every rollout fills its budget. The five moments of
+# PHASES never overlap, so the peak is that of the fullest.
+
+GIB = 2 ** 30
+STATE_BYTES = {4: 8, 2: 10}  # a weight: AdamW's two moments; bf16 weights: their low halves too
+PHASES = ("sampling", "forward", "scoring", "loss", "backward")
+MARGIN = 0.1  # of the device stays free: an allocator cannot use every gap between its blocks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the memory of a decoder depends on."""
+    weights: int  # how many
+    layers: int
+    V: int        # rows of the output matrix
+    D: int        # width of the residual stream
+    F: int        # width inside the MLP
+    q: int        # query heads * head_dim
+    kv: int       # key heads * head_dim; as many for the values
+    heads: int    # of queries and of keys
+
+    @classmethod
+    def of(cls, model):
+        c, heads = model.config, model.config.num_attention_heads
+        kv_heads = getattr(c, "num_key_value_heads", None) or heads
+        dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+        return cls(sum(p.numel() for p in model.parameters()), c.num_hidden_layers,
+                   len(model.get_output_embeddings().weight), c.hidden_size, inner,
+                   heads * dim, kv_heads * dim, heads + kv_heads)
+
+    def kept(self, b):
+        """Bytes a token that autograd keeps of one layer of Qwen3, in numbers of b bytes."""
+        norms = 2 * (4 + 2 * b) * self.D          # two of them: fp32, divided by rms, scaled
+        heads = (4 + 3 * b) * (self.q + self.kv)  # q, k: the same, rotated; v; what attention gives
+        mlp = 4 * b * self.F                      # gate, silu(gate), up, their product
+        return norms + heads + mlp + 4 * (2 + self.heads)  # 1 / rms of each norm
+
+    def passing(self, b):
+        """Bytes a token at the fullest moment of a forward pass without gradient."""
+        mlp, rotation = 4 * self.D + 3 * self.F, self.D + 4 * (self.q + self.kv)
+        return max(b * mlp, b * rotation, 3 * b * self.D + (8 + b) * self.q)  # or q's norm, in fp32
+
+
+def skeleton(path):
+    """A model on the meta device: every shape and no numbers, at once, whatever its size."""
+    def read(path):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return load_pretrained(read, path)
+
+
+def most_rollouts(config):
+    """Rollouts that are ever asked for at once, in training or evaluation."""
+    return max(config.prompts_per_step * config.group_size,
+               config.eval_problems * config.eval_samples * bool(config.eval_data))
+
+
+def memory_plan(config, student, teacher, b):
+    """What a run holds at each of PHASES: {part: five numbers of bytes}.
+
+    student, teacher  Shapes; teacher None where the method has none
+    b                 bytes of a number the models compute in
+    """
+    s, t, width = student, teacher or student, config.max_prompt + config.max_response
+    rows = min(config.rollout_batch, most_rollouts(config))
+    tokens = max(config.micro_batch_tokens, width)  # one row alone may be longer than the budget
+    cache = 2 * s.layers * s.kv * b * rows * width  # keys and values
+    if config.rollout_engine == "slots":  # grows by half, beside the old; masks (tokens, width)
+        cache, masks = int(2.5 * cache), min(tokens, rows * width) * (1 + (1 + b) * s.q // s.kv)
+        reading = min(tokens, rows * width) * s.passing(b)
+    else:  # generate() reads the whole prefix at each chunk; masks (rows, width, width)
+        cache, masks = cache * (s.layers + 1) // s.layers, rows * width * (1 + b)
+        reading = rows * width * s.passing(b)
+    saved = s.layers * (b * s.D if config.gradient_checkpointing else s.kept(b))
+    saved += (4 + 3 * b) * s.D  # the last norm
+    again = s.kept(b) * config.gradient_checkpointing  # one layer is computed a second time
+    sampled = tokens * config.max_response // width  # only these meet the vocabulary
+    tile = 4 * min(TILE_ELEMENTS, sampled * s.V)  # of token_logprobs: the old one beside two new
+    one = tile < 4 * TILE_ELEMENTS and config.updates_per_step > 1  # no entropy, no old tile
+    tiles = int(tile * (2 if one else 3 if b == 4 else 3.5) * (1 + (config.kl == "full")))
+    gradient = 4 * s.weights + b * s.V * s.D  # summed in fp32, and the head's on its way
+    state = (STATE_BYTES[b] if config.offload != "all" else 0) * s.weights
+    at_home = config.offload == "none"
+    plan = {
+        "student": [b * s.weights] * 5,
+        "AdamW": [state] * 5,
+        "gradient": [0, 0, 0, gradient, gradient],
+        "teacher": [n * b * t.weights * (teacher is not None)
+                    for n in (at_home, True, True, at_home, at_home)],
+        "KV cache": [cache, 0, 0, 0, 0],
+        "activations": [reading + masks * width, tokens * max(s.passing(b), t.passing(b)),
+                        (tokens + sampled) * b * max(s.D, t.D), tokens * saved,
+                        tokens * (saved + again + 2 * b * s.F)],
+        "logits": [28 * rows * s.V, 0, 3 * tile, tiles + (4 + 2 * b) * s.D * sampled, 0],
+    }
+    if config.method == "vanilla":  # it samples, and no more
+        plan = {part: plan[part][:1] for part in ("student", "KV cache", "activations", "logits")}
+    return plan
+
+
+def peak(plan, phases=slice(None)):
+    """The sum at the fullest of some phases, bytes."""
+    return max([sum(parts) for parts in zip(*plan.values())][phases])
+
+
+def sized(config, student, teacher, b, room):
+    """The config with each size that is 0 set to the largest power of two that fits in `room`."""
+    most = {"micro_batch_tokens": (1 << 16, slice(1, None)),
+            "rollout_batch": (most_rollouts(config), slice(1))}
+    for name, (largest, phases) in most.items():
+        size = 1 << largest.bit_length() - 1
+        while size > 1 and getattr(config, name) == 0 and peak(memory_plan(
+                replace(config, **{name: size}), student, teacher, b), phases) > room:
+            size //= 2
+        config = replace(config, **{name: getattr(config, name) or size})
+    return config
+
+
+def memory_table(plan):
+    """The plan as lines: a row a part, a column a phase, GiB."""
+    together = {"together": [sum(parts) for parts in zip(*plan.values())]}
+    shown = {part: n for part, n in plan.items() if max(n) > 0.01 * peak(plan)}
+    head = f"memory, GiB{'':6}" + "".join(f"{p:>10}" for p in PHASES[:len(together["together"])])
+    return [head] + [f"  {part:15}" + "".join(f"{n / GIB:10.2f}" for n in numbers)
+                     for part, numbers in (shown | together).items()]
+
+
+def free_memory(device):
+    """Bytes a run could take: of the GPU, else of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+
+
+def memory_taken(device):
+    """The most bytes held so far: by tensors on a GPU, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 # --- Loading ----------------------------------------------------------------------------------
 
 
@@ -1730,6 +2000,12 @@ def choose_device(config):
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in (device, getattr(config, "teacher_device", device).replace("same", device)):
+        try:
+            torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"device {name!r} is none that torch knows; use cpu, cuda or cuda:1"
+                             ) from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for and no CUDA GPU is visible; "
                          "use --device cpu")
@@ -1741,13 +2017,16 @@ def choose_device(config):
     return torch.device(device), dtype, reason
 
 
-def load_pretrained(kind, path, **options):
-    """from_pretrained with one sentence in place of its traceback."""
-    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/"))):
-        raise ValueError(f"there is no folder {path}; name a folder that holds a model, "
+def load_pretrained(read, path, **options):
+    """read(path), such as from_pretrained, with one sentence in place of its traceback."""
+    if Path(path).is_file():
+        raise ValueError(f"{path} is a file; name the folder that holds the model")
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
+    if not path or not Path(path).exists() and not is_hub_id:
+        raise ValueError(f"there is no folder {path!r}; name a folder that holds a model, "
                          "or a Hub id such as Qwen/Qwen3-0.6B")
     try:
-        return kind.from_pretrained(path, **options)
+        return read(path, **options)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ValueError(f"cannot load {path}: {first.strip()} A Hub id needs a machine that can "
@@ -1758,10 +2037,12 @@ def load_pretrained(kind, path, **options):
 def load_model(path, device, dtype, init="pretrained"):
     """A causal language model whose shipped sampling settings cannot reach our rollouts."""
     if init == "random":
-        config = load_pretrained(AutoConfig, path)
+        config = load_pretrained(AutoConfig.from_pretrained, path)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
+        model, read = load_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=dtype,
+                                      output_loading_info=True)
+        check_weights(path, read)
     # generate() fills every setting we leave open from model.generation_config: Qwen3 ships
     # temperature .6, top-k 20 and top-p .95. Keep them for the saved checkpoint only.
     model.shipped_generation = model.generation_config
@@ -1769,9 +2050,25 @@ def load_model(path, device, dtype, init="pretrained"):
     return model.to(device).eval()
 
 
+def check_weights(path, read):
+    """transformers fills what a file lacks with random numbers, and only warns."""
+    for verb, names in (("lack", read["missing_keys"]), ("hold", read["unexpected_keys"])):
+        if names:
+            raise ValueError(f"the weights of {path} {verb} {len(names)} tensors that its config "
+                             f"does{' not' * (verb == 'hold')} name, such as {min(names)}; load "
+                             "the folder again, or mend its config.json")
+
+
+def check_window(name, model, config):
+    window = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if config.max_prompt + config.max_response > window:
+        raise ValueError(f"{name} reads {window} tokens; max_prompt {config.max_prompt} and "
+                         f"max_response {config.max_response} are more: lower one of them")
+
+
 def load_tokenizer(path):
     """The tokenizer, checked for what a conversation with a tool needs."""
-    tokenizer = load_pretrained(AutoTokenizer, path)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
@@ -1783,23 +2080,38 @@ def load_tokenizer(path):
     if probe not in seen:
         raise ValueError(f"the chat template of {path} does not show tool answers: it gave {seen}; "
                          "use a model whose template knows the role tool")
+    if tools.TOOL_NAME not in tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])):
+        raise ValueError(f"the chat template of {path} does not tell the model of its tool, "
+                         f"{tools.TOOL_NAME}; use a model whose template shows tools")
     return tokenizer
 
 
-PROBE = ("Solve 12 + 3045 = ?\n\tnaïve 東京 🙂 <think>\n\n</think>\n<tool_call>\n{\"a\": 1}\n"
-         "</tool_call><tool_response></tool_response><|im_start|>user<|im_end|><|endoftext|>")
+PROBES = [
+    "Solve 12 + 3045 = ?\n\t1,024.50", "naïve 東京 🙂 e\u0301", "  print( 'x' )\r\n\n",
+    "\\boxed{\\frac{1}{2}}", "<think>\n\n</think>",
+    '<tool_call>\n{"a": 1}\n</tool_call><tool_response></tool_response>',
+    "<|im_start|>user<|im_end|><|endoftext|>"]
+EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
+    {"role": "assistant", "content": tools.render_tool_call("print(12 + 30)")},
+    {"role": "tool", "content": "42"}, {"role": "assistant", "content": "\\boxed{42}"}])
 
 
 def check_same_ids(student, teacher, tokenizer_s, tokenizer_t):
     """SOD compares log-probabilities id by id, so both sides must write the same ids."""
-    ids_s, ids_t = encode(tokenizer_s, PROBE), encode(tokenizer_t, PROBE)
-    if ids_s != ids_t or tokenizer_s.eos_token_id != tokenizer_t.eos_token_id:
-        at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b),
-                  min(len(ids_s), len(ids_t)))
-        where = (f"they differ from token {at}, {tokenizer_s.decode(ids_s[at:at + 3])!r}"
-                 if ids_s != ids_t else "their end-of-turn tokens differ")
-        raise ValueError(f"{student} and {teacher} give different ids for the same text ({where}); "
-                         "SOD compares log-probabilities id by id. Use two models of one family.")
+    for probe in PROBES:
+        ids_s, ids_t = encode(tokenizer_s, probe), encode(tokenizer_t, probe)
+        if ids_s != ids_t:
+            at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b),
+                      min(len(ids_s), len(ids_t)))
+            where = f"they differ from token {at} of {probe!r}, {tokenizer_s.decode(ids_s[at:])!r}"
+            break
+    else:
+        if tokenizer_s.eos_token_id == tokenizer_t.eos_token_id:
+            return
+        where = (f"their end-of-turn tokens differ, {tokenizer_s.eos_token} and "
+                 f"{tokenizer_t.eos_token}")
+    raise ValueError(f"{student} and {teacher} give different ids for the same text ({where}); "
+                     "SOD compares log-probabilities id by id. Use two models of one family.")
 
 
 def enable_checkpointing(model):
@@ -1808,55 +2120,188 @@ def enable_checkpointing(model):
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def load_agent(config):
-    """Load student, teacher, tool and data; every mismatch stops here with a sentence."""
+def preflight(config):
+    """All that can be known in seconds, before the weights: an Agent that still lacks its models.
+
+    Every mismatch stops here with a sentence; what was found is in agent.notes. Sizes that were
+    left to the memory plan are set in agent.config.
+    """
+    device, dtype, _ = choose_device(config)
+    tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
+    check_vocabulary(config.student, student, tokenizer)
+    check_window(config.student, student, config)
+    if config.rollout_engine == "slots":
+        check_slots(student)
+    view, teacher, notes = getattr(METHODS.get(config.method), "view", ""), None, []
+    if view == "teacher":
+        other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
+        check_same_ids(config.student, config.teacher, tokenizer, other)
+        check_vocabulary(config.teacher, teacher, tokenizer)
+        check_window(config.teacher, teacher, config)
+        check_rows(student, teacher, config)
+        notes = [f"same ids on {len(PROBES)} probes", same_template(tokenizer, other)]
+    elif view:  # self-distillation: the frozen start, told more
+        teacher = student
+    agent = Agent(config, None, None, tokenizer, None)
+    agent.practice = load_practice(agent)
+    agent.tool, milliseconds = load_tool(config)
+    notes += [f"{len(agent.practice[0]):,} rows to learn from"] * (config.method != "vanilla")
+    notes += [f"tool answers in {milliseconds:.0f} ms", room_on_disk(config, student, dtype)]
+    agent.notes = ["preflight  " + ", ".join(notes)]
+    plan_memory(agent, student, teacher, device, dtype)
+    return agent
+
+
+def load_agent(config, agent=None):
+    """Student, teacher, tool and data, after a preflight unless `agent` has had it."""
+    agent = agent or preflight(config)
+    config = agent.config
     torch.manual_seed(config.seed)
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
     device, dtype, _ = choose_device(config)
-    tokenizer = load_tokenizer(config.student)
-    student = load_model(config.student, device, dtype, config.init)
+    student = agent.student = load_model(config.student, device, dtype, config.init)
+    if config.init == "pretrained":
+        check_likelihood(config.student, student, agent)
     if config.gradient_checkpointing:
         enable_checkpointing(student)
-    teacher, view = None, getattr(METHODS.get(config.method), "view", "")
+    view = getattr(METHODS.get(config.method), "view", "")
     if view == "teacher":
-        check_same_ids(config.student, config.teacher, tokenizer, load_tokenizer(config.teacher))
-        teacher = load_model(config.teacher, device, dtype)
+        agent.teacher = load_model(config.teacher, device, dtype)
+        check_likelihood(config.teacher, agent.teacher, agent)
     elif view:  # self-distillation: the frozen start, told more
-        teacher = copy.deepcopy(student).eval()
-    if teacher is not None:
-        teacher.requires_grad_(False)
+        agent.teacher = copy.deepcopy(student).eval()
+    if agent.teacher is not None:
+        agent.teacher.requires_grad_(False)
         there = device if config.teacher_device == "same" else config.teacher_device
-        teacher.to("cpu" if config.offload != "none" else there)
-        check_vocabulary(student, teacher, config)
-    agent = Agent(config, student, teacher, tokenizer, load_tool(config))
-    if config.method == "sft":
-        rows = tools.load_demonstrations(config.demonstrations)
-        agent.practice = fitting_demonstrations(agent, rows)
-    elif config.method != "vanilla":
-        problems = tools.load_problems(config.train_data)
-        check_view(problems, config)
-        agent.practice = fitting_prompts(agent, problems)
+        agent.teacher.to("cpu" if config.offload != "none" else there)
     return agent
 
 
+def load_practice(agent):
+    """What the student learns from, as ids: (problems or demonstrations, how many are too long)."""
+    config = agent.config
+    if config.method == "vanilla":
+        return [], 0
+    if config.method == "sft":
+        return fitting_demonstrations(agent, tools.load_demonstrations(config.demonstrations))
+    problems = tools.load_problems(config.train_data)
+    check_view(problems, config)
+    return fitting_prompts(agent, problems)
+
+
 def load_tool(config):
-    """The sandbox, tried once: it refuses to start where it cannot contain a program."""
+    """The sandbox, tried once, and the milliseconds a call takes.
+
+    It refuses to start where it cannot contain a program.
+    """
+    modules = tuple(filter(None, config.tool_modules.split(",")))
+    for name in modules:
+        if not name.isidentifier() or importlib.util.find_spec(name) is None:
+            raise ValueError(f"tool_modules names {name!r}, which is not installed; pip install "
+                             "it, or leave it out of --tool_modules")
     tool = tools.PythonTool(timeout=config.tool_timeout, max_chars=config.tool_chars,
-                            modules=tuple(filter(None, config.tool_modules.split(","))),
+                            modules=modules,
                             unsafe=config.tool_unsafe)
     try:
-        tool.run(["1"])
+        tool.run(["1"])  # starts it
     except RuntimeError as error:
         raise ValueError(f"{error} On the command line: --tool_unsafe true.") from None
-    return tool
+    seen = tool.run(["print(1 + 1)"])[0]
+    if seen.text.strip() != "2":
+        raise ValueError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
+                         "print(1 + 1), not 2; see what `python tools.py` says, or raise "
+                         "--tool_timeout")
+    return tool, 1000 * seen.seconds
 
 
-def check_vocabulary(student, teacher, config):
+def check_vocabulary(path, model, tokenizer):
+    """Each id the tokenizer can write needs a row of the model."""
+    rows, largest = len(model.get_output_embeddings().weight), max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(f"the tokenizer writes ids up to {largest} and {path} has {rows} "
+                         "vocabulary rows; use the tokenizer that the model was trained with")
+
+
+def check_rows(student, teacher, config):
     rows_s, rows_t = (len(m.get_output_embeddings().weight) for m in (student, teacher))
     if config.kl == "full" and rows_s != rows_t:
         raise ValueError(f"student and teacher have {rows_s} and {rows_t} vocabulary rows; "
                          "--kl full compares row by row, so use --kl sampled")
+
+
+def same_template(tokenizer_s, tokenizer_t):
+    """Whether the teacher's own template writes what the student's does; what to expect if not."""
+    ids_s, ids_t = (encode_demonstration(t, *EXAMPLE)[0] for t in (tokenizer_s, tokenizer_t))
+    if ids_s == ids_t:
+        return "same template"
+    at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b), 0)
+    return (f"NOTE: their templates differ from token {at} on "
+            f"({tokenizer_s.decode(ids_s[at:at + 8])!r}, the teacher's "
+            f"{tokenizer_t.decode(ids_t[at:at + 8])!r}), and the teacher scores the student's")
+
+
+def room_on_disk(config, student, dtype):
+    """Two checkpoints with the optimiser's state, a third while it is written, and the weights."""
+    each = (dtype.itemsize + STATE_BYTES[dtype.itemsize]) * Shape.of(student).weights
+    need, place = 3 * each + dtype.itemsize * Shape.of(student).weights, Path(config.out).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < need and config.preflight and config.method != "vanilla":
+        raise ValueError(f"{free / GIB:.1f} GiB are free in {place} and the checkpoints need "
+                         f"{need / GIB:.1f}; make room, choose another --out, or go on all the "
+                         "same: --preflight false")
+    return f"{free / GIB:.0f} GiB free on disk of {need / GIB:.2f} needed"
+
+
+def plan_memory(agent, student, teacher, device, dtype):
+    """Set the sizes left open, note the plan, refuse one that does not fit."""
+    config, b, free = agent.config, dtype.itemsize, free_memory(device)
+    shapes = [Shape.of(student), Shape.of(teacher) if teacher is not None else None]
+    if config.teacher_device != "same":
+        shapes[1] = None  # another device's memory
+    room = (1 - MARGIN) * free
+    config = agent.config = sized(config, *shapes, b, room)
+    plan = memory_plan(config, *shapes, b)
+    agent.predicted, agent.before = peak(plan), memory_taken(device)
+    there = f"{room / GIB:.1f} GiB ({free / GIB:.1f} free on {device}, less {MARGIN:.0%})"
+    agent.notes += memory_table(plan)
+    agent.notes.append(f"  peak {peak(plan) / GIB:.2f} of {there}; rollout_batch "
+                       f"{config.rollout_batch}, micro_batch_tokens {config.micro_batch_tokens}")
+    if peak(plan) > room and config.preflight:
+        part = max(plan, key=lambda name: max(plan[name]))
+        raise ValueError(
+            f"the run needs {peak(plan) / GIB:.1f} GiB of {there}; most of it is {part}, "
+            f"{max(plan[part]) / GIB:.1f} GiB. Lower --max_response, --rollout_batch or "
+            "--micro_batch_tokens, set --gradient_checkpointing true, or go on all the same: "
+            "--preflight false")
+
+
+def memory_verdict(agent):
+    """The plan against what was taken, once the optimiser's state exists."""
+    device = agent.student.device
+    taken = memory_taken(device) - (0 if device.type == "cuda" else agent.before)
+    how = "by its tensors" if device.type == "cuda" else "growth of the whole process"
+    return (f"memory  peak of the plan {agent.predicted / GIB:.2f} GiB, measured {taken / GIB:.2f} "
+            f"({how})")
+
+
+@torch.no_grad()
+def check_likelihood(path, model, agent):
+    """A model that knows its own template finds a simple conversation likelier than chance."""
+    ids, step_id = encode_demonstration(agent.tokenizer, *EXAMPLE)
+    ids, step_id = torch.tensor([ids], device=model.device), torch.tensor([step_id])
+    logp = sampled_logprobs(model, ids, step_id, 1.0).cpu()
+    mean = float(logp[step_id >= 0].mean())
+    chance = -math.log(len(model.get_output_embeddings().weight))
+    if not mean > 0.9 * chance and agent.config.preflight:  # NaN too; chance varies by some percent
+        raise ValueError(f"{path} gives a plain tool call in its own template {mean:.2f} nats a "
+                         f"token, and chance is {chance:.2f}: its weights are random, damaged or "
+                         "for another tokenizer; load them again, use --init random for a student "
+                         "that is to start from nothing, or go on all the same: --preflight false")
+    agent.notes.append(f"likelihood  {path}: {mean:.2f} nats a token of its own turns, chance "
+                       f"{chance:.2f}")
 
 
 def fitting_prompts(agent, problems):
@@ -2243,7 +2688,7 @@ def parse_config(argv=None):
     add_options(parser, Config, __file__, choices())
     given = vars(parser.parse_args(argv))
     data = [given[k] for k in ("train_data", "eval_data", "demonstrations") if given.get(k)]
-    embedded = all(Path(d).resolve().is_relative_to(Path(WORLD).resolve()) for d in data)
+    embedded = all(Path(os.path.realpath(d)).is_relative_to(Path(WORLD).resolve()) for d in data)
     preset = given.pop("preset", None)
     try:
         if given.get("resume"):
@@ -2256,14 +2701,19 @@ def parse_config(argv=None):
 
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
+    device, dtype, reason = choose_device(config)
     folder = open_run_folder(config)
     with tools.locked(folder):
-        device, dtype, reason = choose_device(config)
         print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
         try:
-            agent = load_agent(config)
+            agent = preflight(config)
+            config, problems = agent.config, eval_problems(agent, agent.config)
+            print(*agent.notes, sep="\n")
+            agent.notes.clear()
+            write_config(config, folder)  # with the sizes that the memory plan has chosen
+            load_agent(config, agent)
+            print(*agent.notes, sep="\n")
             describe(agent, config)
-            problems = eval_problems(agent, config)
         except BaseException:
             if not config.resume:
                 shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
@@ -2330,6 +2780,7 @@ def page_of(folder):
 def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
     total = config.steps if config.method in METHODS else None
+    history, told = [], {}
     try:
         with tools.stoppable(agent):
             for m in tqdm(train(config, agent), total=total, initial=agent.step, unit="step",
@@ -2338,7 +2789,10 @@ def train_to_files(agent, config, folder):
                 agent.settled = True
                 if agent.stop:
                     raise KeyboardInterrupt(agent.stop)
+                history.append(m)
                 show_step(agent, m, config)
+                for sentence in news(history, told, config):
+                    tqdm.write(f"    health: {sentence}")
                 if config.save_every and m["step"] % config.save_every == 0:
                     save_run(agent, folder)
         save_run(agent, folder)
@@ -2360,6 +2814,8 @@ def show_step(agent, m, config):
         tqdm.write(progress_line(m, config))
     if agent.scored and config.show_every and (m["step"] - 1) % config.show_every == 0:
         tqdm.write(show_rollout(agent.scored))
+    if agent.scored and m["step"] == 2:  # now the optimiser's state exists
+        tqdm.write(memory_verdict(agent))
 
 
 def describe(agent, config):

@@ -1511,6 +1511,8 @@ def load_demonstrations(path):
     pairs = []
     for line, row, _ in read_json(Path(path), read_text(Path(path))):
         try:
+            if not isinstance(row.get("messages") or [], list):
+                raise ValueError("found messages that are no list; needed a list of turns.")
             opening = read_messages(row)
             turns = [read_turn(m) for m in (row.get("messages") or [])[len(opening or []):]]
             if not opening or not any(m["role"] == "assistant" for m in turns):
@@ -1531,32 +1533,43 @@ def read_turn(message):
     if role not in ("assistant", "tool"):
         raise ValueError(f"found the turn {message!r:.80}; after the question only assistant and "
                          "tool turns can follow.")
-    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
-    text = [message.get("content") or ""] * bool(message.get("content"))
-    for call in calls:
-        arguments = call.get("arguments")
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        call = json.dumps({"name": call.get("name"), "arguments": arguments}, ensure_ascii=False)
-        text.append(f"<tool_call>\n{call}\n</tool_call>")
+    content, calls = message.get("content") or "", message.get("tool_calls") or []
+    if not isinstance(content, str):
+        raise ValueError(f"found the turn {message!r:.80}; needed its content as text.")
+    text = [content] * bool(content)
+    try:
+        for call in [call.get("function", call) for call in calls]:
+            arguments = call.get("arguments")
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            call = json.dumps({"name": call.get("name"), "arguments": arguments},
+                              ensure_ascii=False)
+            text.append(f"<tool_call>\n{call}\n</tool_call>")
+    except (ValueError, TypeError, AttributeError, RecursionError) as fault:
+        raise ValueError(f"found the tool_calls {calls!r:.80}; needed a list of {{\"function\": "
+                         "{\"name\": ..., \"arguments\": {...}}}.") from fault
     return {"role": role, "content": "\n".join(text)}
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give one of the files in it.")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; check the path.")
-    if path.suffix not in suffixes:
-        raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
-                         f"{' or '.join(suffixes)}; rename or convert it.")
     try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory; give one of the files in it.")
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; check the path.")
+        if not path.is_file():  # a pipe would be waited for, a device read for ever
+            raise ValueError(f"{path} is no plain file; needed one that can be read to its end.")
+        if path.suffix not in suffixes:
+            raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
+                             f"{' or '.join(suffixes)}; rename or convert it.")
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
     except UnicodeError as fault:
         raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
                          "file; decompress it or save it as UTF-8.") from fault
+    except OSError as fault:
+        raise ValueError(f"{path}: {fault.strerror}; needed a file that can be read.") from fault
     return text
 
 
@@ -1572,6 +1585,12 @@ def read_json(path, text):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
+        for name, value in row.items():
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeError as fault:
+                raise ValueError(f"{path}, line {number}: found half a surrogate pair in {name}; "
+                                 "needed whole characters; mend or delete that line.") from fault
         yield number, row, mended
 
 
@@ -1621,6 +1640,9 @@ def read_general(row):
                          "reward_model.ground_truth or tests; without one nothing can be graded.")
     source = first_text(row, "data_source", "source")
     kind = row.get("kind") or ("program" if tests else guess_kind(question, answer))
+    if kind not in ("math", "choice", "program") or kind == "program" and not tests:
+        raise ValueError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
+                         "math, choice or program, and tests with program.")
     return Problem(question, answer, kind, first_text(row, "hint"), tests, messages,
                    first_text(row, "id", "unique_id", "question_id"), source, read_level(row))
 
@@ -1641,6 +1663,8 @@ def read_messages(row):
         return None
     opening = []
     for message in messages:
+        if isinstance(message, dict) and opening and message.get("role") not in ("system", "user"):
+            break
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"found the message {message!r:.80}; needed "
                              "{\"role\": ..., \"content\": \"...\"}.")
