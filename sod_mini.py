@@ -18,6 +18,8 @@ Notation (code: paper)
 """
 import argparse
 import copy
+import gc
+import hashlib
 import importlib.util
 import json
 import math
@@ -25,6 +27,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -119,6 +122,10 @@ class Config:
     show_every: int = 10                    # steps between two rollouts shown, 0 for never
     store_tokens: int = 128                 # rollouts a step whose tokens go to rollouts.jsonl
     page: bool = True                       # write rollouts.html at the end
+    max_refused: int = 3                    # steps in a row that could not be taken: then stop
+    save_every: int = 5                     # steps between two saves, 0: only when interrupted
+    resume: str = ""                        # go on with an interrupted run: its folder or name
+    change: bool = False                    # on resume: take options that differ from the run's
 
     def __post_init__(self):
         for name, allowed in choices().items():
@@ -160,7 +167,7 @@ TINY = 1e-12
 BOUNDS = {
     **dict.fromkeys(["steps", "prompts_per_step", "group_size", "updates_per_step", "max_turns",
                      "max_prompt", "max_response", "sft_epochs", "sft_batch", "eval_problems",
-                     "eval_samples", "chunk", "look"], (1, math.inf)),
+                     "eval_samples", "chunk", "look", "max_refused"], (1, math.inf)),
     **dict.fromkeys(["temperature", "eval_temperature", "epsilon", "lr", "sft_lr", "grad_clip",
                      "tool_timeout"], (TINY, math.inf)),
     **dict.fromkeys(["beta1", "beta2", "clip_low", "silent_rate", "silent_persist"], (0, 1)),
@@ -228,19 +235,24 @@ def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
 # --- The method, step by step -----------------------------------------------------------------
 
 
-def group_advantages(rewards, group_size):
+def group_advantages(rewards, group_size, valid=None):
     """How much better a rollout did than the others of its problem (GRPO).
 
     rewards     (B,) with the rollouts of one problem side by side
     group_size  G, a divisor of B
-    returns     (B,) (r - mean) / (std + 1e-6) within the group, std with ddof 1
+    valid       (B,) bool, False for rollouts that the machine failed: they are not in their group
+    returns     (B,) (r - mean) / (std + 1e-6) within the group, std with ddof 1; 0 if not valid
 
     A group that agrees gets exactly 0: rounding in its mean would be blown up by 1e6.
     """
     groups = rewards.view(-1, group_size) * 1.0  # (P, G), whole numbers become fractions
-    centred = groups - groups.mean(1, keepdim=True)
-    std = centred.square().sum(1, keepdim=True).div(max(group_size - 1, 1)).sqrt()
-    agree = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    valid = torch.ones_like(groups, dtype=bool) if valid is None else valid.view_as(groups)
+    size = valid.sum(1, keepdim=True)  # (P, 1)
+    mean = torch.where(valid, groups, 0.0).sum(1, keepdim=True) / size.clamp(min=1)
+    centred = torch.where(valid, groups - mean, 0.0)
+    std = centred.square().sum(1, keepdim=True).div((size - 1).clamp(min=1)).sqrt()
+    highest = torch.where(valid, groups, -math.inf).amax(1, keepdim=True)
+    agree = highest <= torch.where(valid, groups, math.inf).amin(1, keepdim=True)
     return torch.where(agree, 0.0, centred / (std + 1e-6)).flatten()
 
 
@@ -385,6 +397,7 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 # tile is worked on in place too, since reading and writing it is what costs beside the products.
 
 TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
+KEEP_ELEMENTS = 2 ** 26  # up to 256 MiB of tiles wait for backward, which then is a product sooner
 
 
 def _tiles(tokens, vocabulary):
@@ -418,16 +431,16 @@ def _no_sums(hidden):
 
 
 def _add_tile(sums, z, x=None):
-    """Add a tile of logits (N, n) to the running sums of a softmax; overwrites z.
+    """Add a tile of logits (N, n) to the running sums of a softmax.
 
     sums     (N,) top, the largest logit so far, sum of exp(z - top), and sum of exp(z - top) x
-    returns  the same, of all tiles so far
+    returns  the same, of all tiles so far; z then holds exp(z - top), and x is overwritten
     """
     old, total, weighted = sums
     top = torch.maximum(old, z.amax(1))
     fade, e = (old - top).exp(), z.sub_(top[:, None]).exp_()
     total = total * fade + e.sum(1)
-    return top, total, weighted if x is None else weighted * fade + e.mul_(x).sum(1)
+    return top, total, weighted if x is None else weighted * fade + x.mul_(e).sum(1)
 
 
 def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
@@ -451,13 +464,15 @@ def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        sums = _no_sums(hidden)
+        sums, ctx.kept = _no_sums(hidden), []
         chosen = sums[1]
         for tile in _tiles(len(hidden), len(weight)):
             z = _logits(hidden, weight[tile], temperature)  # (N, n)
             at, inside = _columns(targets, tile)
             chosen = torch.where(inside, z.gather(1, at), chosen[:, None])[:, 0]
             sums = _add_tile(sums, z, z.clone() if want_entropy else None)
+            if len(hidden) * len(weight) <= KEEP_ELEMENTS:
+                ctx.kept.append((z, sums[0]))
         top, total, weighted = sums  # weighted / total: the mean logit under the softmax
         lse = top + total.log()
         logp, entropy = chosen - lse, lse - weighted / total
@@ -472,8 +487,12 @@ class _TokenLogProbs(torch.autograd.Function):
 
         def d_logits(tile):
             """p - one-hot."""
-            z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
-            p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
+            if ctx.kept:
+                e, top = ctx.kept.pop(0)
+                p = e.mul_((top - lse).exp()[:, None]).to(hidden.dtype)
+            else:
+                z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
+                p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
             at, inside = _columns(targets, tile)
             # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
             new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, at))
@@ -640,7 +659,7 @@ class Rollout:
     turns: list[str] = field(default_factory=list)     # text of each step
     answers: list[str] = field(default_factory=list)   # what the tool said to each call
     outcomes: list[str] = field(default_factory=list)  # of each step's call; "" without a call
-    finish: str = ""      # answer, turns (limit reached) or budget (cut off)
+    finish: str = ""      # answer, turns (limit), budget (cut off), infrastructure (not its fault)
     silent: bool = False  # the tool has stopped answering (embedded world)
     right: bool = False   # the grader's verdict on the last turn
     reason: str = ""      # and its reason
@@ -818,7 +837,9 @@ def take_answer(tokenizer, r, seen, config):
     r.outcomes[-1] = seen.outcome
     r.answers.append(seen.text)
     answer = encode_tool_turn(tokenizer, seen.text)
-    if r.response_len + len(answer) >= config.max_response:
+    if seen.outcome == "sandbox_error":  # tried again and again: the machine's fault
+        r.finish = "infrastructure"
+    elif r.response_len + len(answer) >= config.max_response:
         r.finish = "budget"
     else:
         r.extend(answer, -1)
@@ -830,6 +851,8 @@ def grade_rollouts(rollouts, tool, config):
         verdict = tools.grade(r.problem, r.turns[-1] if r.finish == "answer" else "", tool)
         r.right, r.reason = verdict.right, verdict.reason
         r.reward = outcome_reward(r, verdict, config)
+        if r.finish == "infrastructure" or "sandbox_error" in verdict.reason:  # never judged
+            r.finish, r.step_id = "infrastructure", [-1] * len(r.ids)  # nothing to learn from here
 
 
 def outcome_reward(rollout, verdict, config):
@@ -1133,11 +1156,20 @@ class Scored:
     fresh: bool               # the old policy is still the student: its update fills in the rest
 
 
+def valid_rows(rollouts):
+    """(B,) bool: False where the machine failed the rollout."""
+    return torch.tensor([r.finish != "infrastructure" for r in rollouts])
+
+
 def score_batch(agent, rollouts, config):
     """Steps 3 to 6 of the method: log-probabilities, A, d, w and the token advantages."""
+    valid = valid_rows(rollouts)
+    if not valid.any():
+        raise ValueError("the sandbox failed a program of every rollout of this step, four times "
+                         "each; see what this machine lacks (processes, memory), then resume")
     step_id = pad([r.step_id for r in rollouts], -1, "cpu")  # (B, T)
     failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")  # (B, K)
-    A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size)
+    A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size, valid)
     # With one update a batch, that update's own forward pass is the old policy's: no second one.
     # Weights that are relative to the batch's mean must know all of the batch before.
     fresh = config.updates_per_step == 1 and config.weights not in ("constant", "rescaled")
@@ -1149,8 +1181,8 @@ def score_batch(agent, rollouts, config):
             logp_t, entropy_t = score(agent.teacher, rollouts, config,
                                       teacher_prompts(agent, rollouts))
     empty = (torch.zeros(shape) for shape in (failed.shape, failed.shape, step_id.shape))
-    scored = Scored(rollouts, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s, *empty,
-                    fresh)
+    scored = Scored(rollouts, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s,
+                    *empty, fresh)
     if not fresh:
         weigh(scored, slice(None), config)
     return scored
@@ -1294,15 +1326,30 @@ def update(agent, scored, rows, config):
     """One optimiser step on some rollouts of a batch: (norm, loss, share of clipped tokens)."""
     lengths = [len(scored.rollouts[i].ids) for i in rows]
     num_tokens = int((scored.step_id[rows] >= 0).sum())
+    if not num_tokens:  # the machine failed all of them
+        return 0.0, 0.0, 0.0
+    loss, clipped = surviving(agent, config, "micro_batch_tokens", lengths,
+                              lambda c: gradient(agent, scored, rows, lengths, num_tokens, c))
+    scale = min(1.0, (agent.optimizer.taken + 1) / max(config.warmup, 1))
+    return take_step(agent, loss, scale), loss, clipped / num_tokens
+
+
+def gradient(agent, scored, rows, lengths, num_tokens, config):
+    """Leave the gradient of some rollouts with the optimiser; (loss, number of clipped tokens)."""
     totals = torch.zeros(2, device=agent.student.device)  # read once: each read waits for the GPU
     for batch in micro_batches(lengths, config.micro_batch_tokens):
         loss, clipped = batch_loss(agent, scored, [rows[i] for i in batch], num_tokens, config)
         loss.backward()
         totals += torch.stack([loss.detach(), clipped])
-    scale = min(1.0, (agent.optimizer.taken + 1) / max(config.warmup, 1))
-    norm = agent.optimizer.step(scale)
-    loss_sum, clipped = totals.tolist()
-    return norm, loss_sum, clipped / max(num_tokens, 1)
+    return totals.tolist()
+
+
+def take_step(agent, loss, scale):
+    """Move the weights, unless loss or gradient is not finite; the norm, nan if it was the loss."""
+    if math.isfinite(loss):
+        return agent.optimizer.step(scale)
+    agent.optimizer.clear()
+    return math.nan
 
 
 def batch_loss(agent, scored, at, num_tokens, config):
@@ -1342,6 +1389,95 @@ def full_kl(agent, rollouts, hidden, config):
     return reverse_kl(hidden, head_s, seen.to(hidden.device), head_t, config.temperature)
 
 
+# --- Steps that survive -----------------------------------------------------------------------
+
+SMALLEST = ("out of memory with one rollout at a time; lower --max_response, and try "
+            "--gradient_checkpointing true, --offload all or --rollout_engine generate")
+
+
+def surviving(agent, config, option, lengths, work):
+    """work(config); where memory runs out, again with half of an option, until it suffices.
+
+    option   rollout_batch or micro_batch_tokens: how much is worked on side by side
+    lengths  what each rollout takes of it; one at a time is the least there is
+
+    It is the same step again, with the same samples and, up to the rounding of sums, the same
+    gradient: no weight has moved, and every random number belongs to its rollout. The new size is
+    kept for the rest of the run.
+    """
+    while True:
+        smaller = replace(config, **agent.smaller)
+        try:
+            return work(smaller)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Behind the except: its traceback, which held on to every tensor of the attempt, is gone.
+        forget_gradient(agent)
+        size = min(getattr(smaller, option), max(lengths) * len(lengths))
+        if size <= max(lengths):
+            raise ValueError(SMALLEST)
+        agent.smaller[option] = max(size // 2, max(lengths))
+        agent.shortages += 1
+
+
+def out_of_memory(error):
+    """Is it this error? Every device, and each library on it, says so in its own way."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
+
+
+def forget_gradient(agent):
+    for p in agent.student.parameters():
+        p.grad = None
+    if agent.optimizer:
+        agent.optimizer.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fault_of_scores(scored):
+    """Where a log-probability is not finite, in a sentence; "" if all of them are."""
+    for name, logp in (("student", scored.logp_s), ("teacher", scored.logp_t)):
+        bad = ((scored.step_id >= 0) & ~logp.isfinite()).nonzero().tolist()
+        if bad:
+            i, t = bad[0]
+            return (f"the {name}'s log-probability of token {t} of rollout {i} (its turn "
+                    f"{int(scored.step_id[i, t]) + 1}) is {float(logp[i, t])}, as of {len(bad)} "
+                    f"tokens in all; {REMEDIES[name]}")
+    return ""
+
+
+def fault_of_updates(updates):
+    """The same of (norm, loss, ...) of optimiser steps."""
+    for norm, loss, *_ in updates:
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                return f"the {name} is {value}; {REMEDIES['update']}"
+    return ""
+
+
+REMEDIES = {
+    "student": "its weights are broken: begin anew with a lower --lr",
+    "teacher": "it gives no chance to a token that was sampled, or its weights do not suit --dtype",
+    "update": "lower --lr, or try --dtype float32",
+}
+NOT_TAKEN = (math.nan,) * 3  # what update() would have returned
+
+
+def judge(agent, fault, **batch):
+    """Count the steps in a row that could not be taken; keep the newest one's batch for study."""
+    agent.refused = agent.refused + 1 if fault else 0
+    agent.aside = {"fault": fault, **batch} if fault else None
+
+
+def stop_if_refused(agent, config):
+    if agent.refused >= config.max_refused:
+        raise ValueError(f"{agent.refused} steps in a row could not be taken; in the last one "
+                         f"{agent.aside['fault']}")
+
+
 # --- Training ---------------------------------------------------------------------------------
 
 
@@ -1357,15 +1493,26 @@ class Agent:
     notes: list = field(default_factory=list)  # what preflight found, as lines
     predicted: int = 0               # bytes at the peak of the memory plan
     before: int = 0                  # bytes taken before anything was loaded
+    history: list = field(default_factory=list)  # the numbers of each step, for the health line
+    told: dict = field(default_factory=dict)     # what it has said, and when
     optimizer: Optimizer | None = None
     scored: Scored | None = None     # the newest batch, for files and eyes
+    step: int = 0                    # steps done: where a resumed run goes on
+    saved: int = 0                   # the step of the newest save
+    settled: bool = True             # the weights are those after `step` steps, and files say so
+    stop: int = 0                    # number of the signal that asked this run to stop
+    smaller: dict = field(default_factory=dict)  # options lowered where memory ran out
+    shortages: int = 0               # how often it did
+    refused: int = 0                 # steps in a row that could not be taken
+    aside: dict | None = None        # why the newest one could not, and its batch
 
 
 def train(config, agent=None):
     """Train the student with any method of METHODS, or imitate demonstrations (sft).
 
     A generator: yields one dict of numbers a step, documented in batch_metrics. Printing, files
-    and evaluation live outside. Without `agent` it loads what `config` names.
+    and evaluation live outside. Without `agent` it loads what `config` names; an agent that has
+    done some steps goes on after them.
     """
     if agent is None:
         agent = load_agent(config)
@@ -1376,49 +1523,83 @@ def train(config, agent=None):
         yield from distil(agent, config)
 
 
+def new_optimizer(agent, config):
+    return Optimizer(agent.student, config.sft_lr if config.method == "sft" else config.lr, config)
+
+
 def distil(agent, config):
     """Algorithm 1: sample, reward, score, weigh, update."""
     prompts, skipped = agent.practice
-    agent.optimizer = agent.optimizer or Optimizer(agent.student, config.lr, config)
-    for step in range(1, config.steps + 1):
+    agent.optimizer = agent.optimizer or new_optimizer(agent, config)
+    for step in range(agent.step + 1, config.steps + 1):
         clock = [time.perf_counter()]
-        chosen = draw(prompts, config.seed, (step - 1) * config.prompts_per_step,
-                      config.prompts_per_step)
+        seed_dropout(config, step)
+        chosen = [p for p in draw(prompts, config.seed, (step - 1) * config.prompts_per_step,
+                                  config.prompts_per_step) for _ in range(config.group_size)]
         agent.student.eval()
-        rollouts = sample_rollouts(agent.student, agent.tokenizer,
-                                   [p for p in chosen for _ in range(config.group_size)],
-                                   agent.tool, config,
-                                   random_numbers(config.seed, "rollouts", step))
+        rollouts = surviving(
+            agent, config, "rollout_batch", [1] * len(chosen),
+            lambda c: sample_rollouts(agent.student, agent.tokenizer, chosen, agent.tool, c,
+                                      random_numbers(c.seed, "rollouts", step)))
         clock.append(time.perf_counter())
         agent.student.train()
-        scored = agent.scored = score_batch(agent, rollouts, config)
+        scored = agent.scored = surviving(
+            agent, config, "micro_batch_tokens", [len(r.ids) for r in rollouts],
+            lambda c: score_batch(agent, rollouts, c))
         clock.append(time.perf_counter())
-        size = len(rollouts) // config.updates_per_step
-        updates = [update(agent, scored, list(range(i, i + size)), config)
-                   for i in range(0, len(rollouts), size)]
+        agent.settled = False  # until the weights have moved and the step is written down
+        updates = updates_of(agent, scored, config)
         clock.append(time.perf_counter())
+        agent.step = step
         yield {"step": step, **batch_metrics(scored, config), **update_metrics(updates),
-               "skipped": skipped, **clock_metrics(clock, scored)}
+               "skipped": skipped, **machine_metrics(clock, scored, agent)}
+        stop_if_refused(agent, config)
+
+
+def updates_of(agent, scored, config):
+    """The optimiser steps on one batch; none is taken on scores that are not finite."""
+    size = len(scored.rollouts) // config.updates_per_step
+    parts = [list(range(i, i + size)) for i in range(0, len(scored.rollouts), size)]
+    fault = fault_of_scores(scored)
+    updates = [NOT_TAKEN if fault else update(agent, scored, rows, config) for rows in parts]
+    judge(agent, fault or fault_of_scores(scored) or fault_of_updates(updates),
+          ids=[r.ids for r in scored.rollouts], step_id=scored.step_id, logp_s=scored.logp_s,
+          logp_t=scored.logp_t, advantages=scored.advantages)
+    return updates
 
 
 def imitate(agent, config):
     """Supervised fine-tuning on demonstrations (method sft): the cold start before SOD."""
     pairs, skipped = agent.practice
-    agent.optimizer = agent.optimizer or Optimizer(agent.student, config.sft_lr, config)
+    agent.optimizer = agent.optimizer or new_optimizer(agent, config)
     agent.student.train()
     total = math.ceil(config.sft_epochs * len(pairs) / config.sft_batch)
-    for step in range(1, total + 1):
+    for step in range(agent.step + 1, total + 1):
         clock = time.perf_counter()
+        seed_dropout(config, step)
         batch = draw(pairs, config.seed, (step - 1) * config.sft_batch, config.sft_batch)
         warm, done = max(0.1 * total, 1), step / total
         scale = min(step / warm, 0.5 * (1 + math.cos(math.pi * max(done - 0.1, 0) / 0.9)))
+        agent.settled = False
         loss, norm = imitation_step(agent, batch, config, scale)
+        judge(agent, fault_of_updates([(norm, loss)]), ids=[ids for ids, _ in batch],
+              step_id=[step_id for _, step_id in batch])
+        agent.step = step
         yield {"step": step, "steps": total, "loss": loss, "grad_norm": norm,
-               "skipped": skipped, "seconds": time.perf_counter() - clock}
+               "not_taken": int(agent.refused > 0), "skipped": skipped,
+               "seconds": time.perf_counter() - clock, **trouble_metrics(agent)}
+        stop_if_refused(agent, config)
 
 
 def imitation_step(agent, batch, config, scale=1.0):
     """One optimiser step on (ids, step_id) pairs: mean cross-entropy of the assistant's tokens."""
+    loss = surviving(agent, config, "micro_batch_tokens", [len(ids) for ids, _ in batch],
+                     lambda c: imitation_gradient(agent, batch, c))
+    return loss, take_step(agent, loss, scale)
+
+
+def imitation_gradient(agent, batch, config):
+    """Leave the gradient with the optimiser; the loss."""
     num_tokens, total = max(sum(k >= 0 for _, step_id in batch for k in step_id), 1), 0.0
     for at in micro_batches([len(ids) for ids, _ in batch], config.micro_batch_tokens):
         ids = pad([batch[i][0] for i in at], 0, agent.student.device)
@@ -1426,7 +1607,12 @@ def imitation_step(agent, batch, config, scale=1.0):
         loss = -sampled_logprobs(agent.student, ids, step_id, 1.0).sum() / num_tokens
         loss.backward()
         total += float(loss.detach())
-    return total, agent.optimizer.step(scale)
+    return total
+
+
+def seed_dropout(config, step):
+    """Dropout, in models that have it, is the only thing that torch's own generators decide."""
+    torch.manual_seed(config.seed * 2**32 + step)
 
 
 def draw(items, seed, start, count):
@@ -1438,10 +1624,15 @@ def draw(items, seed, start, count):
 
 
 def batch_metrics(scored, config):
-    """What a batch of rollouts looks like; documented as a table in README.md."""
-    rollouts, token = scored.rollouts, scored.step_id >= 0
-    K = scored.d.shape[1]
-    step = torch.arange(K) < torch.tensor([len(r.outcomes) for r in rollouts])[:, None]  # (B, K)
+    """What a batch of rollouts looks like; documented as a table in README.md.
+
+    Rollouts that the machine failed are counted, and otherwise left out.
+    """
+    rollouts = [r for r in scored.rollouts if r.finish != "infrastructure"]
+    token, K = scored.step_id >= 0, scored.d.shape[1]
+    valid = valid_rows(scored.rollouts)
+    turns = torch.tensor([len(r.outcomes) for r in scored.rollouts]) * valid
+    step = torch.arange(K) < turns[:, None]  # (B, K)
     outcomes = Counter(o for r in rollouts for o in r.outcomes if o)
     calls, several = max(sum(outcomes.values()), 1), step.sum(1) > 1  # (B,) with later steps
     groups = scored.A.view(-1, config.group_size)
@@ -1463,6 +1654,7 @@ def batch_metrics(scored, config):
         "outcomes": dict(outcomes), "faults": dict(Counter(faults(rollouts))),
         "cut_budget": float(np.mean([r.finish == "budget" for r in rollouts])),
         "cut_turns": float(np.mean([r.finish == "turns" for r in rollouts])),
+        "infrastructure": int((~valid).sum()),
         "tokens": int(token.sum()),
     }
 
@@ -1495,11 +1687,20 @@ def update_metrics(updates):
             "not_taken": sum(not math.isfinite(norm) for norm in norms)}
 
 
-def clock_metrics(clock, scored):
+def machine_metrics(clock, scored, agent):
+    """What the machine did; everything else depends on the seed alone."""
     rollout, scoring, updating = np.diff(clock).tolist()
     return {"seconds": clock[-1] - clock[0], "seconds_rollout": rollout, "seconds_score": scoring,
             "seconds_update": updating, "tokens_per_second":
-            int((scored.step_id >= 0).sum()) / (clock[-1] - clock[0])}
+            int((scored.step_id >= 0).sum()) / (clock[-1] - clock[0]), **trouble_metrics(agent)}
+
+
+def trouble_metrics(agent):
+    return {"out_of_memory": agent.shortages, "smaller": dict(agent.smaller),
+            "tool_retries": getattr(agent.tool, "retried", 0)}
+
+
+MACHINE = ("seconds", "tokens_per_second", "out_of_memory", "smaller", "tool_retries")
 
 
 # --- Health: what the numbers of a run say, in words -------------------------------------------
@@ -1542,9 +1743,10 @@ def health(history, config):
     if m.get("tool_calls", 1) < 0.1:
         found["tool_calls"] = (f"the tool is hardly called ({m['tool_calls']:.2f} times a "
                                "rollout): say in --system how, or imitate first: --method sft")
-    if broken := m.get("outcomes", {}).get("sandbox_error", 0):
-        found["sandbox"] = (f"the sandbox itself failed in {broken} calls, no fault of the model: "
-                            "see `python tools.py`, and whether the machine has memory left")
+    if m.get("infrastructure", 0):
+        found["infrastructure"] = (f"the sandbox itself failed in {m['infrastructure']} rollouts, "
+                                   "which are left out: see `python tools.py`, and whether the "
+                                   "machine has memory left")
     if not math.isfinite(m.get("loss", 0)):
         found["loss"] = f"the loss is {m['loss']}: lower --lr, and start from an earlier checkpoint"
     return found | trends(history[-WINDOW:])
@@ -1609,10 +1811,12 @@ def evaluate(model, agent, problems, config):
     """
     prompts, _ = fitting_prompts(agent, problems)
     model.eval()
-    rollouts = sample_rollouts(model, agent.tokenizer,
-                               [p for p in prompts for _ in range(config.eval_samples)],
-                               agent.tool, config, random_numbers(config.seed, "evaluation", 0),
-                               config.eval_temperature, config.eval_top_p)
+    repeated = [p for p in prompts for _ in range(config.eval_samples)]
+    rollouts = surviving(
+        agent, config, "rollout_batch", [1] * len(repeated),
+        lambda c: sample_rollouts(model, agent.tokenizer, repeated, agent.tool, c,
+                                  random_numbers(c.seed, "evaluation", 0), c.eval_temperature,
+                                  c.eval_top_p))
     return np.array([r.right for r in rollouts]).reshape(len(prompts), config.eval_samples)
 
 
@@ -2137,23 +2341,78 @@ def check_view(problems, config):
 # --- Files ------------------------------------------------------------------------------------
 
 
-def make_run_folder(config):
-    """runs/NAME, new and writable, with the settings in it."""
+LOGS = ("metrics.jsonl", "clock.jsonl", "rollouts.jsonl")  # they grow by lines with each step
+
+
+def open_run_folder(config):
+    """runs/NAME, new and writable with the settings in it, or one to go on with."""
     name = config.name or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.out) / name
+    folder = Path(config.resume or Path(config.out) / name)
     try:
-        folder.mkdir(parents=True)
-        write_settings(config, folder)
+        folder.mkdir(parents=True, exist_ok=bool(config.resume))
+        if not config.resume:
+            write_config(config, folder)
     except FileExistsError:
-        raise ValueError(f"{folder} exists already; give this run another --name") from None
+        raise ValueError(f"{folder} exists already; go on with it by --resume {folder}, or give "
+                         "this run another --name") from None
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out"
                          ) from None
+    if (folder / "checkpoint").exists() and not (folder / "saves").exists():
+        raise ValueError(f"{folder} is finished; to train its result further, start a run with "
+                         f"--student {folder / 'checkpoint'}")
     return folder
 
 
-def write_settings(config, folder):
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+def write_config(config, folder):
+    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "change")}
+    tools.write_whole(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+
+
+def resumed_config(given):
+    """The settings of an interrupted run, and what is given now; a difference must be wanted.
+
+    given  {option: value} of the command line, "resume" among them
+    """
+    folder = Path(given["resume"])
+    if not (folder / "config.json").exists():  # not a folder: the name of a run
+        folder = Path(given.get("out", Config.out)) / folder
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{given['resume']} holds no run to resume (no config.json that can be "
+                         "read); name its folder, such as runs/NAME") from None
+    known = {f.name: f.default for f in fields(Config)}
+    if stored.keys() - known.keys():
+        raise ValueError(f"{folder}/config.json has options unknown to this version: "
+                         f"{', '.join(sorted(stored.keys() - known.keys()))}")
+    settings = {**known, **stored, "resume": str(folder), "change": given.get("change", False)}
+    left_open = [k for k in ("rollout_batch", "micro_batch_tokens") if given.get(k) == 0]
+    changed = {k: v for k, v in given.items()
+               if k not in ["resume", *left_open] and settings[k] != v}
+    if changed and not given.get("change"):
+        listed = ", ".join(f"{k} {v!r} (was {settings[k]!r})" for k, v in changed.items())
+        raise ValueError(f"{folder} ran with other options: {listed}; leave them out to go on as "
+                         "before, or add --change true to go on with the new ones")
+    return Config(**{**settings, **changed})
+
+
+def write_step(agent, m, folder):
+    """The numbers and rollouts of a step, as lines of the logs; a batch not taken, for study.
+
+    What the machine did goes to a file of its own, so that the others depend on the seed alone.
+    """
+    clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
+    rows = ([{k: plain(v) for k, v in m.items() if k not in clock}], [{"step": m["step"], **clock}],
+            list(rollout_rows(agent.scored, m["step"], agent.tokenizer, agent.config.store_tokens))
+            if agent.scored else [])
+    with tools.writing(folder):
+        for name, new in zip(LOGS, rows):
+            tools.append_rows(folder / name, new)
+        if agent.aside:
+            (folder / "refused").mkdir(exist_ok=True)
+            with open(folder / "refused" / f"step-{m['step']}.pt", "wb") as file:
+                torch.save(agent.aside, file)
 
 
 def token_pieces(tokenizer, ids):
@@ -2212,21 +2471,89 @@ def rollout_rows(scored, step, tokenizer, with_tokens):
                "advantage": round(float(scored.A[i]), 4), "finish": r.finish, "turns": turns}
 
 
-def save_checkpoint(agent, folder):
-    """A folder that AutoModelForCausalLM.from_pretrained and HF-compatible servers load.
+def save_checkpoint(agent, folder, results={}):
+    """The trained student and its card, as folder/checkpoint."""
+    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as place:
+        write_model(agent, place, results)
 
-    Written beside its place and renamed, so that a half-written one never carries the name.
-    """
-    aside, place = folder / "checkpoint.tmp", folder / "checkpoint"
+
+def write_model(agent, folder, results):
+    """Fill a folder that AutoModelForCausalLM.from_pretrained and HF-compatible servers load."""
     student, ours = agent.student, agent.student.generation_config
     student.generation_config = student.shipped_generation
     try:
-        student.save_pretrained(aside)
+        student.save_pretrained(folder)
     finally:
         student.generation_config = ours
-    agent.tokenizer.save_pretrained(aside)
-    write_card(aside, agent.config, {})
-    aside.rename(place)
+    agent.tokenizer.save_pretrained(folder)
+    write_card(folder, agent.config, results)
+
+
+def save_run(agent, folder):
+    """Save all that the rest of the run depends on; the newest two saves are kept.
+
+    A save is a model folder with the state of the optimiser beside the weights. No state of a
+    random generator is in it: every random number is a function of seed and step.
+    """
+    if agent.saved == agent.step:
+        return
+    with (tools.writing(folder),
+          tools.whole_folder(folder / "saves" / f"step-{agent.step}") as place):
+        for name in LOGS:
+            tools.sync(folder / name)
+        state = {"step": agent.step, "optimizer": agent.optimizer.state_dict(),
+                 "data": digest(agent.practice), "smaller": agent.smaller,
+                 "shortages": agent.shortages, "refused": agent.refused,
+                 "lengths": {name: (folder / name).stat().st_size for name in LOGS}}
+        write_model(agent, place, {})
+        with open(place / "state.pt", "wb") as file:
+            torch.save(state, file)
+        tools.seal(place)
+    for old in tools.numbered(folder / "saves")[:-2]:
+        tools.remove(old)
+    agent.saved = agent.step
+
+
+def digest(practice):
+    """A word that changes with any problem, demonstration or token id to be trained on."""
+    return hashlib.sha256(repr(practice).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def restore(agent, config, folder):
+    """Take over the newest whole save, and cut the logs back to where they were at the time."""
+    place, faults = tools.newest_whole(folder / "saves")
+    for path, fault in faults.items():
+        print(f"{path} is damaged ({fault}): an older save is used")
+    if place is None and faults:
+        raise ValueError(f"no whole save is left in {folder / 'saves'}; begin anew under another "
+                         "--name")
+    state = take_over(agent, config, place) if place else {"lengths": {}}
+    for name in LOGS:
+        tools.cut_back(folder / name, state["lengths"].get(name, 0))
+    for path in faults:
+        tools.remove(path)
+    write_config(config, folder)
+    print(f"resumed {place}" if place else f"resumed {folder}, which has no save yet: from step 1")
+
+
+def take_over(agent, config, place):
+    """Weights, optimiser and counters of a save; returns its state."""
+    state = torch.load(place / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    if state["data"] != digest(agent.practice) and not config.change:
+        raise ValueError("the training data are not those that this run began with; bring them "
+                         "back, or add --change true to go on with the new ones")
+    saved = load_model(place, "cpu", agent.student.dtype)
+    try:
+        agent.student.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {place} do not fit the student {config.student}: "
+                         f"{str(error).splitlines()[-1].strip()}") from None
+    agent.optimizer = new_optimizer(agent, config)
+    agent.optimizer.load_state_dict(state["optimizer"])
+    agent.step = agent.saved = state["step"]
+    agent.smaller, agent.shortages = state["smaller"], state["shortages"]
+    agent.refused = state["refused"]
+    return state
 
 
 def write_card(folder, config, results):
@@ -2299,14 +2626,23 @@ def progress_line(m, config):
     """One dense line a step."""
     if config.method == "sft":
         return (f"step {m['step']}/{m['steps']} | loss {m['loss']:.3f} nats | "
-                f"grad {m['grad_norm']:.2f} | {m['seconds']:.2f} s")
+                f"grad {m['grad_norm']:.2f} | {m['seconds']:.2f} s{troubles(m)}")
     memory = (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
               if torch.cuda.is_available() else "")
     return (f"step {m['step']}/{config.steps} | reward {m['reward']:+.2f} | "
             f"right {m['right']:.0%} | kl {m['reverse_kl']:.2f} | d {m['d']:.2f} | "
             f"w {m['w']:.2f} | "
             f"tool fail {m['tool_fail']:.0%} | cut {m['cut_budget'] + m['cut_turns']:.0%} | "
-            f"{m['tokens_per_second']:,.0f} tok/s | {m['seconds']:.1f} s{memory}")
+            f"{m['tokens_per_second']:,.0f} tok/s | {m['seconds']:.1f} s{memory}{troubles(m)}")
+
+
+def troubles(m):
+    """What a progress line adds where something went wrong."""
+    smaller = ", ".join(f"{k} {v}" for k, v in m["smaller"].items())
+    said = {"not taken": m["not_taken"], "lost to infrastructure": m.get("infrastructure", 0),
+            "tool calls retried": m["tool_retries"],
+            f"times out of memory: {smaller}": m["out_of_memory"]}
+    return "".join(f" | {n} {words}" for words, n in said.items() if n)
 
 
 def show_rollout(scored):
@@ -2357,8 +2693,11 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     data = [given[k] for k in ("train_data", "eval_data", "demonstrations") if given.get(k)]
     embedded = all(Path(os.path.realpath(d)).is_relative_to(Path(WORLD).resolve()) for d in data)
-    preset = given.pop("preset", None) or ("world" if embedded else "gpu")
+    preset = given.pop("preset", None)
     try:
+        if given.get("resume"):
+            return resumed_config({**PRESETS[preset or "world"], **given}), preset or "as before"
+        preset = preset or ("world" if embedded else "gpu")
         return Config(**{**PRESETS[preset], **given}), preset
     except ValueError as error:
         parser.error(str(error))
@@ -2367,43 +2706,72 @@ def parse_config(argv=None):
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
     device, dtype, reason = choose_device(config)
-    folder = make_run_folder(config)
-    print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
-    try:
-        agent = preflight(config)
-        config, (problems, results) = agent.config, (eval_problems(agent, agent.config), {})
-        print(*agent.notes, sep="\n")
-        agent.notes.clear()
-        write_settings(config, folder)
-        load_agent(config, agent)
-        print(*agent.notes, sep="\n")
-        describe(agent, config)
-    except BaseException:
-        shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
-        raise
+    folder = open_run_folder(config)
+    with tools.locked(folder):
+        print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
+        try:
+            agent, problems = load_in_two_parts(config, folder)
+            config = agent.config
+        except BaseException:
+            if not config.resume:
+                shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
+            raise
+        try:
+            measure_and_train(agent, config, folder, problems)
+        except BaseException:
+            print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
+            raise
+
+
+def load_in_two_parts(config, folder):
+    """(agent, held-out problems): first what takes seconds, all of it, then the weights."""
+    agent = preflight(config)
+    config, problems = agent.config, eval_problems(agent, agent.config)
+    print(*agent.notes, sep="\n")
+    agent.notes.clear()
+    if not config.resume:
+        write_config(config, folder)  # now with the sizes that were left to the memory plan
+    load_agent(config, agent)
+    print(*agent.notes, sep="\n")
+    describe(agent, config)
+    return agent, problems
+
+
+def measure_and_train(agent, config, folder, problems):
+    """The run itself, from wherever it stands."""
+    results = {} if config.change else read_results(folder)
 
     def measure(name, model):
-        if problems and model is not None:
+        if problems and model is not None and name not in results:
             results[name] = evaluate(model, agent, problems, config)
+            listed = {name: correct.tolist() for name, correct in results.items()}
+            tools.write_whole(folder / "results.json", json.dumps(listed) + "\n")
 
     measure("student before", agent.student)
     if config.method != "vanilla":
-        try:
-            train_to_files(agent, config, folder)
-        finally:  # after an error or Ctrl-C too: the weights so far
-            save_checkpoint(agent, folder)
+        if config.resume:
+            restore(agent, config, folder)
+        train_to_files(agent, config, folder)
         measure("student after", agent.student)
         if METHODS.get(config.method, METHODS["grpo"]).view == "teacher":
             measure("teacher", agent.teacher)
-        write_card(folder / "checkpoint", config, results)
+        save_checkpoint(agent, folder, results)
+        tools.remove(folder / "saves")
         print(f"checkpoint  {folder / 'checkpoint'}\nmetrics     {folder / 'metrics.jsonl'}")
-    if agent.scored is not None:
+    if config.method not in ("vanilla", "sft"):
         print(f"rollouts    {folder / 'rollouts.jsonl'}")
     if config.page and config.method != "vanilla":
         print(f"page        {page_of(folder)}")
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
               + results_table(results))
+
+
+def read_results(folder):
+    """What an interrupted run has measured: {name: (problems, samples) array}."""
+    path = folder / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: np.array(correct) for name, correct in found.items()}
 
 
 def page_of(folder):
@@ -2423,33 +2791,42 @@ def page_of(folder):
 
 def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
-    history, told = [], {}
-    with (open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics_file,
-          open(folder / "rollouts.jsonl", "w", encoding="utf-8") as rollouts_file):
-        total = config.steps if config.method in METHODS else None
-        for m in tqdm(train(config, agent), total=total, desc=config.method, unit="step",
-                      disable=None):  # no bar where nobody watches
-            metrics_file.write(json.dumps({k: plain(v) for k, v in m.items()}) + "\n")
-            metrics_file.flush()
-            if m["step"] == 1 and m["skipped"]:
-                tqdm.write(f"{m['skipped']} problems or demonstrations are too long and skipped: "
-                           f"max_prompt {config.max_prompt}, max_response {config.max_response}")
-            if agent.scored is None:  # sft
-                if m["step"] % 20 == 0 or m["step"] == m["steps"]:
-                    tqdm.write(progress_line(m, config))
-                continue
-            tqdm.write(progress_line(m, config))
-            history.append(m)
-            for sentence in news(history, told, config):
-                tqdm.write(f"    health: {sentence}")
-            if m["step"] == 2:  # now the optimiser's state exists
-                tqdm.write(memory_verdict(agent))
-            rollouts_file.writelines(json.dumps(row) + "\n"
-                                     for row in rollout_rows(
-                                         agent.scored, m["step"], agent.tokenizer,
-                                         config.store_tokens))
-            if config.show_every and (m["step"] - 1) % config.show_every == 0:
-                tqdm.write(show_rollout(agent.scored))
+    total = config.steps if config.method in METHODS else None
+    try:
+        with tools.stoppable(agent):
+            for m in tqdm(train(config, agent), total=total, initial=agent.step, unit="step",
+                          desc=config.method, disable=None):  # no bar where nobody watches
+                write_step(agent, m, folder)
+                agent.settled = True
+                if agent.stop:
+                    raise KeyboardInterrupt(agent.stop)
+                show_step(agent, m, config)
+                if config.save_every and m["step"] % config.save_every == 0:
+                    save_run(agent, folder)
+        save_run(agent, folder)
+    except tools.WriteError:
+        raise
+    except BaseException:  # Ctrl-C or an error; in the middle of an update nothing can be saved
+        if agent.settled and agent.step:
+            save_run(agent, folder)
+            print(f"saved {folder / 'saves' / f'step-{agent.step}'}", file=sys.stderr)
+        raise
+
+
+def show_step(agent, m, config):
+    """What of a step goes to the screen."""
+    if m["step"] == 1 and m["skipped"]:
+        tqdm.write(f"{m['skipped']} problems or demonstrations are too long and skipped: "
+                   f"max_prompt {config.max_prompt}, max_response {config.max_response}")
+    if agent.scored or m["not_taken"] or m["step"] % 20 == 0 or m["step"] == m["steps"]:
+        tqdm.write(progress_line(m, config))
+    if m["step"] == 2 and agent.scored:  # now the optimiser's state exists
+        tqdm.write(memory_verdict(agent))
+    agent.history.append(m)
+    for sentence in news(agent.history, agent.told, config):
+        tqdm.write(f"    health: {sentence}")
+    if agent.scored and config.show_every and (m["step"] - 1) % config.show_every == 0:
+        tqdm.write(show_rollout(agent.scored))
 
 
 def describe(agent, config):
@@ -2489,9 +2866,15 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: not enough memory for the models ({str(error).splitlines()[0]}); choose "
+              "smaller ones, or try --offload all", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
         print("interrupted; files written so far are whole", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The world outside the model: a Python tool, the protocol to call it, graders, problem files.
+"""The world outside the model: a Python tool, the protocol to call it, graders, files.
 
     python tools.py          what the sandbox guarantees here, a self-test, calls a second
 
@@ -6,6 +6,7 @@
     the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
     the graders      grade_math, grade_choice, grade_program: is this final turn right?
     problem files    load_problems, load_demonstrations: whatever the benchmark calls its columns
+    a run's files    whole_folder, newest_whole, append_rows: on the disk as a whole, or not there
 
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
@@ -27,7 +28,7 @@ Outcomes
     timeout            it was stopped: CPU seconds or seconds on the clock were used up
     crashed            a signal ended it: a fault in C code, an abort, a kill
     output_truncated   it was stopped: it printed more than max_output bytes
-    sandbox_error      our fault, not the program's; the call was tried twice
+    sandbox_error      the machine's fault, not the program's; the call was tried four times
 
 Not covered
     - bugs of the kernel, side channels, and anything but Linux on x86_64 and aarch64
@@ -49,6 +50,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import importlib.util
 import io
 import json
@@ -61,6 +63,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import site
 import socket
@@ -117,6 +120,9 @@ class Observation:
     seconds: float  # on the clock, without the wait for a free worker
 
 
+PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
+
+
 class PythonTool:
     """Runs programs and keeps nothing: a call is a function from code (and stdin) to text.
 
@@ -125,6 +131,7 @@ class PythonTool:
 
     def __init__(self, **options):
         self.limits = Limits(**options)
+        self.retried = 0  # calls that the sandbox failed and tried again
         self._begin()
         # In a fork of the trainer no thread of ours lives on: it starts a sandbox of its own.
         tool = weakref.ref(self)
@@ -201,15 +208,20 @@ class PythonTool:
         return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
 
     def _call(self, code, stdin, raw):
-        """One program; where the sandbox itself fails, once more, and then it says so."""
+        """One program; where the sandbox itself fails, again, and in the end it says so."""
         if self._contained is False:
             return run_plain(code, stdin, raw, self.limits)
         started = time.monotonic()
-        for _ in range(2):
+        for pause in (*PAUSES, None):
             with contextlib.suppress(OSError, ValueError):
                 seen = self._ask([code, stdin, raw])
                 if seen.outcome != "sandbox_error":
                     return seen
+            if self._closed or pause is None:
+                break
+            with self._lock:
+                self.retried += 1
+            time.sleep(pause)
         return Observation("[the sandbox failed; the program is not to blame]", "sandbox_error",
                            time.monotonic() - started)
 
@@ -1726,6 +1738,166 @@ def read_tests(tests, function=""):
         read.append({"input": given, "output": wanted, "type": kind,
                      "fn_name": name if kind == "functional" else ""})
     return read
+
+
+# --- The files of a run: whole, or not there --------------------------------------------------
+
+MANIFEST = "manifest.json"  # {file: [bytes, sha256]} of every other file of a folder
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk: they survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_whole(path, text):
+    """Replace a file: whatever happens it holds the old text or the new, never a part."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    aside.rename(path)
+    sync(aside.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(place):
+    """A folder to fill, which takes the name `place` once everything in it is on the disk.
+
+    After an error nothing remains of it. After a kill or a power cut there may be a `place`.tmp,
+    which the next call clears away; `place` itself is never a half-written one.
+    """
+    aside = Path(f"{place}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in [*aside.iterdir(), aside]:
+            sync(path)
+        if place.exists():  # a damaged one, or one of an earlier finish
+            shutil.rmtree(place)
+        aside.rename(place)
+        sync(place.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(folder):
+    """List what a folder holds, so that damage() can tell later whether it still does."""
+    files = {file.name: [file.stat().st_size, sha256(file)] for file in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(place):
+    """What is wrong with a sealed folder, in a few words; "" if it is as it was."""
+    try:
+        files = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, digest) in files.items():
+            if (place / name).stat().st_size != size:
+                return f"{name} has {(place / name).stat().st_size} bytes and had {size}"
+            if sha256(place / name) != digest:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST} is not what was written"
+    return ""
+
+
+def remove(folder):
+    """Remove a folder, which at no time stands there in part under its own name."""
+    aside = Path(f"{folder}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def numbered(folder):
+    """The folders step-N in `folder`, smallest N first."""
+    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_whole(folder):
+    """(the newest undamaged step-N of `folder` or None, {path: what is wrong} of newer ones)."""
+    faults = {}
+    for place in reversed(numbered(folder)):
+        fault = damage(place)
+        if not fault:
+            return place, faults
+        faults[place] = fault
+    return None, faults
+
+
+class WriteError(ValueError):
+    """The disk takes no more."""
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """A full disk, in a sentence; each library that writes has a kind of error of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise WriteError(f"cannot write to {folder} ({error}); what was saved before is whole: "
+                         "make room on the disk and resume") from error
+
+
+def append_rows(path, rows):
+    """Add dicts to a file, one a line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def cut_back(path, size):
+    """Cut what was appended to a file since it had `size` bytes."""
+    with open(path, "ab") as file:
+        if file.tell() < size:
+            raise ValueError(f"{path} has {file.tell()} bytes and had {size} when its run was "
+                             "saved; bring the lines back, or begin anew under another --name")
+        file.truncate(size)
+
+
+@contextlib.contextmanager
+def stoppable(run):
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt at once where run.settled is true.
+
+    Elsewhere they only leave their number in run.stop, so that what is being changed can be
+    finished; a second one raises there too.
+    """
+    def stop(number, frame):
+        again, run.stop = run.stop, number
+        if run.settled or again:
+            raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes from writing to the same folder; a kill ends the lock, too."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process; let it end") from None
+        yield
+    finally:
+        os.close(fd)
 
 
 # --- The sandbox: self-test -----------------------------------------------------------------

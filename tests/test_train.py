@@ -399,22 +399,6 @@ def test_other_data_select_the_gpu_preset_and_the_world_spelled_otherwise_does_n
     assert preset("--method", "vanilla", "--eval_data", "mine.jsonl") == "gpu"
 
 
-def test_an_error_in_mid_training_keeps_the_weights_so_far(tmp_path, monkeypatch, capsys):
-    def fails(*arguments):
-        raise ValueError("the second step fails")
-    real = sod.batch_metrics
-    calls = iter([real, fails])
-    monkeypatch.setattr(sod, "batch_metrics", lambda *a: next(calls)(*a))
-    arguments = {**SMALL, "out": tmp_path, "name": "cut", "eval_data": "", "show_every": 0}
-    words = [str(word) for k, v in arguments.items() for word in (f"--{k}", v)]
-    assert sod.main(words) == 1 and "the second step fails" in capsys.readouterr().err
-    place = tmp_path / "cut" / "checkpoint"
-    saved = AutoModelForCausalLM.from_pretrained(place).state_dict()
-    start = AutoModelForCausalLM.from_pretrained(WORLD / "student").state_dict()
-    assert any(not torch.equal(saved[k], start[k]) for k in start)
-    assert "Not evaluated." in (place / "README.md").read_text()
-
-
 @pytest.mark.parametrize("option, name, sentence, more", [
     ("--train_data", "json.jsonl", "line 2: found broken JSON", []),
     ("--train_data", "empty.jsonl", "is empty", []),
