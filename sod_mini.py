@@ -1493,6 +1493,8 @@ class Agent:
     notes: list = field(default_factory=list)  # what preflight found, as lines
     predicted: int = 0               # bytes at the peak of the memory plan
     before: int = 0                  # bytes taken before anything was loaded
+    history: list = field(default_factory=list)  # the numbers of each step, for the health line
+    told: dict = field(default_factory=dict)     # what it has said, and when
     optimizer: Optimizer | None = None
     scored: Scored | None = None     # the newest batch, for files and eyes
     step: int = 0                    # steps done: where a resumed run goes on
@@ -1741,9 +1743,10 @@ def health(history, config):
     if m.get("tool_calls", 1) < 0.1:
         found["tool_calls"] = (f"the tool is hardly called ({m['tool_calls']:.2f} times a "
                                "rollout): say in --system how, or imitate first: --method sft")
-    if broken := m.get("outcomes", {}).get("sandbox_error", 0):
-        found["sandbox"] = (f"the sandbox itself failed in {broken} calls, no fault of the model: "
-                            "see `python tools.py`, and whether the machine has memory left")
+    if m.get("infrastructure", 0):
+        found["infrastructure"] = (f"the sandbox itself failed in {m['infrastructure']} rollouts, "
+                                   "which are left out: see `python tools.py`, and whether the "
+                                   "machine has memory left")
     if not math.isfinite(m.get("loss", 0)):
         found["loss"] = f"the loss is {m['loss']}: lower --lr, and start from an earlier checkpoint"
     return found | trends(history[-WINDOW:])
@@ -1928,9 +1931,8 @@ def memory_plan(config, student, teacher, b):
     saved += (4 + 3 * b) * s.D  # the last norm
     again = s.kept(b) * config.gradient_checkpointing  # one layer is computed a second time
     sampled = tokens * config.max_response // width  # only these meet the vocabulary
-    tile = 4 * min(TILE_ELEMENTS, sampled * s.V)  # of token_logprobs: the old one beside two new
-    one = tile < 4 * TILE_ELEMENTS and config.updates_per_step > 1  # no entropy, no old tile
-    tiles = int(tile * (2 if one else 3 if b == 4 else 3.5) * (1 + (config.kl == "full")))
+    tile = 4 * min(TILE_ELEMENTS, sampled * s.V)  # of token_logprobs, fp32; there is a copy
+    tiles = int(tile * (2 if b == 4 else 2.5) * (1 + (config.kl == "full")))  # bf16: a third
     gradient = 4 * s.weights + b * s.V * s.D  # summed in fp32, and the head's on its way
     state = (STATE_BYTES[b] if config.offload != "all" else 0) * s.weights
     at_home = config.offload == "none"
@@ -1944,7 +1946,7 @@ def memory_plan(config, student, teacher, b):
         "activations": [reading + masks * width, tokens * max(s.passing(b), t.passing(b)),
                         (tokens + sampled) * b * max(s.D, t.D), tokens * saved,
                         tokens * (saved + again + 2 * b * s.F)],
-        "logits": [28 * rows * s.V, 0, 3 * tile, tiles + (4 + 2 * b) * s.D * sampled, 0],
+        "logits": [28 * rows * s.V, 0, 2 * tile, tiles + (4 + 2 * b) * s.D * sampled, 0],
     }
     if config.method == "vanilla":  # it samples, and no more
         plan = {part: plan[part][:1] for part in ("student", "KV cache", "activations", "logits")}
@@ -2385,7 +2387,9 @@ def resumed_config(given):
         raise ValueError(f"{folder}/config.json has options unknown to this version: "
                          f"{', '.join(sorted(stored.keys() - known.keys()))}")
     settings = {**known, **stored, "resume": str(folder), "change": given.get("change", False)}
-    changed = {k: v for k, v in given.items() if k != "resume" and settings[k] != v}
+    left_open = [k for k in ("rollout_batch", "micro_batch_tokens") if given.get(k) == 0]
+    changed = {k: v for k, v in given.items()
+               if k not in ["resume", *left_open] and settings[k] != v}
     if changed and not given.get("change"):
         listed = ", ".join(f"{k} {v!r} (was {settings[k]!r})" for k, v in changed.items())
         raise ValueError(f"{folder} ran with other options: {listed}; leave them out to go on as "
@@ -2706,14 +2710,8 @@ def run(config, preset):
     with tools.locked(folder):
         print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
         try:
-            agent = preflight(config)
-            config, problems = agent.config, eval_problems(agent, agent.config)
-            print(*agent.notes, sep="\n")
-            agent.notes.clear()
-            write_config(config, folder)  # with the sizes that the memory plan has chosen
-            load_agent(config, agent)
-            print(*agent.notes, sep="\n")
-            describe(agent, config)
+            agent, problems = load_in_two_parts(config, folder)
+            config = agent.config
         except BaseException:
             if not config.resume:
                 shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
@@ -2723,6 +2721,20 @@ def run(config, preset):
         except BaseException:
             print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
+
+
+def load_in_two_parts(config, folder):
+    """(agent, held-out problems): first what takes seconds, all of it, then the weights."""
+    agent = preflight(config)
+    config, problems = agent.config, eval_problems(agent, agent.config)
+    print(*agent.notes, sep="\n")
+    agent.notes.clear()
+    if not config.resume:
+        write_config(config, folder)  # now with the sizes that were left to the memory plan
+    load_agent(config, agent)
+    print(*agent.notes, sep="\n")
+    describe(agent, config)
+    return agent, problems
 
 
 def measure_and_train(agent, config, folder, problems):
@@ -2812,10 +2824,13 @@ def show_step(agent, m, config):
                    f"max_prompt {config.max_prompt}, max_response {config.max_response}")
     if agent.scored or m["not_taken"] or m["step"] % 20 == 0 or m["step"] == m["steps"]:
         tqdm.write(progress_line(m, config))
+    if m["step"] == 2 and agent.scored:  # now the optimiser's state exists
+        tqdm.write(memory_verdict(agent))
+    agent.history.append(m)
+    for sentence in news(agent.history, agent.told, config):
+        tqdm.write(f"    health: {sentence}")
     if agent.scored and config.show_every and (m["step"] - 1) % config.show_every == 0:
         tqdm.write(show_rollout(agent.scored))
-    if agent.scored and m["step"] == 2:  # now the optimiser's state exists
-        tqdm.write(memory_verdict(agent))
 
 
 def describe(agent, config):
