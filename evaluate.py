@@ -878,7 +878,11 @@ SCORES = ("logp_s", "logp_t", "token_advantages")  # of each token; no logp_t wh
 SCHEMES = {"sod": "min(d of step 1 / d of this step, 1 + delta)", "uniform": "1",
            "decay": "decay ^ (steps since the first failed call)",
            "mask_after_error": "0 after the first failed call, else 1",
-           "unclipped": "d of step 1 / d of this step"}
+           "unclipped": "d of step 1 / d of this step",
+           "constant": "the mean over the batch's tokens of what sod would give",
+           "rescaled": "what sod would give, divided by its mean over the batch's tokens",
+           "floor": "as sod, no d below the floor", "median": "as sod, with the median d so far in "
+           "place of d of step 1"}
 
 
 def patterns(outcomes):
@@ -1672,7 +1676,7 @@ def drift_line(runs, kind, column, fewest=20):
     return line
 
 
-STYLE = """<style>
+FIGURE_STYLE = """<style>
 text{font:13px system-ui,sans-serif;fill:#24292f}.title{font-weight:600}.small{font-size:12px}
 .page{fill:#fff}.grid{stroke:#d8dee4}.line{fill:none;stroke-width:2}.band{opacity:.18}
 @media(prefers-color-scheme:dark){text{fill:#dde3ea}.page{fill:#0d1117}.grid{stroke:#30363d}}
@@ -1685,7 +1689,7 @@ def svg(width, height, title, description, body):
     escape = html.escape
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             f'width="{width}" role="img" aria-labelledby="t d">\n<title id="t">{escape(title)}'
-            f'</title>\n<desc id="d">{escape(description)}</desc>\n{STYLE}\n'
+            f'</title>\n<desc id="d">{escape(description)}</desc>\n{FIGURE_STYLE}\n'
             f'<rect class="page" width="{width}" height="{height}"/>\n' + "\n".join(body)
             + "\n</svg>\n")
 

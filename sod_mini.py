@@ -2792,6 +2792,7 @@ def page_of(folder):
 def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
     total = config.steps if config.method in METHODS else None
+    history, told = [], {}
     try:
         with tools.stoppable(agent):
             for m in tqdm(train(config, agent), total=total, initial=agent.step, unit="step",
@@ -2800,7 +2801,10 @@ def train_to_files(agent, config, folder):
                 agent.settled = True
                 if agent.stop:
                     raise KeyboardInterrupt(agent.stop)
+                history.append(m)
                 show_step(agent, m, config)
+                for sentence in news(history, told, config):
+                    tqdm.write(f"    health: {sentence}")
                 if config.save_every and m["step"] % config.save_every == 0:
                     save_run(agent, folder)
         save_run(agent, folder)

@@ -504,7 +504,7 @@ def methods():
             for start in (0, size):
                 sod.update(agent, scored, list(range(start, start + size)), config)
         clock = time.process_time if device == "cpu" else gpu_clock
-        seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 21, clock)
+        seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 11, clock)
         yield Row(f"scoring and updates, 128 rollouts of the world, {device}",
                   f"{show(seconds['sod'])}, sod", f"{show(seconds['opd'])}, opd",
                   ratio(seconds["sod"], seconds["opd"]), "<= 1.01")

@@ -201,11 +201,12 @@ def test_markup_in_model_text_is_inert(tmp_path):
     turn = a_turn(HOSTILE, HOSTILE, HOSTILE)
     plain, _, _ = page_of(a_run(tmp_path / "r", [a_row(1)]))
     row = a_row(1, [turn], question=HOSTILE, truth="@DATA@", finish=HOSTILE)
-    reader, data, _ = page_of(a_run(tmp_path / "hostile", [row], name=HOSTILE))
+    folder = tmp_path / "<img src=x onerror=alert(1)>&amp;@STYLE@"
+    reader, data, _ = page_of(a_run(folder, [row], name=""))
     assert [tag for tag, _, _ in reader.found] == [tag for tag, _, _ in plain.found]
     (shown,) = data["steps"]["1"]
-    assert shown == row | {"patterns": ["erroneous"]} and data["name"] == HOSTILE
-    raw = (tmp_path / "hostile" / "rollouts.html").read_text()
+    assert shown == row | {"patterns": ["erroneous"]} and data["name"] == folder.name
+    raw = (folder / "rollouts.html").read_text()
     assert "onerror" not in re.sub(r'(?s)<script type="application/json".*?</script>', "", raw)
     assert raw.isascii() or not set("\u2028\u2029") & set(raw)
 

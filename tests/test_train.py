@@ -327,7 +327,7 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(tmp_path):
     assert row["step"] == 1 and 0 <= row["right"] <= 1
     rollouts = list(map(json.loads, (tmp_path / "a" / "rollouts.jsonl").read_text().splitlines()))
     assert len(rollouts) == 4 and rollouts[0]["turns"][0]["w"] == 1
-    assert "page  " in done.stdout and (tmp_path / "a" / "rollouts.html").stat().st_size > 20_000
+    assert "page  " in done.stdout and (tmp_path / "a" / "rollouts.html").stat().st_size > 15_000
     again = command("--out", tmp_path, "--name", "a", tmp_path=tmp_path)
     assert again.returncode == 1 and "exists already" in again.stderr
 
