@@ -2023,7 +2023,7 @@ def load_pretrained(read, path, **options):
     """read(path), such as from_pretrained, with one sentence in place of its traceback."""
     if Path(path).is_file():
         raise ValueError(f"{path} is a file; name the folder that holds the model")
-    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/"))
+    is_hub_id = str(path).count("/") == 1 and not str(path).startswith((".", "/"))
     if not path or not Path(path).exists() and not is_hub_id:
         raise ValueError(f"there is no folder {path!r}; name a folder that holds a model, "
                          "or a Hub id such as Qwen/Qwen3-0.6B")

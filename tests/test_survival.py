@@ -358,8 +358,8 @@ def test_where_the_machine_fails_every_rollout_the_run_stops_and_can_go_on(folde
     with monkeypatch.context() as patch:
         real = tools.PythonTool.run
         patch.setattr(tools.PythonTool, "run", lambda tool, codes, *rest: [
-            tools.Observation("", "sandbox_error", 0.0) for _ in codes] if codes != ["1"]
-            else real(tool, codes))
+            tools.Observation("", "sandbox_error", 0.0) for _ in codes]
+            if codes not in (["1"], ["print(1 + 1)"]) else real(tool, codes))  # those of preflight
         assert command(name="a", silent_rate=0, method="opd", steps=1) == 1
     assert "the sandbox failed a program of every rollout" in capsys.readouterr().err
     assert sod.main(["--resume", "a"]) == 0
