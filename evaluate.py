@@ -1305,8 +1305,8 @@ CONDITIONS = {  # row@condition: the world, or the teacher, is another one
     "seasoned": {},  # the teacher is the row "seasoned": it has practised with a failing tool
 }
 STUDY_ROWS = ["seasoned", *(row for row in ROWS if row != "seasoned"),
-              *(f"{row}@{world}" for world in ("quiet", "loud") for row in ("vanilla", "opd", "sod")),
-              "opd@seasoned", "sod@seasoned"]
+              *(f"{row}@{world}" for world in ("quiet", "loud")
+                for row in ("vanilla", "opd", "sod")), "opd@seasoned", "sod@seasoned"]
 CLASSES = ("no failed call yet", "its call fails", "after a failed call")
 
 
@@ -1374,9 +1374,7 @@ def learn(agent, config):
 
 def failed_calls(scored):
     """(B, K) bool: the call of step k failed; and: one before step k did."""
-    failed = sod.pad([[o not in sod.FINE for o in r.outcomes] for r in scored.rollouts], False,
-                     "cpu")
-    return failed, failed.cumsum(1) - failed.long() > 0
+    return scored.failed, scored.failed.cumsum(1) - scored.failed.long() > 0
 
 
 def drift_table(scored):
@@ -1401,7 +1399,7 @@ def pattern_shares(scored):
 
 
 def recoveries(scored):
-    """How far SOD's weight rises again in each rollout that ends right after a failed call."""
+    """How far SOD's weight rises again in each right rollout with a failed call; 0 in others."""
     w, (failed, _) = sod.step_weights(scored.d), failed_calls(scored)
     return [float(w[i, len(r.outcomes) - 1] - w[i, :len(r.outcomes)].min())
             if r.right and failed[i].any() and 5 <= len(r.outcomes) <= 8 else 0.0
@@ -1583,15 +1581,16 @@ def against(results, row, rival):
 
 
 def study_report(results, rows, seeds, planned, budget):
-    """The table of all rows, the table of the signal, and what both mean; as markdown."""
+    """The table of all rows and the table of the signal, as markdown."""
     runs = [run for row in results.values() for run in row.values()]
     spent = sum(run["seconds_all"] for run in runs)
     lines = [f"average@{budget['eval_samples']} on {budget['eval_problems']} held-out problems, in "
-             f"percent, mean ± std over {seeds} seeds; {budget['steps']} steps of "
-             f"{budget['prompts_per_step'] * budget['group_size']} rollouts",
-             f"{len(runs)} of {planned} runs, {spent / 60:.0f} minutes of one thread in all. Paired "
-             "by seed: difference in points, 95% t interval over seeds, and what it says; of "
-             "twenty such verdicts one is expected to be wrong.", "",
+             f"percent, mean ± std over {seeds} seeds (or the number in brackets); "
+             f"{budget['steps']} steps of {budget['prompts_per_step'] * budget['group_size']} "
+             "rollouts.",
+             f"{len(runs)} of {planned} runs, {spent / 60:.0f} minutes of one thread in all.",
+             "Paired by seed: difference in points, 95% t interval over seeds, and what it says; "
+             "of twenty such verdicts one is expected to be wrong.", "",
              "| row | average | minus opd | minus sod | tokens sampled | seconds |",
              "|---|---:|---|---|---:|---:|"]
     for row in [row for row in rows if results.get(row) and row != "signal"]:
@@ -1599,6 +1598,7 @@ def study_report(results, rows, seeds, planned, budget):
         mean, std = mean_and_std([100 * np.mean(run["right"]) for run in found])
         tokens, seconds = (np.mean([run[name] for run in found]) for name in ("tokens", "seconds"))
         lines.append(f"| {row} | {mean:.1f}" + (f" ± {std:.1f}" if std == std else "")
+                     + f" ({len(found)})" * (len(found) < seeds)
                      + f" | {against(results, row, 'opd')} | {against(results, row, 'sod')} | "
                      f"{tokens:,.0f} | {seconds:.0f} |")
     return "\n".join(lines + signal_report(results.get("signal", {})))
@@ -1639,17 +1639,17 @@ def study_figures(results):
     if results.get("sod"):
         runs = list(results["sod"].values())
         figures["drift.svg"] = chart(
-            "Drift after a failed call", "d_k and the teacher's entropy by step of the rollout, in "
-            "all training rollouts of SOD; mean and std over seeds.",
+            "Drift after a failed call", "d_k and the teacher's entropy by step of the rollout, "
+            "in all training rollouts of SOD; mean and std over seeds.",
             [(what, "step k", "nats/token", {kind: drift_line(runs, c, column)
                                              for c, kind in enumerate(CLASSES)})
              for what, column in (("Divergence d_k", 1), ("Entropy of the teacher", 2))])
+        shares = lambda row, n: band([[100 * step[n] for step in run["patterns"]]
+                                      for run in results[row].values()])
         figures["patterns.svg"] = chart(
             "Patterns of rollouts over training", "Shares of stable, recovering and erroneous "
             "rollouts by training step; mean and std over seeds.",
-            [(row, "training step", "%", {name: band([[100 * shares[n] for shares in run["patterns"]]
-                                                      for run in results[row].values()])
-                                          for n, name in enumerate(PATTERNS)})
+            [(row, "training step", "%", {name: shares(row, n) for n, name in enumerate(PATTERNS)})
              for row in ("sod", "opd") if results.get(row)])
         example = next((run["example"] for run in runs if run["example"]), None)
         if example:
@@ -1659,8 +1659,9 @@ def study_figures(results):
 
 def band(curves):
     """Curves of several seeds -> [(x, mean, low, high)], a standard deviation either side."""
-    spread = np.std(curves, axis=0, ddof=1) if len(curves) > 1 else np.zeros(len(curves[0]))
-    return [(x, m, m - s, m + s) for x, (m, s) in enumerate(zip(np.mean(curves, axis=0), spread), 1)]
+    mean = np.mean(curves, axis=0)
+    std = np.std(curves, axis=0, ddof=1) if len(curves) > 1 else 0 * mean
+    return [(x, m, m - s, m + s) for x, (m, s) in enumerate(zip(mean, std), 1)]
 
 
 def drift_line(runs, kind, column, fewest=20):

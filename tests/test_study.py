@@ -22,7 +22,8 @@ TINY = dict(steps=1, prompts_per_step=2, group_size=2, updates_per_step=1, max_r
 
 
 def test_t_interval_is_that_of_the_textbook():
-    assert [evaluate.t_975(n) for n in (1, 4, 29)] == pytest.approx([12.706, 2.776, 2.045], abs=1e-3)
+    found = [evaluate.t_975(n) for n in (1, 4, 29)]
+    assert found == pytest.approx([12.706, 2.776, 2.045], abs=1e-3)
     # 1..5: mean 3, std sqrt(2.5), so 3 -+ 2.776 sqrt(2.5 / 5)
     assert evaluate.t_interval([1, 2, 3, 4, 5]) == pytest.approx((3, 1.0368, 4.9632), abs=1e-3)
     mean, low, high = evaluate.t_interval([7])
@@ -49,6 +50,8 @@ def test_verdicts_are_paired_by_seed_within_one_world():
 def test_the_report_counts_runs_that_are_missing():
     text = evaluate.study_report({"sod": runs(50, 52)}, ["sod", "opd"], 2, 4, evaluate.STUDY)
     assert "2 of 4 runs" in text and "| sod | 51.0 ± 1.4 |" in text and "| opd |" not in text
+    text = evaluate.study_report({"sod": runs(50, 52)}, ["sod"], 3, 3, evaluate.STUDY)
+    assert "| sod | 51.0 ± 1.4 (2) |" in text
 
 
 # --- What is recorded of a run ----------------------------------------------------------------
@@ -60,7 +63,8 @@ def scored(d, outcomes, right=True):
     rollouts = [sod.Rollout(None, [0] * (len(row) + 1), [], 1, outcomes=list(row), right=right)
                 for row in outcomes]
     wide = sod.pad([[0.0] + row for row in d], 0.0, "cpu")
-    return sod.Scored(rollouts, step_id, failed=None, A=torch.zeros(len(d)), logp_t=0 * wide,
+    failed = sod.pad([[o not in sod.FINE for o in row] for row in outcomes], False, "cpu")
+    return sod.Scored(rollouts, step_id, failed=failed, A=torch.zeros(len(d)), logp_t=0 * wide,
                       entropy_t=wide / 10, logp_s=wide, entropy_s=wide, d=wide[:, 1:],
                       w=torch.ones(len(d), wide.shape[1] - 1), advantages=wide, fresh=False)
 
