@@ -1931,8 +1931,10 @@ def memory_plan(config, student, teacher, b):
     saved += (4 + 3 * b) * s.D  # the last norm
     again = s.kept(b) * config.gradient_checkpointing  # one layer is computed a second time
     sampled = tokens * config.max_response // width  # only these meet the vocabulary
-    tile = 4 * min(TILE_ELEMENTS, sampled * s.V)  # of token_logprobs, fp32; there is a copy
-    tiles = int(tile * (2 if b == 4 else 2.5) * (1 + (config.kl == "full")))  # bf16: a third
+    tile = 4 * min(TILE_ELEMENTS, sampled * s.V)  # of token_logprobs, fp32
+    kept = 4 * sampled * s.V if sampled * s.V <= KEEP_ELEMENTS else tile
+    beside = {4: 0 if kept > tile or kept < 4 * TILE_ELEMENTS else tile, 2: 3 * tile // 2}[b]
+    tiles = (kept + beside) * (1 + (config.kl == "full"))
     gradient = 4 * s.weights + b * s.V * s.D  # summed in fp32, and the head's on its way
     state = (STATE_BYTES[b] if config.offload != "all" else 0) * s.weights
     at_home = config.offload == "none"
@@ -1946,7 +1948,7 @@ def memory_plan(config, student, teacher, b):
         "activations": [reading + masks * width, tokens * max(s.passing(b), t.passing(b)),
                         (tokens + sampled) * b * max(s.D, t.D), tokens * saved,
                         tokens * (saved + again + 2 * b * s.F)],
-        "logits": [28 * rows * s.V, 0, 2 * tile, tiles + (4 + 2 * b) * s.D * sampled, 0],
+        "logits": [28 * rows * s.V, 0, kept + tile, tiles + (4 + 2 * b) * s.D * sampled, 0],
     }
     if config.method == "vanilla":  # it samples, and no more
         plan = {part: plan[part][:1] for part in ("student", "KV cache", "activations", "logits")}

@@ -3,7 +3,6 @@ import random
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +86,7 @@ def test_scoring_and_update_take_what_the_plan_says(shape, again, dtype):
         bytes_at_peak(lambda: sod.score(model, rollouts, c)), rel=0.12)
     if again:
         sod.enable_checkpointing(model)
-    agent = SimpleNamespace(student=model, optimizer=sod.Optimizer(model, 1e-4, c), config=c)
+    agent = sod.Agent(c, model, None, None, None, optimizer=sod.Optimizer(model, 1e-4, c))
     agent.optimizer.grads = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
     agent.optimizer.step = lambda scale: 0.0
     taken = bytes_at_peak(lambda: sod.update(agent, scored(rollouts), list(range(rows)), c))
