@@ -8,7 +8,7 @@
     python evaluate.py --table 0.6B/sod=FILE FILE         the paper's table with these rows beside
     python evaluate.py --download aime2024                fetch a benchmark into benchmarks/
     python evaluate.py --page runs/NAME --step 1 25       the rollouts of a run, as a web page
-    python evaluate.py --study                            the embedded world's table, under an hour
+    python evaluate.py --study                            the embedded world's table, an hour
 
 Each model on each benchmark has one file of samples, a JSON line a sample, named after everything
 that decides what is in it. The same command continues an interrupted file, and ends with the same

@@ -12,7 +12,8 @@ Notation (code: paper)
     logp_s, logp_t   log pi_theta, log pi_teacher of the sampled token      nats
     A                outcome advantage of a rollout within its group       none
     d[k], w[k]       divergence (Eq. 6) and weight (Eq. 7) of step k        nats/token, none
-    step             one assistant turn: the tokens sampled between two tool answers
+    step k           one assistant turn: the tokens sampled between two tool answers. A training
+                     step is one batch of rollouts, an optimiser step one move of the weights
     step_id          k = 0..K-1 for a token of step k, -1 for every token the student did not write
     B, T, K, V, D    rollouts, tokens, steps, vocabulary, width             sizes
 """
@@ -56,8 +57,8 @@ WORLD = os.path.relpath(Path(__file__).resolve().parent / "data" / "world")
 @dataclass
 class Config:
     """Every knob: name, value, reason. Defaults train the embedded student on a CPU in minutes."""
-    method: str = "sod"                     # METHODS below; vanilla only measures, sft imitates
-    weights: str = "sod"                    # step weights of sod and sod_only: see WEIGHTS below
+    method: str = "sod"                     # vanilla only measures, sft imitates; see METHODS
+    weights: str = "sod"                    # step weights of sod and sod_only: see WEIGHTS
     kl: str = "sampled"                     # sampled: the paper's; full: the exact KL, as a loss
     student: str = f"{WORLD}/student"       # the model we train: a folder or a Hub id
     teacher: str = f"{WORLD}/teacher"       # the model that scores: a folder or a Hub id
@@ -93,7 +94,7 @@ class Config:
     sft_epochs: int = 3                     # passes over the demonstrations
     sft_batch: int = 32                     # demonstrations an optimiser step
     sft_lr: float = 2e-3                    # peak; 10% warm-up, then a cosine to 0
-    tool_timeout: float = 5.0               # seconds a program may take
+    tool_timeout: float = 5.0               # CPU seconds a program may take; thrice on the clock
     tool_chars: int = 4096                  # longest tool answer; the cut is marked
     tool_modules: str = ""                  # imported once for all programs, as in numpy,sympy
     tool_unsafe: bool = False               # run programs even where they cannot be contained
@@ -146,9 +147,15 @@ class Config:
         if self.method not in ("sod", "sod_only") and self.weights != "sod":
             raise ValueError(f"method {self.method} fixes its own weights; "
                              f"--weights {self.weights} goes with --method sod or sod_only")
+        if self.kl == "full" and not getattr(METHODS.get(self.method), "view", ""):
+            raise ValueError(f"method {self.method} has no teacher, and kl full compares with one; "
+                             "use --kl sampled")
         if self.kl == "full" and self.offload != "none":
             raise ValueError(f"kl full needs the teacher in every update, and offload "
                              f"{self.offload} sends it away; use --offload none or --kl sampled")
+        if self.teacher_device != "same" and self.offload != "none":
+            raise ValueError(f"teacher_device {self.teacher_device} has a place for the teacher, "
+                             f"and offload {self.offload} sends it away; choose one of the two")
         if self.prompts_per_step % self.updates_per_step:
             raise ValueError(f"prompts_per_step {self.prompts_per_step} does not divide into "
                              f"{self.updates_per_step} optimiser steps; choose a multiple")
@@ -392,9 +399,10 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
 # At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. Both
-# functions below walk over tiles of the vocabulary, all tokens at once, and compute each tile a
-# second time in backward: a row of the head's gradient is finished by one product, in place. A
-# tile is worked on in place too, since reading and writing it is what costs beside the products.
+# functions below, token_logprobs and reverse_kl, walk over tiles of the vocabulary, all tokens at
+# once, and compute each tile a second time in backward (small inputs keep theirs): a row of the
+# head's gradient is finished by one product, in place. A tile is worked on in place too, since
+# reading and writing it is what costs beside the products.
 
 TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
 KEEP_ELEMENTS = 2 ** 26  # up to 256 MiB of tiles wait for backward, which then is a product sooner
@@ -486,7 +494,7 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, lse, logp = ctx.saved_tensors
 
         def d_logits(tile):
-            """p - one-hot."""
+            """p - one-hot; the minus of d logp / dz is in the scale below."""
             if ctx.kept:
                 e, top = ctx.kept.pop(0)
                 p = e.mul_((top - lse).exp()[:, None]).to(hidden.dtype)
@@ -536,6 +544,7 @@ class _ReverseKL(torch.autograd.Function):
             sums_s, sums_t = _add_tile(sums_s, z_s, gap), _add_tile(sums_t, z_t)
         (top_s, total_s, weighted), (top_t, total_t, _) = sums_s, sums_t
         lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
+        # KL = E_p[log p - log q] = E_p[z_s - z_t] - lse_s + lse_t
         kl = weighted / total_s - lse_s + lse_t
         ctx.save_for_backward(hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl)
         ctx.temperature = temperature
@@ -657,7 +666,7 @@ class Rollout:
     step_id: list[int]    # k for a token sampled in step k, -1 for every other token
     prompt_len: int       # tokens of the prompt
     turns: list[str] = field(default_factory=list)     # text of each step
-    answers: list[str] = field(default_factory=list)   # what the tool said to each call
+    answers: list[str] = field(default_factory=list)   # the tool's, to each call
     outcomes: list[str] = field(default_factory=list)  # of each step's call; "" without a call
     finish: str = ""      # answer, turns (limit), budget (cut off), infrastructure (not its fault)
     silent: bool = False  # the tool has stopped answering (embedded world)
@@ -1022,9 +1031,14 @@ def sample_by_slots(model, tokenizer, rollouts, tool, config, pick):
             called = {}
             for r in over:
                 if call := end_turn(tokenizer, r, ends, config):
-                    if must_run(r, call) and call.code not in runs:  # equal programs run once
+                    if must_run(r, call) and (call.code not in runs or gave_out(runs[call.code])):
                         runs[call.code] = pool.submit(lambda code: tool.run([code])[0], call.code)
                     called[r] = call, runs[call.code] if must_run(r, call) else None
+
+
+def gave_out(run):
+    """Equal programs run once, but nobody inherits a time-out or a fault of the machine."""
+    return run.done() and run.result().outcome in ("timeout", "sandbox_error")
 
 
 def sample_a_look(slots, n, ends, config, pick):
@@ -1162,7 +1176,7 @@ def valid_rows(rollouts):
 
 
 def score_batch(agent, rollouts, config):
-    """Steps 3 to 6 of the method: log-probabilities, A, d, w and the token advantages."""
+    """Lines 3 to 6 of README's method: log-probabilities, A, d, w and the token advantages."""
     valid = valid_rows(rollouts)
     if not valid.any():
         raise ValueError("the sandbox failed a program of every rollout of this step, four times "
@@ -1172,7 +1186,7 @@ def score_batch(agent, rollouts, config):
     A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size, valid)
     # With one update a batch, that update's own forward pass is the old policy's: no second one.
     # Weights that are relative to the batch's mean must know all of the batch before.
-    fresh = config.updates_per_step == 1 and config.weights not in ("constant", "rescaled")
+    fresh = config.updates_per_step == 1 and config.weights not in BATCHWIDE
     logp_s, entropy_s = (torch.zeros(step_id.shape) for _ in range(2)) if fresh else score(
         agent.student, rollouts, config)
     logp_t, entropy_t = logp_s, entropy_s
@@ -1189,7 +1203,7 @@ def score_batch(agent, rollouts, config):
 
 
 def weigh(scored, at, config):
-    """Steps 5 and 6 of the method on some rows: divergence, weights, token advantages."""
+    """Lines 5 and 6 of README's method on some rows: divergence, weights, token advantages."""
     method, step_id = METHODS[config.method], scored.step_id[at]
     logp_s, logp_t = scored.logp_s[at], scored.logp_t[at]
     d = step_divergence(logp_s, logp_t, step_id, scored.d.shape[1])
@@ -1510,7 +1524,7 @@ class Agent:
 def train(config, agent=None):
     """Train the student with any method of METHODS, or imitate demonstrations (sft).
 
-    A generator: yields one dict of numbers a step, documented in batch_metrics. Printing, files
+    A generator: yields one dict of numbers a step (README, Metrics to watch). Printing, files
     and evaluation live outside. Without `agent` it loads what `config` names; an agent that has
     done some steps goes on after them.
     """
@@ -1542,7 +1556,7 @@ def distil(agent, config):
             lambda c: sample_rollouts(agent.student, agent.tokenizer, chosen, agent.tool, c,
                                       random_numbers(c.seed, "rollouts", step)))
         clock.append(time.perf_counter())
-        agent.student.train()
+        agent.student.train()  # old and new policy are computed alike
         scored = agent.scored = surviving(
             agent, config, "micro_batch_tokens", [len(r.ids) for r in rollouts],
             lambda c: score_batch(agent, rollouts, c))
@@ -1719,12 +1733,12 @@ HEALTH = {  # metric: (highest value without a word, why there, the sentence)
                  "to tell those steps apart"),
     "d1_near_0": (0.3, "their later w_k are near 0 whatever the student does",
                   "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their first "
-                  "step; try --weights uniform"),
+                  "step; try --weights floor or median"),
     "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
     "clipped": (0.2, "a clipped token has no gradient", "{:.0%} of tokens left the clip range: "
                 "lower --lr or --updates_per_step"),
-    "not_taken": (0, "rare in sound runs", "{:.0f} optimiser steps were not taken, their gradient "
-                  "was not finite: lower --lr, and look at the rollouts of this step"),
+    "not_taken": (0, "rare in sound runs", "{:.0f} optimiser steps were not taken, a score, the loss "
+                  "or the gradient was not finite: lower --lr, and look at runs/NAME/refused"),
     "teacher_entropy": (2.0, "the paper's lost teacher has 2.4 nats", "the teacher is lost, its "
                         "entropy is {:.1f} nats: does it know this system text and tool?"),
 }
@@ -1756,6 +1770,7 @@ def silent_topics(config):
     """What means nothing to this method."""
     method = METHODS.get(config.method, METHODS["grpo"])
     agree = [] if method.outcome and config.group_size > 1 else ["groups_agree"]
+    agree += [] if method.view else ["teacher_entropy"]
     sod = method.weights == "sod" and config.weights == "sod" and config.delta > 0
     return agree if sod else [*agree, "w_capped", "d1_near_0"]
 
@@ -2239,7 +2254,8 @@ def same_template(tokenizer_s, tokenizer_t):
     ids_s, ids_t = (encode_demonstration(t, *EXAMPLE)[0] for t in (tokenizer_s, tokenizer_t))
     if ids_s == ids_t:
         return "same template"
-    at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b), 0)
+    at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b),
+              min(len(ids_s), len(ids_t)))
     return (f"NOTE: their templates differ from token {at} on "
             f"({tokenizer_s.decode(ids_s[at:at + 8])!r}, the teacher's "
             f"{tokenizer_t.decode(ids_t[at:at + 8])!r}), and the teacher scores the student's")
@@ -2690,7 +2706,7 @@ def parse_config(argv=None):
         usage="python sod_mini.py [--preset NAME] [--OPTION VALUE ...]    (--help lists them)",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100))
     parser.add_argument("--preset", choices=PRESETS, help="set of values to start from; default: "
-                        "world, or gpu (one 80 GB GPU, untried) where data of your own are named")
+                        "world, or gpu (one GPU, untried) where data of your own are named")
     add_options(parser, Config, __file__, choices())
     given = vars(parser.parse_args(argv))
     data = [given[k] for k in ("train_data", "eval_data", "demonstrations") if given.get(k)]
@@ -2756,7 +2772,8 @@ def measure_and_train(agent, config, folder, problems):
         train_to_files(agent, config, folder)
         measure("student after", agent.student)
         if METHODS.get(config.method, METHODS["grpo"]).view == "teacher":
-            measure("teacher", agent.teacher)
+            with visiting(agent.teacher, agent.student.device, config.offload != "none"):
+                measure("teacher", agent.teacher)
         save_checkpoint(agent, folder, results)
         tools.remove(folder / "saves")
         print(f"checkpoint  {folder / 'checkpoint'}\nmetrics     {folder / 'metrics.jsonl'}")
@@ -2794,7 +2811,6 @@ def page_of(folder):
 def train_to_files(agent, config, folder):
     """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
     total = config.steps if config.method in METHODS else None
-    history, told = [], {}
     try:
         with tools.stoppable(agent):
             for m in tqdm(train(config, agent), total=total, initial=agent.step, unit="step",
@@ -2803,10 +2819,7 @@ def train_to_files(agent, config, folder):
                 agent.settled = True
                 if agent.stop:
                     raise KeyboardInterrupt(agent.stop)
-                history.append(m)
                 show_step(agent, m, config)
-                for sentence in news(history, told, config):
-                    tqdm.write(f"    health: {sentence}")
                 if config.save_every and m["step"] % config.save_every == 0:
                     save_run(agent, folder)
         save_run(agent, folder)

@@ -116,7 +116,7 @@ class Limits:
 class Observation:
     """What one program did."""
     text: str       # what the model is shown
-    outcome: str    # one of the seven words at the top of this file
+    outcome: str    # one of the seven words at the top of this file, or a ToolCall's fault
     seconds: float  # on the clock, without the wait for a free worker
 
 

@@ -598,7 +598,7 @@ def test_a_broken_line_amid_a_file_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--model", "/nowhere"], "there is no folder /nowhere"), (["--data", "nowhere"], "neither"),
+    (["--model", "/nowhere"], "there is no folder '/nowhere'"), (["--data", "nowhere"], "neither"),
     (["--table", "/nowhere.jsonl"], "does not exist"), (["--rescore", "/nowhere.jsonl"], "exist"),
     (["--download", "world"], "cannot be downloaded"),
     (["--model", STUDENT, "--max_response", "5000"], "reads 1024 tokens"),

@@ -111,7 +111,7 @@ def test_a_folder_that_is_there_already_stays_as_it_is(capsys, tmp_path):
     (tmp_path / "out" / "mine").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "notes").write_text("kept")
     status = status_of(sod.main, [*BASE, "--out", tmp_path / "out", "--name", "mine"])
-    assert status == 1 and "exists already; give this run another --name" in capsys.readouterr().err
+    assert status == 1 and "or give this run another --name" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").rglob("*")] == ["mine", "notes"]
 
 

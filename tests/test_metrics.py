@@ -189,4 +189,4 @@ def test_thirteen_hundred_problems_take_less_than_a_second():
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(evaluate) == doctest.TestResults(failed=0, attempted=5)
+    assert doctest.testmod(evaluate) == doctest.TestResults(failed=0, attempted=7)
