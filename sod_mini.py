@@ -1733,7 +1733,7 @@ HEALTH = {  # metric: (highest value without a word, why there, the sentence)
                  "to tell those steps apart"),
     "d1_near_0": (0.3, "their later w_k are near 0 whatever the student does",
                   "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their first "
-                  "step; try --weights floor or median"),
+                  "step; compare --weights floor"),
     "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
     "clipped": (0.2, "a clipped token has no gradient", "{:.0%} of tokens left the clip range: "
                 "lower --lr or --updates_per_step"),
