@@ -1737,8 +1737,8 @@ HEALTH = {  # metric: (highest value without a word, why there, the sentence)
     "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
     "clipped": (0.2, "a clipped token has no gradient", "{:.0%} of tokens left the clip range: "
                 "lower --lr or --updates_per_step"),
-    "not_taken": (0, "rare in sound runs", "{:.0f} optimiser steps were not taken, a score, the loss "
-                  "or the gradient was not finite: lower --lr, and look at runs/NAME/refused"),
+    "not_taken": (0, "rare in sound runs", "{:.0f} optimiser steps were not taken, a score, the "
+                  "loss or the gradient was not finite: lower --lr, and look at runs/NAME/refused"),
     "teacher_entropy": (2.0, "the paper's lost teacher has 2.4 nats", "the teacher is lost, its "
                         "entropy is {:.1f} nats: does it know this system text and tool?"),
 }

@@ -1,7 +1,7 @@
 """Shared settings of the tests."""
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported: no test waits for a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its import: no test waits for a network
 
 
 def pytest_configure(config):

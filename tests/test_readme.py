@@ -9,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import evaluate
 import sod_mini as sod
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,3 +56,32 @@ def test_requirements_are_the_six_packages_pinned():
     assert sorted(line.partition("==")[0] for line in lines) == [
         "numpy", "pytest", "tokenizers", "torch", "tqdm", "transformers"]
     assert all(re.search(r"==\d", line) for line in lines)
+
+
+def test_commands_of_evaluate_use_options_that_exist():
+    commands = re.findall(r"python evaluate\.py(?: (--[^\n`#]+))?", README)
+    assert len(commands) >= 8
+    for command in commands:
+        evaluate.parse(shlex.split(command, comments=True))
+
+
+def test_the_study_tables_are_those_of_the_study():
+    stored = (ROOT / "data" / "study" / "study.md").read_text(encoding="utf-8")
+    shown = README[README.index("## What holds in the small"):README.index("## The method in")]
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 30 and all(line in stored for line in rows)
+
+
+def test_sizes_of_the_embedded_world_are_as_told():
+    world = ROOT / "data" / "world"
+    for name, rows in (("train", 2000), ("heldout", 400), ("demonstrations", 3000)):
+        assert len((world / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()) == rows
+    for name, parameters in (("student", 344_928), ("teacher", 771_456)):
+        model = sod.load_model(str(world / name), "cpu", torch.float32)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert f"data/world/{name}, {parameters:,} parameters" in README
+
+
+def test_every_picture_and_file_named_is_there():
+    for path in re.findall(r"\]\((?!http|sod_mini\.py#)([\w./]+)\)", README):
+        assert (ROOT / path).exists(), path
