@@ -68,8 +68,8 @@ def test_commands_of_evaluate_use_options_that_exist():
 def test_the_study_tables_are_those_of_the_study():
     stored = (ROOT / "data" / "study" / "study.md").read_text(encoding="utf-8")
     shown = README[README.index("## What holds in the small"):README.index("## The method in")]
-    rows = [line for line in shown.splitlines() if line.startswith("| ")]
-    assert len(rows) >= 30 and all(line in stored for line in rows)
+    rows = [line for line in stored.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 30 and all(line in shown for line in rows)
 
 
 def test_sizes_of_the_embedded_world_are_as_told():
