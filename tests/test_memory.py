@@ -135,8 +135,9 @@ class NoEnd:
 
 @pytest.mark.parametrize("engine", ["generate", "slots"])
 @pytest.mark.parametrize("rows, length, shape", [
-    (4, 1024, {}), (16, 256, {}), (8, 512, dict(layers=16)), (16, 256, dict(D=256, F=768)),
-    (32, 128, dict(V=20_000)), (8, 512, dict(heads=8))])
+    (4, 1024, {}), (16, 256, {}), (16, 256, dict(D=256, F=768)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (8, 512, dict(layers=16)), (32, 128, dict(V=20_000)), (8, 512, dict(heads=8))))])
 def test_sampling_takes_no_more_than_the_plan_says(engine, rows, length, shape):
     model = make(torch.float32, **shape).eval().requires_grad_(False)
     model.generation_config = GenerationConfig()

@@ -133,7 +133,8 @@ def kill_and_resume(folder, options, seed, kills):
     return result(run)
 
 
-@pytest.mark.parametrize("options, seed", [(SOD, 0), (SOD, 1), (SFT, 2)])
+@pytest.mark.parametrize("options, seed", [
+    (SOD, 0), pytest.param(SOD, 1, marks=pytest.mark.slow), (SFT, 2)])
 def test_a_run_killed_at_random_moments_ends_as_if_left_alone(undisturbed, folder, options, seed):
     assert kill_and_resume(folder, options, seed, kills=4) == undisturbed[options["name"]]
 

@@ -327,9 +327,9 @@ def test_a_token_without_probability_is_never_picked():
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
-    V, noise = 150_000, torch.linspace(0, 1, 3_001, dtype=torch.float64)[:-1]
+    V, noise = 150_000, torch.linspace(0, 1, 801, dtype=torch.float64)[:-1]
     picked = torch.cat([sod.pick_tokens(torch.zeros(1, V).expand(len(part), V), part)
-                        for part in noise.split(500)])
+                        for part in noise.split(400)])
     assert (picked - (noise * V).floor()).abs().max() <= 1
 
 
