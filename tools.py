@@ -6,7 +6,7 @@
     the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
     the graders      grade_math, grade_choice, grade_program: is this final turn right?
     problem files    load_problems, load_demonstrations: whatever the benchmark calls its columns
-    a run's files    whole_folder, newest_whole, append_rows: on the disk as a whole, or not there
+    a run's files    whole_folder, append_rows, stoppable: on the disk as a whole, or not there
 
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
@@ -50,7 +50,6 @@ import errno
 import fcntl
 import functools
 import gc
-import hashlib
 import importlib.util
 import io
 import json
@@ -79,886 +78,12 @@ import traceback
 import types
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from functools import wraps
 from pathlib import Path
-
-# --- The sandbox: what goes in and what comes out -------------------------------------------
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a program may use, and how it is shown. Every field is an option of PythonTool."""
-    timeout: float = 5.0       # CPU seconds, for a clock would blame programs for a busy machine
-    wall: float = 0.0          # seconds on the clock, sleeping included; 0: three times timeout
-    memory_mb: int = 512       # address space above what the interpreter itself holds
-    max_output: int = 1_000_000  # bytes; a program that prints more is stopped
-    max_chars: int = 2000      # characters shown to the model; the middle of longer text is cut
-    workers: int = 0           # programs at once; 0: one a core (more would only share the cores)
-    modules: tuple = ("numpy", "sympy")  # imported once, where installed, and at hand in no time
-    landlock: bool = True      # False: behave as on a kernel without it (for tests)
-    legacy: bool = False       # the authors' tool: print(<last line>), 128 + 128 characters
-    unsafe: bool = False       # run programs even where a guarantee is missing
-
-    def __post_init__(self):
-        for name in ("timeout", "memory_mb", "max_output", "max_chars"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        object.__setattr__(self, "wall", self.wall or 3 * self.timeout)
-        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        object.__setattr__(self, "workers", self.workers or len(cores(0)))
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one program did."""
-    text: str       # what the model is shown
-    outcome: str    # one of the seven words at the top of this file, or a ToolCall's fault
-    seconds: float  # on the clock, without the wait for a free worker
-
-
-PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
-
-
-class PythonTool:
-    """Runs programs and keeps nothing: a call is a function from code (and stdin) to text.
-
-    Safe from several threads and after a fork of the trainer; starts at the first call.
-    """
-
-    def __init__(self, **options):
-        self.limits = Limits(**options)
-        self.retried = 0  # calls that the sandbox failed and tried again
-        self._begin()
-        # In a fork of the trainer no thread of ours lives on: it starts a sandbox of its own.
-        tool = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: tool() and tool()._begin())
-
-    def _begin(self):
-        self._lock, self._zygote, self._idle = threading.Lock(), None, collections.deque()
-        self._checking, self._contained, self._closed = threading.Lock(), None, False
-        self._pool = ThreadPoolExecutor(self.limits.workers, "python-tool")
-
-    def run(self, codes, stdins=None, raw=False):
-        """Run the programs, as many at once as there are workers; observations in order.
-
-        stdins   a text for each program to read, or None: all read the end of file
-        raw      for judging a program against tests: text is its stdout alone, uncut, no echo
-        """
-        if self._closed:
-            raise RuntimeError("This PythonTool is closed; make a new one.")
-        self._refuse_where_uncontained()
-        return self._map(codes, stdins, raw)
-
-    def guarantees(self):
-        """Try what must not work, and tell for each whether it was refused."""
-        probe = os.path.join(tempfile.gettempdir(), "python_tool_probe")
-        attempts = {
-            "reads no file": f"open({SELF!r}).read()",
-            "writes no file": f"import os; open({probe!r}, 'w'); os.remove({probe!r})",
-            "no network": "import socket; socket.socket()",
-            "no new process": "import os; os.fork() or os._exit(0)",
-            "no signal to others": "import os; os.kill(os.getppid(), 0)",
-            "bounded memory": f"bytearray({2 * self.limits.memory_mb} << 20)",
-        }
-        programs = [f"try:\n    {attempt}\nexcept (PermissionError, MemoryError):\n"
-                    "    print('refused')" for attempt in attempts.values()]
-        if self._contained is None:
-            try:
-                self._idle.append(self._connect())
-            except OSError:  # it cannot even start; its own message says why
-                return dict.fromkeys(attempts, False)
-        seen = self._map(programs, None, raw=True)
-        return {name: one.text == "refused\n" for name, one in zip(attempts, seen)}
-
-    def close(self):
-        """End every process of the sandbox; calls still under way come back as sandbox_error."""
-        self._closed = True
-        with self._lock:
-            if self._zygote:
-                self._zygote.close()
-        self._drop_idle()
-        self._pool.shutdown()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def _refuse_where_uncontained(self):
-        with self._checking:  # once, however many threads arrive
-            if self._contained is None:
-                missing = [name for name, held in self.guarantees().items() if not held]
-                if missing and not self.limits.unsafe:
-                    raise RuntimeError("This machine cannot contain a model's program (does not "
-                                       f"hold: {', '.join(missing)}): use Linux with seccomp, or "
-                                       "pass unsafe=True to run programs with limits only.")
-                self._contained = not missing
-
-    def _map(self, codes, stdins, raw):
-        codes = list(codes)
-        stdins = [""] * len(codes) if stdins is None else list(stdins)
-        if len(stdins) != len(codes):
-            raise ValueError(f"{len(codes)} programs but {len(stdins)} stdin texts; give one each.")
-        # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
-        return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
-
-    def _call(self, code, stdin, raw):
-        """One program; where the sandbox itself fails, again, and in the end it says so."""
-        if self._contained is False:
-            return run_plain(code, stdin, raw, self.limits)
-        started = time.monotonic()
-        for pause in (*PAUSES, None):
-            with contextlib.suppress(OSError, ValueError):
-                seen = self._ask([code, stdin, raw])
-                if seen.outcome != "sandbox_error":
-                    return seen
-            if self._closed or pause is None:
-                break
-            with self._lock:
-                self.retried += 1
-            time.sleep(pause)
-        return Observation("[the sandbox failed; the program is not to blame]", "sandbox_error",
-                           time.monotonic() - started)
-
-    def _ask(self, request):
-        try:
-            line = self._idle.pop()
-        except IndexError:
-            line = self._connect()
-        try:
-            line.send(request)
-            seen = Observation(*line.receive())
-        except BaseException:
-            line.close()
-            self._drop_idle()  # where one worker died the others may have died with it
-            raise
-        self._idle.append(line)
-        return seen
-
-    def _connect(self):
-        """A line to a new worker, from a new zygote where the old one has died."""
-        with self._lock:
-            if self._closed:
-                raise ConnectionError("closed")
-            if self._zygote:
-                try:
-                    return self._zygote.new_worker()
-                except OSError:
-                    self._zygote.close()
-            self._zygote = Zygote(self.limits)
-            return self._zygote.new_worker()
-
-    def _drop_idle(self):
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
-
-
-# --- The sandbox: the trainer's ends of the lines -------------------------------------------
-
-SELF = os.path.abspath(__file__)
-PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
-ENVIRONMENT = {  # all a program sees of the trainer's: nothing
-    "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
-    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",  # an arena a thread would eat the address space
-}
-
-
-class Line:
-    """A socket that carries one JSON value a line."""
-
-    def __init__(self, sock):
-        self.sock, self.file = sock, sock.makefile("rb")
-
-    def send(self, value):
-        self.sock.sendall(json.dumps(value).encode() + b"\n")
-
-    def receive(self):
-        text = self.file.readline()
-        if not text.endswith(b"\n"):
-            raise ConnectionError("the other side has gone")
-        return json.loads(text)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # heard even while a fork holds a copy
-        self.file.close()
-        self.sock.close()
-
-
-class Zygote:
-    """The trainer's handle on the process from which every worker is forked."""
-
-    def __init__(self, limits):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # A session of its own: Ctrl-C in the trainer's terminal does not reach it.
-            self.process = subprocess.Popen(
-                [*PYTHON, "--zygote", str(theirs.fileno()), json.dumps(asdict(limits))],
-                env=ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], start_new_session=True)
-        self.control, self.patience = Line(ours), limits.wall + 20
-        self.close = weakref.finalize(self, end_zygote, self.control, self.process, os.getpid())
-        ours.settimeout(180)  # it imports; on a busy machine that may take its time
-        self.control.receive()
-
-    def new_worker(self):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self.control.sock, [b"w"], [theirs.fileno()])
-        ours.settimeout(self.patience)  # a worker keeps its own time; this is for a dead one
-        line = Line(ours)
-        line.receive()
-        return line
-
-
-def end_zygote(control, process, owner):
-    """At close, at exit or when forgotten; a fork of the trainer only lets go of its copies."""
-    if os.getpid() != owner:
-        return
-    control.close()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-# --- The sandbox: zygote --------------------------------------------------------------------
-
-WARM_UP = {  # the first use of a library is slow; every child inherits the second
-    "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.default_rng(0)",
-    "sympy": "from sympy import *; x = symbols('x'); solve(x**2 - x - 6); simplify(sin(x)**2);"
-             "integrate(x * exp(x), x); factorint(60); Matrix([[1, 2], [3, 4]]).inv(); print(x)",
-}
-FOREIGN = ("sqlite3", "ssl", "hashlib", "bz2", "lzma", "decimal", "ctypes", "uuid", "zoneinfo")
-SKIPPED = re.compile(r"(^|\.)(__main__|tests?|testing|benchmarks|idlelib|turtle\w*|tkinter|lib2to3"
-                     r"|antigravity|this|ensurepip|venv|conftest)(\.|$)|_test$")
-
-
-def zygote(fd, limits):
-    """Import once, give up rights once, then fork a worker for every socket that arrives."""
-    trainer, control = os.getppid(), Line(socket.socket(fileno=fd))
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
-        raise SystemExit("tools.py: the sandbox needs Linux on x86_64 or aarch64.")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    call(libc.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed worker's child comes to us
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, a program is killed and not the trainer
-    import_what_programs_use(limits)
-    cage = give_up_rights(limits)
-    gc.collect()
-    gc.freeze()  # children neither see nor touch what was imported
-    control.send("ready")
-    herd(control, trainer, cage)
-
-
-def herd(control, trainer, cage):
-    """Fork workers and bury the dead, for as long as the trainer lives and holds the line."""
-    workers = set()
-    while os.getppid() == trainer:
-        if select.select([control.sock], [], [], 1)[0]:
-            _, fds, *_ = socket.recv_fds(control.sock, 1, 1)
-            if not fds:
-                break
-            workers.add(fork_worker(control, fds[0], cage))
-        with contextlib.suppress(ChildProcessError):
-            while pid := os.waitpid(-1, os.WNOHANG)[0]:
-                workers.discard(pid)
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)  # and with it, by die_with, its child
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.waitpid(-1, 0)  # no zombie stays, whoever would have had to reap it
-
-
-def import_what_programs_use(limits):
-    """Libraries warmed up, random numbers seeded, nothing of the project on the path."""
-    sys.path[:] = [entry for entry in sys.path if entry.startswith(python_folders())]
-    sys.argv[:] = ["<code>"]
-    sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
-    with warnings.catch_warnings(), contextlib.redirect_stderr(None):  # deprecations, many
-        for name in limits.modules:
-            if importlib.util.find_spec(name):
-                importlib.import_module(name)
-                exec(WARM_UP.get(name, ""), {})
-        for name in FOREIGN:  # these need libraries that lie outside Python's own folders
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
-        if not limits.landlock or landlock_version() < 1:  # later on no file can be opened
-            import_all([sysconfig.get_path("stdlib")])
-            for name in filter(sys.modules.get, limits.modules):
-                import_all(sys.modules[name].__path__, name + ".")
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
-        sys.modules["numpy.random.bit_generator"].randbits = random.Random(0).getrandbits
-
-
-def import_all(folders, prefix=""):
-    for _, name, is_package in pkgutil.iter_modules(folders, prefix):
-        if SKIPPED.search(name):
-            continue
-        with contextlib.suppress(BaseException):  # modules for another system, or without a part
-            module = importlib.import_module(name)
-            if is_package:
-                import_all(module.__path__, name + ".")
-
-
-@functools.cache
-def python_folders():
-    """The folders a program may read: Python's own and those of the installed packages."""
-    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    paths += site.getsitepackages()
-    return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
-
-
-# --- The sandbox: worker --------------------------------------------------------------------
-
-READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
-MEMORY = 201     # exit status of a child whose program ended on a MemoryError
-
-
-def fork_worker(control, fd, cage):
-    owner, pid = os.getpid(), os.fork()
-    if pid:
-        os.close(fd)
-        return pid
-    try:
-        die_with(owner)
-        os.close(control.sock.fileno())
-        serve(Line(socket.socket(fileno=fd)), cage)
-    except ConnectionError:
-        pass  # the trainer has let go of this worker
-    except BaseException:
-        traceback.print_exc()  # on the trainer's stderr; the trainer tries the call again
-    finally:
-        os._exit(1)
-
-
-def serve(line, cage):
-    """A worker's life: one program after the other, each in a child of its own."""
-    line.send("ready")
-    while True:
-        line.send(attempt(line, *line.receive(), cage))
-
-
-def attempt(line, code, stdin, raw, cage):
-    """Fork a child for one program, watch it, reap it, and judge; an Observation's fields."""
-    started = time.monotonic()
-    given = call(libc.syscall, NUMBERS["memfd_create"], b"stdin", 0)
-    os.write(given, stdin.encode("utf-8", "replace"))
-    os.lseek(given, 0, os.SEEK_SET)
-    out, theirs = os.pipe()
-    worker, pid = os.getpid(), os.fork()
-    if pid == 0:
-        child(worker, (given, theirs), code, raw, cage)
-    os.close(given)
-    os.close(theirs)
-    output, stopped = watch(pid, out, line, cage.limits)
-    os.kill(pid, signal.SIGKILL)  # dead or alive it is ours until reaped, so the id is no other's
-    _, status, used = os.wait4(pid, 0)
-    os.close(out)
-    seconds, code = time.monotonic() - started, os.waitstatus_to_exitcode(status)
-    if output[:1] != READY:
-        print("sandbox:", output.decode("utf-8", "replace") or status, file=sys.stderr)
-        return "", "sandbox_error", seconds
-    out_of_time = used.ru_utime + used.ru_stime > cage.limits.timeout
-    outcome = stopped or judge(code, out_of_time)
-    return describe(output[1:], outcome, code, raw, cage.limits), outcome, seconds
-
-
-def watch(pid, out, line, limits):
-    """Read what the child prints until it ends; with it the reason, where it must be stopped."""
-    output, poll, most = bytearray(), select.poll(), len(READY) + limits.max_output
-    end = call(libc.syscall, PIDFD_OPEN, pid, 0)
-    poll.register(out, select.POLLIN)
-    poll.register(end, select.POLLIN)
-    poll.register(line.sock, 0)  # only a hang-up
-    deadline, cpu_clock = time.monotonic() + limits.wall, ~pid << 3 | 2
-    with os.fdopen(end):
-        while (left := min(deadline - time.monotonic(),
-                           limits.timeout - time.clock_gettime(cpu_clock))) > 0:
-            ready = dict(poll.poll(max(1, 1000 * left)))
-            if line.sock.fileno() in ready:
-                break  # nobody waits any more; the answer will fail to send
-            if out in ready:
-                chunk = os.read(out, 65536)
-                output += chunk
-                if not chunk:
-                    poll.unregister(out)  # it closed its output, which is not yet its end
-                if len(output) > most:
-                    return output[:most], "output_truncated"
-            elif end in ready:
-                return output, None  # ended, and every byte has been read
-    return output, "timeout"
-
-
-def judge(code, out_of_time):
-    """The outcome of a child that ended by itself: an exit code, or minus the signal."""
-    if code < 0:
-        return "timeout" if out_of_time else "crashed"
-    return {0: "ok", MEMORY: "memory"}.get(code, "error")
-
-
-def describe(output, outcome, code, raw, limits):
-    """What the model is shown: the output, freed of the host's traces, and how it ended."""
-    text = output.decode("utf-8", "replace")
-    if raw:
-        return text
-    for folder in python_folders():
-        text = text.replace(folder + "/", "")
-    text = shorten(ADDRESS.sub("at 0x0", text.rstrip("\n")), limits)
-    notes = {
-        "error": f"[exit status {code}]" if code > 1 or not text else "",
-        "timeout": f"[stopped: out of time, {limits.timeout:g} s of computing "
-                   f"or {limits.wall:g} s in all]",
-        "memory": f"[out of memory, {limits.memory_mb} MB]",
-        "crashed": f"[crashed: signal {-code}]",
-        "output_truncated": f"[stopped: it printed more than {limits.max_output:,} bytes]",
-    }
-    return "\n".join(filter(None, [text, notes.get(outcome)])) or "[no output]"
-
-
-ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}(?=>)")  # <object at 0x7f..>: another one on every run
-
-
-def shorten(text, limits):
-    """Keep head and tail, and say how much is gone."""
-    half = 128 if limits.legacy else limits.max_chars // 2
-    if len(text) <= 2 * half:
-        return text
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
-
-
-# --- The sandbox: child ---------------------------------------------------------------------
-
-
-def child(worker, fds, code, raw, cage):
-    """Shut every door, then run the program; never returns."""
-    leave, status = os._exit, 1  # our own reference: the program may replace os._exit
-    try:
-        given, theirs = fds
-        os.setsid()
-        die_with(worker)
-        os.dup2(1 if raw else theirs, 2)  # the zygote's 1 is /dev/null
-        os.dup2(theirs, 1)
-        os.dup2(given, 0)
-        os.closerange(3, 64)
-        enclose(cage)
-        os.write(1, READY)
-        status = perform(code, raw, cage.limits.legacy and not raw, cage.spares)
-    except BaseException as error:
-        os.write(1, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
-    finally:
-        leave(status)
-
-
-def perform(code, raw, legacy, spares):
-    """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
-    threading.excepthook = report_of_thread
-    random.seed(0)  # random takes a new seed after every fork
-    settrace, setprofile, raised, error = sys.settrace, sys.setprofile, sys.exc_info, None
-    try:
-        for part in compiled(code, raw, legacy):
-            exec(part, vars(main))
-    except:  # noqa: E722, for even the name BaseException may have been rebound
-        error = raised()[1]
-    settrace(None)
-    setprofile(None)
-    del main
-    try:
-        return finish(error)
-    except:  # noqa: E722, what finish needs was rewritten: put it back and try again
-        for names, spare in spares:
-            names.update(spare)
-        return finish(error)
-
-
-def spare_copies():
-    """Copies of what finish needs, for a program may rewrite every module. Made once, and put
-    back only when finish has failed: to touch all these objects costs a child 5 ms."""
-    modules = (builtins, os, sys, io, threading, traceback, linecache, resource, atexit, gc)
-    spares = [(names, dict(names)) for names in (*map(vars, modules), globals(), sys.modules)]
-    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
-        del spares[modules.index(sys)][1][name]
-    return spares
-
-
-def stream(fd):
-    """Unbuffered: what was printed survives whatever happens next, in the order of printing."""
-    return io.TextIOWrapper(open(fd, "wb", 0, closefd=False), "utf-8", write_through=True,
-                            errors="backslashreplace" if fd == 2 else "surrogateescape")
-
-
-def compiled(code, raw, legacy):
-    """The program as code objects: all of it, or its body and a last expression to be echoed."""
-    code = code.lstrip("\ufeff")
-    if (fenced := FENCED.search(code)) and not parses(code):
-        code = fenced[1]
-    code = with_last_line_printed(code) if legacy else code
-    lines = [line + "\n" for line in code.split("\n")]
-    linecache.cache["<code>"] = (len(code), None, lines, "<code>")  # tracebacks quote from here
-    tree = ast.parse(code, "<code>")
-    echo = not raw and not legacy and tree.body and isinstance(tree.body[-1], ast.Expr)
-    last = ast.Interactive([tree.body.pop()]) if echo else None
-    body = compile(tree, "<code>", "exec", dont_inherit=True)
-    if last is None:
-        return [body]
-    # "single" is what a notebook does: the value of an expression goes to sys.displayhook.
-    return [body, compile(last, "<code>", "single", body.co_flags & FUTURES, dont_inherit=True)]
-
-
-FENCED = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-FUTURES = 0
-for _name in future.all_feature_names:
-    FUTURES |= getattr(future, _name).compiler_flag
-
-
-def parses(code):
-    with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bool(ast.parse(code))
-    return False
-
-
-def with_last_line_printed(code):
-    """The authors' tool does this to every program; eight of ten ordinary endings break."""
-    lines = code.split("\n")
-    last = max((i for i, line in enumerate(lines) if line), default=None)
-    if last is not None and not lines[last].startswith("print"):
-        lines[last] = f"print({lines[last]})"
-    return "\n".join(lines)
-
-
-def finish(error):
-    """What Python does after the last line; returns the exit status."""
-    flush()
-    status = 0 if error is None else exit_status(error)
-    sys.modules.pop("__main__", None)
-    for step in (threading._shutdown, atexit._run_exitfuncs, functools.partial(gc.collect, 1)):
-        with contextlib.suppress(BaseException):
-            step()  # the last one runs the destructors, while the program's globals are whole
-    flush()
-    return status
-
-
-def flush():
-    for stream in (vars(sys).get("stdout"), vars(sys).get("stderr")):
-        with contextlib.suppress(BaseException):
-            stream.flush()  # whatever the program put in its place
-
-
-def exit_status(error):
-    """As Python itself ends on an exception, or takes the argument of sys.exit."""
-    if not isinstance(error, SystemExit):
-        report(error)
-        return MEMORY if isinstance(error, MemoryError) else 1
-    if error.code is None:
-        return 0
-    if isinstance(error.code, int):
-        return int.__and__(error.code, 0xFF) if abs(int(error.code)) < 1 << 63 else 255
-    sys.__stderr__.write(f"{error.code}\n")
-    return 1
-
-
-def report(error):
-    """Print the traceback with the program's own lines only, not those of libraries or of us."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # the reserve, for this very report
-    story = traceback.TracebackException.from_exception(error, lookup_lines=False)
-    waiting = [story]
-    while waiting:
-        part = waiting.pop()
-        part.stack[:] = [frame for frame in part.stack if frame.filename.startswith("<")
-                         and not frame.filename.startswith("<frozen")]
-        part.stack = part.stack or None  # None: no heading above nothing
-        nested = [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
-        waiting += [other for other in nested if other and other.stack]
-    sys.__stderr__.write("".join(story.format()))
-
-
-def report_of_thread(failed):
-    if failed.exc_type is not SystemExit:
-        report(failed.exc_value)
-
-
-# --- The sandbox: locks ---------------------------------------------------------------------
-
-# Denied to every program. Numbers: x86_64/aarch64, - where there is no such call.
-DENIED = """
-new programs, processes and namespaces
-    execve 59/221  execveat 322/281  fork 57/-  vfork 58/-  unshare 272/97  setns 308/268
-    setsid 112/157  setpgid 109/154  personality 135/92
-other processes: their memory, their signals, their share of the machine
-    ptrace 101/117  process_vm_readv 310/270  process_vm_writev 311/271  kcmp 312/272
-    perf_event_open 298/241  rt_sigqueueinfo 129/138  rt_tgsigqueueinfo 297/240
-    setpriority 141/140  ioprio_set 251/30  sched_setaffinity 203/122  sched_setparam 142/118
-    sched_setscheduler 144/119  sched_setattr 314/274  migrate_pages 256/238
-    move_pages 279/239  mbind 237/235  set_mempolicy 238/237
-another identity
-    setuid 105/146  setgid 106/144  setreuid 113/145  setregid 114/143  setresuid 117/147
-    setresgid 119/149  setfsuid 122/151  setfsgid 123/152  setgroups 116/159  capset 126/91
-the network, and every other socket (a pair of stream sockets is all that is left)
-    socket 41/198  connect 42/203  bind 49/200  listen 50/201  accept 43/202  accept4 288/242
-    sendmsg 46/211  sendmmsg 307/269
-files: make, move, remove, cut, mark, lock, watch (Landlock knows some of it, seccomp all)
-    creat 85/-  rename 82/-  renameat 264/38  renameat2 316/276  link 86/-  linkat 265/37
-    symlink 88/-  symlinkat 266/36  unlink 87/-  unlinkat 263/35  rmdir 84/-  mkdir 83/-
-    mkdirat 258/34  mknod 133/-  mknodat 259/33  truncate 76/45  ftruncate 77/46
-    fallocate 285/47  chmod 90/-  fchmod 91/52  fchmodat 268/53  chown 92/-  lchown 94/-
-    fchown 93/55  fchownat 260/54  utime 132/-  utimes 235/-  futimesat 261/-  utimensat 280/88
-    setxattr 188/5  lsetxattr 189/6  fsetxattr 190/7  removexattr 197/14  lremovexattr 198/15
-    fremovexattr 199/16  flock 73/32  name_to_handle_at 303/264  open_by_handle_at 304/265
-    inotify_init 253/-  inotify_init1 294/26  inotify_add_watch 254/27  fanotify_init 300/262
-    fanotify_mark 301/263
-memory and messages that outlive a process or escape its limits
-    memfd_create 319/279  shmget 29/194  shmat 30/196  shmctl 31/195  semget 64/190
-    semop 65/193  semctl 66/191  semtimedop 220/192  msgget 68/186  msgsnd 69/189
-    msgrcv 70/188  msgctl 71/187  mq_open 240/180  mq_unlink 241/181  mq_timedsend 242/182
-    mq_notify 244/184  mlock 149/228  mlock2 325/284  mlockall 151/230  vmsplice 278/75
-    splice 275/76  tee 276/77  io_setup 206/0  io_submit 209/2  add_key 248/217
-    request_key 249/218  keyctl 250/219
-large and rarely needed parts of the kernel
-    bpf 321/280  userfaultfd 323/282  seccomp 317/277  modify_ldt 154/-  uselib 134/-
-    lookup_dcookie 212/18  nfsservctl 180/42  _sysctl 156/-  sysfs 139/-  ustat 136/-
-the machine itself
-    chroot 161/51  pivot_root 155/41  mount 165/40  umount2 166/39  swapon 167/224
-    swapoff 168/225  reboot 169/142  sethostname 170/161  setdomainname 171/162
-    init_module 175/105  finit_module 313/273  delete_module 176/106  kexec_load 246/104
-    kexec_file_load 320/294  acct 163/89  quotactl 179/60  syslog 103/116  vhangup 153/58
-    settimeofday 164/170  clock_settime 227/112  adjtimex 159/171  clock_adjtime 305/266
-    iopl 172/-  ioperm 173/-  sync 162/81  syncfs 306/267
-"""
-
-# Allowed with some arguments only: see rules_on_arguments.
-CONDITIONAL = """
-    open 2/-  openat 257/56  clone 56/220  kill 62/129  tkill 200/130  tgkill 234/131
-    prlimit64 302/261  prctl 157/167  fcntl 72/25  ioctl 16/29  socketpair 53/199
-"""
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
-COLUMN, AUDIT_ARCH = ARCHITECTURES.get(platform.machine(), (0, 0))
-NUMBERS = {name: int(both[COLUMN]) for name, *both in
-           re.findall(r"(\w+) (\d+|-)/(\d+|-)", DENIED + CONDITIONAL) if both[COLUMN] != "-"}
-YOUNG, YOUNG_ALLOWED = 424, (436, 439, 441)  # close_range, faccessat2, epoll_pwait2
-PIDFD_OPEN, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 434, 444, 445, 446
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP = 1, 15, 16, 22
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class Cage:
-    """What the zygote found out once, for every child."""
-    limits: Limits
-    baseline: int   # bytes of address space a child has before its program asks for any
-    seccomp: bytes  # the filter, with OWN_PID for the child's own id
-    spares: list    # see spare_copies
-
-
-def call(function, *arguments):
-    """A call into C: integers as wide as the kernel reads them, and failure raises."""
-    wide = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
-    result = function(*wide)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {arguments[0]}")
-    return result
-
-
-def die_with(parent):
-    """Ask the kernel to kill this process when its parent ends, however that ends."""
-    call(libc.prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)  # it ended before we could ask
-
-
-def give_up_rights(limits):
-    """What a whole family of processes can give up at once: the zygote, for all its children."""
-    with open("/proc/self/statm") as file:
-        baseline = int(file.read().split()[0]) * resource.getpagesize()
-    call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    set_limit("STACK", 8 << 20, 8 << 20)
-    for name in ("CORE", "MEMLOCK", "MSGQUEUE"):
-        set_limit(name, 0, 0)
-    confined = limits.landlock and landlock_version() > 0
-    if confined:
-        read_only_from(python_folders())
-    drop_capabilities()
-    return Cage(limits, baseline, seccomp_filter(confined), spare_copies())
-
-
-def drop_capabilities():
-    """Root without capabilities owns files and nothing more. The user id stays: Python may live
-    in a folder that only this user can read."""
-    call(libc.capset, struct.pack("Ii", 0x20080522, 0), bytes(24))
-
-
-def landlock_version():
-    return libc.syscall(LANDLOCK_CREATE, None, ctypes.c_ulong(0), ctypes.c_ulong(1))
-
-
-def read_only_from(folders):
-    """Landlock: these folders can be read; no other file opened, no port, no outside signal."""
-    version = landlock_version()
-    files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    every_right = struct.pack("QQQ", files, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]
-    rules = call(libc.syscall, LANDLOCK_CREATE, every_right, len(every_right), 0)
-    for folder in filter(os.path.isdir, folders):
-        fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
-        read_file_and_folder = struct.pack("=Qi", 4 | 8, fd)
-        call(libc.syscall, LANDLOCK_ADD, rules, 1, read_file_and_folder, 0)
-        os.close(fd)
-    call(libc.syscall, LANDLOCK_RESTRICT, rules, 0)
-    os.close(rules)
-
-
-def enclose(cage):
-    """What each child gives up: resources, then almost every way of asking the kernel."""
-    limits, space = cage.limits, cage.baseline + (cage.limits.memory_mb << 20)
-    set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
-    set_limit("CPU", *[math.ceil(limits.timeout) + 1] * 2)  # should the worker come too late
-    set_limit("FSIZE", 0, 0)
-    install(cage.seccomp.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid())))
-
-
-def set_limit(name, soft, hard):
-    which = getattr(resource, "RLIMIT_" + name, None)
-    if which is not None:
-        most = resource.getrlimit(which)[1]
-        most = hard if most == resource.RLIM_INFINITY else min(hard, most)
-        resource.setrlimit(which, (min(soft, most), most))
-
-
-# A seccomp filter is a small program the kernel runs before every system call. It has one
-# register; jumps count the instructions to skip if true, and if false.
-LOAD, JUMP, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x05, 0x15, 0x35, 0x54, 0x06
-ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # REFUSE + the errno to answer with
-ANY_BIT, OWN_PID = 0xFFFFFFFF, 0x7FC0FFEE  # OWN_PID is above any real one
-
-
-def op(code, value, if_true=0, if_false=0):
-    return struct.pack("HBBI", code, if_true, if_false, value)
-
-
-DENY = op(RETURN, REFUSE + errno.EPERM)
-
-
-def only_if(*conditions):
-    """Allow a call if for each (index, mask, values): argument[index] & mask is in values."""
-    body = op(RETURN, ALLOW) + DENY
-    for index, mask, values in reversed(conditions):
-        refuse, tests = len(body) // 8 - 1, b""
-        for left, value in enumerate(reversed(values)):
-            tests = op(EQUAL, value, left, 0 if left else refuse) + tests
-        body = op(LOAD, 16 + 8 * index) + op(AND, mask) + tests + body
-    return body
-
-
-def seccomp_filter(confined):
-    """The whole filter, with OWN_PID where each child puts its own."""
-    # Younger calls than the table (clone3, openat2, io_uring...) are answered as by a kernel
-    # that has none: libc then takes the old ones, whose flags can be seen here.
-    young = b"".join(op(EQUAL, n, len(YOUNG_ALLOWED) - i) for i, n in enumerate(YOUNG_ALLOWED))
-    young += op(RETURN, REFUSE + errno.ENOSYS) + op(RETURN, ALLOW)
-    rules = dict.fromkeys(re.findall(r"(\w+) [\d-]+/", DENIED), DENY)
-    rules.update(rules_on_arguments(confined))
-    return (op(LOAD, 4) + op(EQUAL, AUDIT_ARCH, 1) + op(RETURN, KILL) + op(LOAD, 0)
-            + op(AT_LEAST, YOUNG, 0, len(young) // 8) + young
-            + search(sorted((NUMBERS[name], body) for name, body in rules.items()
-                            if name in NUMBERS)))
-
-
-def search(rules):
-    """Find the rule of the call by halving: installing a filter makes the kernel walk it for
-    every call there is, and a list as long as ours would cost a millisecond a child."""
-    if len(rules) > 3:
-        middle = len(rules) // 2
-        below, above = search(rules[:middle]), search(rules[middle:])
-        return (op(AT_LEAST, rules[middle][0], 0, 1) + op(JUMP, len(below) // 8)
-                + below + above)
-    return b"".join(op(EQUAL, number, 0, len(body) // 8) + body
-                    for number, body in rules) + op(RETURN, ALLOW)
-
-
-def rules_on_arguments(confined):
-    write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    thread, namespaces = 0x10000, 0x7E020080
-    pair = ANY_BIT ^ socket.SOCK_CLOEXEC ^ socket.SOCK_NONBLOCK
-    return {
-        # To read, and without Landlock, when no path can be told from another, not at all.
-        "open": only_if((1, write, [0])) if confined else DENY,
-        "openat": only_if((2, write, [0])) if confined else DENY,
-        # To itself: an abort, an alarm of its own, a lower limit.
-        "kill": only_if((0, ANY_BIT, [OWN_PID])),
-        "tkill": only_if((0, ANY_BIT, [OWN_PID])),
-        "tgkill": only_if((0, ANY_BIT, [OWN_PID])),
-        "prlimit64": only_if((0, ANY_BIT, [0, OWN_PID])),
-        "clone": only_if((0, thread | namespaces, [thread])),  # threads yes, processes no
-        "prctl": only_if((0, ANY_BIT, [PR_SET_NAME, PR_GET_NAME])),
-        # asyncio wants a pair; datagram pairs could send to any other socket of the machine.
-        "socketpair": only_if((0, ANY_BIT, [socket.AF_UNIX]), (1, pair, [socket.SOCK_STREAM])),
-        # Not F_SETOWN and F_SETSIG, by which the kernel sends signals for us; no leases.
-        "fcntl": only_if((1, ANY_BIT, [fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD,
-                                       fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL])),
-        "ioctl": only_if((1, ANY_BIT, [termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD,
-                                       termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX])),
-    }
-
-
-def install(program):
-    code = ctypes.create_string_buffer(program, len(program))
-    head = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
-    call(libc.prctl, PR_SET_SECCOMP, 2, head, 0, 0)
-
-
-# --- The sandbox: without locks, with unsafe=True only --------------------------------------
-
-
-def run_plain(code, stdin, raw, limits):
-    """A fresh interpreter a call, with limits; it can read and write what the user can."""
-    started, late = time.monotonic(), None
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as shown:
-        given.write(json.dumps([code, raw, asdict(limits)]).encode() + b"\n")
-        given.write(stdin.encode("utf-8", "replace"))
-        given.seek(0)
-        process = subprocess.Popen(
-            [*PYTHON, "--plain"], env=ENVIRONMENT, cwd="/", stdin=given, stdout=shown,
-            stderr=subprocess.DEVNULL if raw else subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(limits.wall)
-        except subprocess.TimeoutExpired:
-            late = "timeout"
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # with all it has started
-        status = process.wait()
-        shown.seek(0)
-        output = shown.read(limits.max_output + 1)
-    full = "output_truncated" if len(output) > limits.max_output else None
-    outcome = late or full or judge(status, status == -signal.SIGXCPU)
-    text = describe(output[:limits.max_output], outcome, status, raw, limits)
-    return Observation(text, outcome, time.monotonic() - started)
-
-
-def plain():
-    """The other end of run_plain: a line of JSON on stdin, then the program's own stdin."""
-    with open(0, "rb", buffering=0, closefd=False) as given:  # unbuffered: takes not a byte more
-        code, raw, options = json.loads(given.readline())
-    limits = Limits(**options)
-    set_limit("CPU", math.ceil(limits.timeout), math.ceil(limits.timeout) + 1)
-    set_limit("FSIZE", limits.max_output + 1, limits.max_output + 1)
-    set_limit("CORE", 0, 0)
-    if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
-        set_limit("AS", (limits.memory_mb + 512) << 20, (limits.memory_mb + 512 + 64) << 20)
-    random.seed(0)
-    os._exit(perform(code, raw, limits.legacy and not raw, spare_copies()))
-
 
 # --- The protocol: Hermes tool calls ---------------------------------------------------------
 
@@ -978,7 +103,7 @@ TOOL_SCHEMA = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class ToolCall:
     """The first call of a turn, or what is wrong with it."""
     code: str = ""     # the program; empty where there is a fault
@@ -1012,8 +137,7 @@ def parse_tool_call(text):
     if end < 0:
         return _fault("unclosed", "found <tool_call> without </tool_call>")
     call = _parse_call(text[start + len("<tool_call>"):end])
-    call.ignored = text.count("<tool_call>", end)
-    return call
+    return replace(call, ignored=text.count("<tool_call>", end))
 
 
 def _parse_call(body):
@@ -1742,8 +866,6 @@ def read_tests(tests, function=""):
 
 # --- The files of a run: whole, or not there --------------------------------------------------
 
-MANIFEST = "manifest.json"  # {file: [bytes, sha256]} of every other file of a folder
-
 
 def sync(path):
     """Wait until a file, or the names in a folder, are on the disk: they survive a power cut."""
@@ -1785,33 +907,6 @@ def whole_folder(place):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def seal(folder):
-    """List what a folder holds, so that damage() can tell later whether it still does."""
-    files = {file.name: [file.stat().st_size, sha256(file)] for file in folder.iterdir()}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def damage(place):
-    """What is wrong with a sealed folder, in a few words; "" if it is as it was."""
-    try:
-        files = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-        for name, (size, digest) in files.items():
-            if (place / name).stat().st_size != size:
-                return f"{name} has {(place / name).stat().st_size} bytes and had {size}"
-            if sha256(place / name) != digest:
-                return f"{name} is not what was written"
-    except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, TypeError, AttributeError):
-        return f"{MANIFEST} is not what was written"
-    return ""
-
-
 def remove(folder):
     """Remove a folder, which at no time stands there in part under its own name."""
     aside = Path(f"{folder}.tmp")
@@ -1821,34 +916,33 @@ def remove(folder):
 
 
 def numbered(folder):
-    """The folders step-N in `folder`, smallest N first."""
-    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def newest_whole(folder):
-    """(the newest undamaged step-N of `folder` or None, {path: what is wrong} of newer ones)."""
-    faults = {}
-    for place in reversed(numbered(folder)):
-        fault = damage(place)
-        if not fault:
-            return place, faults
-        faults[place] = fault
-    return None, faults
+    """The folders iteration-N in `folder`, smallest N first."""
+    found = [path for path in Path(folder).glob("iteration-*") if path.name[10:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[10:]))
 
 
 class WriteError(ValueError):
-    """The disk takes no more."""
+    """A file of the run could not be written; the message says why and what to do."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def writing(folder):
-    """A full disk, in a sentence; each library that writes has a kind of error of its own."""
+    """Turn whatever goes wrong while files are written into a WriteError: each library that
+    writes has a kind of error of its own."""
+    if not Path(folder).is_dir():
+        raise WriteError(f"cannot write to {folder}: this folder is gone; begin anew")
     try:
         yield
     except Exception as error:
+        if not Path(folder).is_dir():
+            raise WriteError(f"cannot write to {folder}: this folder is gone; begin anew") from error
+        full = not isinstance(error, OSError) or error.errno in NO_ROOM
         raise WriteError(f"cannot write to {folder} ({error}); what was saved before is whole: "
-                         "make room on the disk and resume") from error
+                         f"{'make room on the disk' if full else 'mend that'} and resume"
+                         ) from error
 
 
 def append_rows(path, rows):
@@ -1858,29 +952,44 @@ def append_rows(path, rows):
 
 
 def cut_back(path, size):
-    """Cut what was appended to a file since it had `size` bytes."""
-    with open(path, "ab") as file:
-        if file.tell() < size:
-            raise ValueError(f"{path} has {file.tell()} bytes and had {size} when its run was "
-                             "saved; bring the lines back, or begin anew under another --name")
-        file.truncate(size)
+    """Cut what was appended to a log since it had `size` bytes.
+
+    returns  a sentence where lines from before that are missing, else ""; the log then goes on
+             from its last whole line, for a lost log is no reason to lose a run
+    """
+    path.touch()
+    with open(path, "r+b") as file:
+        kept = file.read(size)
+        kept = kept[:kept.rfind(b"\n") + 1]  # a line that was cut short would spoil the next one
+        file.truncate(len(kept))
+    if len(kept) == size:
+        return ""
+    return (f"{path} had {size:,} bytes when its run was saved and {len(kept):,} are left: "
+            "earlier lines are missing, and new lines follow what is left.")
 
 
 @contextlib.contextmanager
-def stoppable(run):
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt at once where run.settled is true.
+def stoppable(settled):
+    """Let SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost connection) stop the body at a good moment.
 
-    Elsewhere they only leave their number in run.stop, so that what is being changed can be
-    finished; a second one raises there too.
+    settled  a function: True while nothing is half changed. A signal that arrives then raises
+             KeyboardInterrupt(number) at once, and so does a second signal at any time.
+    yields   a list, to which the number of a signal is added; a body that finds one in it at its
+             next boundary raises KeyboardInterrupt itself
     """
+    asked = []
+
     def stop(number, frame):
-        again, run.stop = run.stop, number
-        if run.settled or again:
+        asked.append(number)
+        if len(asked) > 1 or settled():
             raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: it shall outlive the terminal
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1898,6 +1007,940 @@ def locked(folder):
         yield
     finally:
         os.close(fd)
+
+
+# --- The sandbox: what goes in and what comes out -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use, and how it is shown. Every field is an option of PythonTool."""
+    timeout: float = 5.0       # CPU seconds, for a clock would blame programs for a busy machine
+    wall: float = 0.0          # seconds on the clock, sleeping included; 0: three times timeout
+    memory_mb: int = 512       # address space above what the interpreter itself holds
+    max_output: int = 1_000_000  # bytes; a program that prints more is stopped
+    max_chars: int = 2000      # characters shown to the model; the middle of longer text is cut
+    workers: int = 0           # programs at once; 0: one a core (more would only share the cores)
+    modules: tuple = ("numpy", "sympy")  # imported once, where installed, and at hand in no time
+    landlock: bool = True      # False: behave as on a kernel without it (for tests)
+    unsafe: bool = False       # run programs even where a guarantee is missing
+
+    def __post_init__(self):
+        for name in ("timeout", "memory_mb", "max_output", "max_chars"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        object.__setattr__(self, "wall", self.wall or 3 * self.timeout)
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        object.__setattr__(self, "workers", self.workers or len(cores(0)))
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one program did."""
+    text: str       # what the model is shown
+    outcome: str    # one of the seven words at the top of this file, or a ToolCall's fault
+    seconds: float  # on the clock, without the wait for a free worker
+
+
+PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
+MEMORY = 1000  # runs that are kept, to answer an equal call
+
+
+class PythonTool:
+    """Runs programs and keeps nothing: a call is a function from code (and stdin) to text.
+
+    Safe from several threads and after a fork of the trainer; starts at the first call.
+    """
+
+    def __init__(self, **options):
+        self.limits = Limits(**options)
+        self.retried = 0  # calls that the sandbox failed and tried again
+        self._begin()
+        # In a fork of the trainer no thread of ours lives on: it starts a sandbox of its own.
+        tool = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: tool() and tool()._begin())
+
+    def _begin(self):
+        self._lock, self._zygote, self._idle = threading.Lock(), None, collections.deque()
+        self._checking, self._contained, self._closed = threading.Lock(), None, False
+        self._memo_lock, self._memo = threading.Lock(), {}  # ToolCall -> Future of an Observation
+        self._pool = ThreadPoolExecutor(self.limits.workers, "python-tool")
+
+    def run(self, codes, stdins=None, raw=False):
+        """Run the programs, as many at once as there are workers; observations in order.
+
+        stdins   a text for each program to read, or None: all read the end of file
+        raw      for judging a program against tests: text is its stdout alone, uncut, no echo
+        """
+        self._check_ready()
+        return self._map(codes, stdins, raw)
+
+    def submit(self, call, place=()):
+        """A future of what is observed after a ToolCall.
+
+        place  where in a run the call is made: (seed, purpose, iteration, number of the rollout,
+               turn). It makes no difference here; a tool with randomness of its own draws from it.
+
+        Equal calls run once: the newest MEMORY runs are kept. A time-out or a fault of the sandbox
+        is forgotten as soon as it is known, so whoever asks later starts another run; those who
+        asked for the same program while that run was under way share its time-out.
+        """
+        if call.fault:
+            return finished(Observation(call.message, call.fault, 0.0))
+        self._check_ready()
+        with self._memo_lock:
+            if call not in self._memo:
+                self._memo[call] = self._pool.submit(self._answer, call)
+            if len(self._memo) > MEMORY:
+                del self._memo[next(iter(self._memo))]
+            return self._memo[call]
+
+    def _answer(self, call):
+        seen = None
+        try:
+            seen = self._call(call.code, "", raw=False)
+        finally:
+            if seen is None or seen.outcome in ("timeout", "sandbox_error"):
+                with self._memo_lock:  # before anybody can see this run as finished
+                    self._memo.pop(call, None)
+        return noting_ignored(call, seen)
+
+    def guarantees(self):
+        """Try what must not work, and tell for each whether it was refused."""
+        probe = os.path.join(tempfile.gettempdir(), "python_tool_probe")
+        attempts = {
+            "reads no file": f"open({SELF!r}).read()",
+            "writes no file": f"import os; open({probe!r}, 'w'); os.remove({probe!r})",
+            "no network": "import socket; socket.socket()",
+            "no new process": "import os; os.fork() or os._exit(0)",
+            "no signal to others": "import os; os.kill(os.getppid(), 0)",
+            "bounded memory": f"bytearray({2 * self.limits.memory_mb} << 20)",
+        }
+        programs = [f"try:\n    {attempt}\nexcept (PermissionError, MemoryError):\n"
+                    "    print('refused')" for attempt in attempts.values()]
+        if self._contained is None:
+            try:
+                self._idle.append(self._connect())
+            except OSError:  # it cannot even start; its own message says why
+                return dict.fromkeys(attempts, False)
+        seen = self._map(programs, None, raw=True)
+        return {name: one.text == "refused\n" for name, one in zip(attempts, seen)}
+
+    def close(self):
+        """End every process of the sandbox; calls still under way come back as sandbox_error."""
+        self._closed = True
+        with self._lock:
+            if self._zygote:
+                self._zygote.close()
+        self._drop_idle()
+        self._pool.shutdown()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _check_ready(self):
+        if self._closed:
+            raise RuntimeError("This PythonTool is closed; make a new one.")
+        with self._checking:  # once, however many threads arrive
+            if self._contained is None:
+                missing = [name for name, held in self.guarantees().items() if not held]
+                if missing and not self.limits.unsafe:
+                    raise RuntimeError("This machine cannot contain a model's program (does not "
+                                       f"hold: {', '.join(missing)}): use Linux with seccomp, or "
+                                       "pass unsafe=True to run programs with limits only.")
+                self._contained = not missing
+
+    def _map(self, codes, stdins, raw):
+        codes = list(codes)
+        stdins = [""] * len(codes) if stdins is None else list(stdins)
+        if len(stdins) != len(codes):
+            raise ValueError(f"{len(codes)} programs but {len(stdins)} stdin texts; give one each.")
+        # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
+        return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
+
+    def _call(self, code, stdin, raw):
+        """One program; where the sandbox itself fails, again, and in the end it says so."""
+        if self._contained is False:
+            return run_plain(code, stdin, raw, self.limits)
+        started = time.monotonic()
+        for pause in (*PAUSES, None):
+            with contextlib.suppress(OSError, ValueError):
+                seen = self._ask([code, stdin, raw])
+                if seen.outcome != "sandbox_error":
+                    return seen
+            if self._closed or pause is None:
+                break
+            with self._lock:
+                self.retried += 1
+            time.sleep(pause)
+        return Observation("[the sandbox failed; the program is not to blame]", "sandbox_error",
+                           time.monotonic() - started)
+
+    def _ask(self, request):
+        try:
+            line = self._idle.pop()
+        except IndexError:
+            line = self._connect()
+        try:
+            line.send(request)
+            seen = Observation(*line.receive())
+        except BaseException:
+            line.close()
+            self._drop_idle()  # where one worker died the others may have died with it
+            raise
+        self._idle.append(line)
+        return seen
+
+    def _connect(self):
+        """A line to a new worker, from a new zygote where the old one has died."""
+        with self._lock:
+            if self._closed:
+                raise ConnectionError("closed")
+            if self._zygote:
+                try:
+                    return self._zygote.new_worker()
+                except OSError:
+                    self._zygote.close()
+            self._zygote = Zygote(self.limits)
+            return self._zygote.new_worker()
+
+    def _drop_idle(self):
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+
+class SilentTool(PythonTool):
+    """The tool of the embedded world, which sometimes falls silent: its calls time out.
+
+    rate     chance that it is silent at a turn
+    persist  the same chance where it was silent at the turn before
+
+    Silence is a function of the place alone, so `submit` needs a place, made of numbers and text.
+    """
+
+    def __init__(self, rate, persist, **options):
+        super().__init__(**options)
+        self.rate, self.persist = rate, persist
+
+    def submit(self, call, place):
+        if call.fault or not self.is_silent(place):
+            return super().submit(call, place)
+        return finished(noting_ignored(call, Observation(TIMEOUT_TEXT, "timeout", 0.0)))
+
+    def is_silent(self, place):
+        """True if no call is answered at this place: follow the chain from turn 0 to its turn."""
+        draws, silent = random.Random(f"silence {place[:-1]}"), False
+        for _ in range(place[-1] + 1):
+            silent = draws.random() < (self.persist if silent else self.rate)
+        return silent
+
+
+def finished(seen):
+    """A future that already has its result."""
+    future = Future()
+    future.set_result(seen)
+    return future
+
+
+def noting_ignored(call, seen):
+    """Tell the model, too, that only the first call of its turn was taken."""
+    note = f"\n(Only the first call of this turn ran; {call.ignored} did not.)"
+    return replace(seen, text=seen.text + note) if call.ignored else seen
+
+
+# --- The sandbox: the trainer's ends of the lines -------------------------------------------
+
+SELF = os.path.abspath(__file__)
+PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
+ENVIRONMENT = {  # all a program sees of the trainer's: nothing
+    "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",  # an arena a thread would eat the address space
+}
+
+
+class Line:
+    """A socket that carries one JSON value a line."""
+
+    def __init__(self, sock):
+        self.sock, self.file = sock, sock.makefile("rb")
+
+    def send(self, value):
+        self.sock.sendall(json.dumps(value).encode() + b"\n")
+
+    def receive(self):
+        text = self.file.readline()
+        if not text.endswith(b"\n"):
+            raise ConnectionError("the other side has gone")
+        return json.loads(text)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # heard even while a fork holds a copy
+        self.file.close()
+        self.sock.close()
+
+
+class Zygote:
+    """The trainer's handle on the process from which every worker is forked."""
+
+    def __init__(self, limits):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A session of its own: Ctrl-C in the trainer's terminal does not reach it.
+            self.process = subprocess.Popen(
+                [*PYTHON, "--zygote", str(theirs.fileno()), json.dumps(asdict(limits))],
+                env=ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()], start_new_session=True)
+        self.control, self.patience = Line(ours), limits.wall + 20
+        self.close = weakref.finalize(self, end_zygote, self.control, self.process, os.getpid())
+        ours.settimeout(180)  # it imports; on a busy machine that may take its time
+        self.control.receive()
+
+    def new_worker(self):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self.control.sock, [b"w"], [theirs.fileno()])
+        ours.settimeout(self.patience)  # a worker keeps its own time; this is for a dead one
+        line = Line(ours)
+        line.receive()
+        return line
+
+
+def end_zygote(control, process, owner):
+    """At close, at exit or when forgotten; a fork of the trainer only lets go of its copies."""
+    if os.getpid() != owner:
+        return
+    control.close()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# --- The sandbox: zygote --------------------------------------------------------------------
+
+WARM_UP = {  # the first use of a library is slow; every child inherits the second
+    "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.default_rng(0)",
+    "sympy": "from sympy import *; x = symbols('x'); solve(x**2 - x - 6); simplify(sin(x)**2);"
+             "integrate(x * exp(x), x); factorint(60); Matrix([[1, 2], [3, 4]]).inv(); print(x)",
+}
+FOREIGN = ("sqlite3", "ssl", "hashlib", "bz2", "lzma", "decimal", "ctypes", "uuid", "zoneinfo")
+SKIPPED = re.compile(r"(^|\.)(__main__|tests?|testing|benchmarks|idlelib|turtle\w*|tkinter|lib2to3"
+                     r"|antigravity|this|ensurepip|venv|conftest)(\.|$)|_test$")
+
+
+def zygote(fd, limits):
+    """Import once, give up rights once, then fork a worker for every socket that arrives."""
+    trainer, control = os.getppid(), Line(socket.socket(fileno=fd))
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        raise SystemExit("tools.py: the sandbox needs Linux on x86_64 or aarch64.")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    call(libc.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed worker's child comes to us
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out, a program is killed and not the trainer
+    import_what_programs_use(limits)
+    cage = give_up_rights(limits)
+    gc.collect()
+    gc.freeze()  # children neither see nor touch what was imported
+    control.send("ready")
+    herd(control, trainer, cage)
+
+
+def herd(control, trainer, cage):
+    """Fork workers and bury the dead, for as long as the trainer lives and holds the line."""
+    workers = set()
+    while os.getppid() == trainer:
+        if select.select([control.sock], [], [], 1)[0]:
+            _, fds, *_ = socket.recv_fds(control.sock, 1, 1)
+            if not fds:
+                break
+            workers.add(fork_worker(control, fds[0], cage))
+        with contextlib.suppress(ChildProcessError):
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                workers.discard(pid)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)  # and with it, by die_with, its child
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)  # no zombie stays, whoever would have had to reap it
+
+
+def import_what_programs_use(limits):
+    """Libraries warmed up, random numbers seeded, nothing of the project on the path."""
+    sys.path[:] = [entry for entry in sys.path if entry.startswith(python_folders())]
+    sys.argv[:] = ["<code>"]
+    sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
+    with warnings.catch_warnings(), contextlib.redirect_stderr(None):  # deprecations, many
+        for name in limits.modules:
+            if importlib.util.find_spec(name):
+                importlib.import_module(name)
+                exec(WARM_UP.get(name, ""), {})
+        for name in FOREIGN:  # these need libraries that lie outside Python's own folders
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        if not limits.landlock or landlock_version() < 1:  # later on no file can be opened
+            import_all([sysconfig.get_path("stdlib")])
+            for name in filter(sys.modules.get, limits.modules):
+                import_all(sys.modules[name].__path__, name + ".")
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+        sys.modules["numpy.random.bit_generator"].randbits = random.Random(0).getrandbits
+
+
+def import_all(folders, prefix=""):
+    for _, name, is_package in pkgutil.iter_modules(folders, prefix):
+        if SKIPPED.search(name):
+            continue
+        with contextlib.suppress(BaseException):  # modules for another system, or without a part
+            module = importlib.import_module(name)
+            if is_package:
+                import_all(module.__path__, name + ".")
+
+
+@functools.cache
+def python_folders():
+    """The folders a program may read: Python's own and those of the installed packages."""
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    paths += site.getsitepackages()
+    return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
+
+
+# --- The sandbox: worker --------------------------------------------------------------------
+
+READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
+MEMORY = 201     # exit status of a child whose program ended on a MemoryError
+
+
+def fork_worker(control, fd, cage):
+    owner, pid = os.getpid(), os.fork()
+    if pid:
+        os.close(fd)
+        return pid
+    try:
+        die_with(owner)
+        os.close(control.sock.fileno())
+        serve(Line(socket.socket(fileno=fd)), cage)
+    except ConnectionError:
+        pass  # the trainer has let go of this worker
+    except BaseException:
+        traceback.print_exc()  # on the trainer's stderr; the trainer tries the call again
+    finally:
+        os._exit(1)
+
+
+def serve(line, cage):
+    """A worker's life: one program after the other, each in a child of its own."""
+    line.send("ready")
+    while True:
+        line.send(attempt(line, *line.receive(), cage))
+
+
+def attempt(line, code, stdin, raw, cage):
+    """Fork a child for one program, watch it, reap it, and judge; an Observation's fields."""
+    started = time.monotonic()
+    given = call(libc.syscall, NUMBERS["memfd_create"], b"stdin", 0)
+    os.write(given, stdin.encode("utf-8", "replace"))
+    os.lseek(given, 0, os.SEEK_SET)
+    out, theirs = os.pipe()
+    worker, pid = os.getpid(), os.fork()
+    if pid == 0:
+        child(worker, (given, theirs), code, raw, cage)
+    os.close(given)
+    os.close(theirs)
+    output, stopped = watch(pid, out, line, cage.limits)
+    os.kill(pid, signal.SIGKILL)  # dead or alive it is ours until reaped, so the id is no other's
+    _, status, used = os.wait4(pid, 0)
+    os.close(out)
+    seconds, code = time.monotonic() - started, os.waitstatus_to_exitcode(status)
+    if output[:1] != READY:
+        print("sandbox:", output.decode("utf-8", "replace") or status, file=sys.stderr)
+        return "", "sandbox_error", seconds
+    out_of_time = used.ru_utime + used.ru_stime > cage.limits.timeout
+    outcome = stopped or judge(code, out_of_time)
+    return describe(output[1:], outcome, code, raw, cage.limits), outcome, seconds
+
+
+def watch(pid, out, line, limits):
+    """Read what the child prints until it ends; with it the reason, where it must be stopped."""
+    output, poll, most = bytearray(), select.poll(), len(READY) + limits.max_output
+    end = call(libc.syscall, PIDFD_OPEN, pid, 0)
+    poll.register(out, select.POLLIN)
+    poll.register(end, select.POLLIN)
+    poll.register(line.sock, 0)  # only a hang-up
+    deadline, cpu_clock = time.monotonic() + limits.wall, ~pid << 3 | 2
+    with os.fdopen(end):
+        while (left := min(deadline - time.monotonic(),
+                           limits.timeout - time.clock_gettime(cpu_clock))) > 0:
+            ready = dict(poll.poll(max(1, 1000 * left)))
+            if line.sock.fileno() in ready:
+                break  # nobody waits any more; the answer will fail to send
+            if out in ready:
+                chunk = os.read(out, 65536)
+                output += chunk
+                if not chunk:
+                    poll.unregister(out)  # it closed its output, which is not yet its end
+                if len(output) > most:
+                    return output[:most], "output_truncated"
+            elif end in ready:
+                return output, None  # ended, and every byte has been read
+    return output, "timeout"
+
+
+def judge(code, out_of_time):
+    """The outcome of a child that ended by itself: an exit code, or minus the signal."""
+    if code < 0:
+        return "timeout" if out_of_time else "crashed"
+    return {0: "ok", MEMORY: "memory"}.get(code, "error")
+
+
+def describe(output, outcome, code, raw, limits):
+    """What the model is shown: the output, freed of the host's traces, and how it ended."""
+    text = output.decode("utf-8", "replace")
+    if raw:
+        return text
+    for folder in python_folders():
+        text = text.replace(folder + "/", "")
+    text = shorten(ADDRESS.sub("at 0x0", text.rstrip("\n")), limits)
+    notes = {
+        "error": f"[exit status {code}]" if code > 1 or not text else "",
+        "timeout": f"[stopped: out of time, {limits.timeout:g} s of computing "
+                   f"or {limits.wall:g} s in all]",
+        "memory": f"[out of memory, {limits.memory_mb} MB]",
+        "crashed": f"[crashed: signal {-code}]",
+        "output_truncated": f"[stopped: it printed more than {limits.max_output:,} bytes]",
+    }
+    return "\n".join(filter(None, [text, notes.get(outcome)])) or "[no output]"
+
+
+ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}(?=>)")  # <object at 0x7f..>: another one on every run
+
+
+def shorten(text, limits):
+    """Keep head and tail, and say how much is gone."""
+    half = limits.max_chars // 2
+    if len(text) <= 2 * half:
+        return text
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+
+
+# --- The sandbox: child ---------------------------------------------------------------------
+
+
+def child(worker, fds, code, raw, cage):
+    """Shut every door, then run the program; never returns."""
+    leave, status = os._exit, 1  # our own reference: the program may replace os._exit
+    try:
+        given, theirs = fds
+        os.setsid()
+        die_with(worker)
+        os.dup2(1 if raw else theirs, 2)  # the zygote's 1 is /dev/null
+        os.dup2(theirs, 1)
+        os.dup2(given, 0)
+        os.closerange(3, 64)
+        enclose(cage)
+        os.write(1, READY)
+        status = perform(code, raw, cage.spares)
+    except BaseException as error:
+        os.write(1, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
+    finally:
+        leave(status)
+
+
+def perform(code, raw, spares):
+    """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
+    threading.excepthook = report_of_thread
+    random.seed(0)  # random takes a new seed after every fork
+    settrace, setprofile, raised, error = sys.settrace, sys.setprofile, sys.exc_info, None
+    try:
+        for part in compiled(code, raw):
+            exec(part, vars(main))
+    except:  # noqa: E722, for even the name BaseException may have been rebound
+        error = raised()[1]
+    settrace(None)
+    setprofile(None)
+    del main
+    try:
+        return finish(error)
+    except:  # noqa: E722, what finish needs was rewritten: put it back and try again
+        for names, spare in spares:
+            names.update(spare)
+        return finish(error)
+
+
+def spare_copies():
+    """Copies of what finish needs, for a program may rewrite every module. Made once, and put
+    back only when finish has failed: to touch all these objects costs a child 5 ms."""
+    modules = (builtins, os, sys, io, threading, traceback, linecache, resource, atexit, gc)
+    spares = [(names, dict(names)) for names in (*map(vars, modules), globals(), sys.modules)]
+    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+        del spares[modules.index(sys)][1][name]
+    return spares
+
+
+def stream(fd):
+    """Unbuffered: what was printed survives whatever happens next, in the order of printing."""
+    return io.TextIOWrapper(open(fd, "wb", 0, closefd=False), "utf-8", write_through=True,
+                            errors="backslashreplace" if fd == 2 else "surrogateescape")
+
+
+def compiled(code, raw):
+    """The program as code objects: all of it, or its body and a last expression to be echoed."""
+    code = code.lstrip("\ufeff")
+    if (fenced := FENCED.search(code)) and not parses(code):
+        code = fenced[1]
+    lines = [line + "\n" for line in code.split("\n")]
+    linecache.cache["<code>"] = (len(code), None, lines, "<code>")  # tracebacks quote from here
+    tree = ast.parse(code, "<code>")
+    echo = not raw and tree.body and isinstance(tree.body[-1], ast.Expr)
+    last = ast.Interactive([tree.body.pop()]) if echo else None
+    body = compile(tree, "<code>", "exec", dont_inherit=True)
+    if last is None:
+        return [body]
+    # "single" is what a notebook does: the value of an expression goes to sys.displayhook.
+    return [body, compile(last, "<code>", "single", body.co_flags & FUTURES, dont_inherit=True)]
+
+
+FENCED = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FUTURES = 0
+for _name in future.all_feature_names:
+    FUTURES |= getattr(future, _name).compiler_flag
+
+
+def parses(code):
+    with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(ast.parse(code))
+    return False
+
+
+def finish(error):
+    """What Python does after the last line; returns the exit status."""
+    flush()
+    status = 0 if error is None else exit_status(error)
+    sys.modules.pop("__main__", None)
+    for step in (threading._shutdown, atexit._run_exitfuncs, functools.partial(gc.collect, 1)):
+        with contextlib.suppress(BaseException):
+            step()  # the last one runs the destructors, while the program's globals are whole
+    flush()
+    return status
+
+
+def flush():
+    for stream in (vars(sys).get("stdout"), vars(sys).get("stderr")):
+        with contextlib.suppress(BaseException):
+            stream.flush()  # whatever the program put in its place
+
+
+def exit_status(error):
+    """As Python itself ends on an exception, or takes the argument of sys.exit."""
+    if not isinstance(error, SystemExit):
+        report(error)
+        return MEMORY if isinstance(error, MemoryError) else 1
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return int.__and__(error.code, 0xFF) if abs(int(error.code)) < 1 << 63 else 255
+    sys.__stderr__.write(f"{error.code}\n")
+    return 1
+
+
+def report(error):
+    """Print the traceback with the program's own lines only, not those of libraries or of us."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # the reserve, for this very report
+    story = traceback.TracebackException.from_exception(error, lookup_lines=False)
+    waiting = [story]
+    while waiting:
+        part = waiting.pop()
+        part.stack[:] = [frame for frame in part.stack if frame.filename.startswith("<")
+                         and not frame.filename.startswith("<frozen")]
+        part.stack = part.stack or None  # None: no heading above nothing
+        nested = [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
+        waiting += [other for other in nested if other and other.stack]
+    sys.__stderr__.write("".join(story.format()))
+
+
+def report_of_thread(failed):
+    if failed.exc_type is not SystemExit:
+        report(failed.exc_value)
+
+
+# --- The sandbox: locks ---------------------------------------------------------------------
+
+# Denied to every program. Numbers: x86_64/aarch64, - where there is no such call.
+DENIED = """
+new programs, processes and namespaces
+    execve 59/221  execveat 322/281  fork 57/-  vfork 58/-  unshare 272/97  setns 308/268
+    setsid 112/157  setpgid 109/154  personality 135/92
+other processes: their memory, their signals, their share of the machine
+    ptrace 101/117  process_vm_readv 310/270  process_vm_writev 311/271  kcmp 312/272
+    perf_event_open 298/241  rt_sigqueueinfo 129/138  rt_tgsigqueueinfo 297/240
+    setpriority 141/140  ioprio_set 251/30  sched_setaffinity 203/122  sched_setparam 142/118
+    sched_setscheduler 144/119  sched_setattr 314/274  migrate_pages 256/238
+    move_pages 279/239  mbind 237/235  set_mempolicy 238/237
+another identity
+    setuid 105/146  setgid 106/144  setreuid 113/145  setregid 114/143  setresuid 117/147
+    setresgid 119/149  setfsuid 122/151  setfsgid 123/152  setgroups 116/159  capset 126/91
+the network, and every other socket (a pair of stream sockets is all that is left)
+    socket 41/198  connect 42/203  bind 49/200  listen 50/201  accept 43/202  accept4 288/242
+    sendmsg 46/211  sendmmsg 307/269
+files: make, move, remove, cut, mark, lock, watch (Landlock knows some of it, seccomp all)
+    creat 85/-  rename 82/-  renameat 264/38  renameat2 316/276  link 86/-  linkat 265/37
+    symlink 88/-  symlinkat 266/36  unlink 87/-  unlinkat 263/35  rmdir 84/-  mkdir 83/-
+    mkdirat 258/34  mknod 133/-  mknodat 259/33  truncate 76/45  ftruncate 77/46
+    fallocate 285/47  chmod 90/-  fchmod 91/52  fchmodat 268/53  chown 92/-  lchown 94/-
+    fchown 93/55  fchownat 260/54  utime 132/-  utimes 235/-  futimesat 261/-  utimensat 280/88
+    setxattr 188/5  lsetxattr 189/6  fsetxattr 190/7  removexattr 197/14  lremovexattr 198/15
+    fremovexattr 199/16  flock 73/32  name_to_handle_at 303/264  open_by_handle_at 304/265
+    inotify_init 253/-  inotify_init1 294/26  inotify_add_watch 254/27  fanotify_init 300/262
+    fanotify_mark 301/263
+memory and messages that outlive a process or escape its limits
+    memfd_create 319/279  shmget 29/194  shmat 30/196  shmctl 31/195  semget 64/190
+    semop 65/193  semctl 66/191  semtimedop 220/192  msgget 68/186  msgsnd 69/189
+    msgrcv 70/188  msgctl 71/187  mq_open 240/180  mq_unlink 241/181  mq_timedsend 242/182
+    mq_notify 244/184  mlock 149/228  mlock2 325/284  mlockall 151/230  vmsplice 278/75
+    splice 275/76  tee 276/77  io_setup 206/0  io_submit 209/2  add_key 248/217
+    request_key 249/218  keyctl 250/219
+large and rarely needed parts of the kernel
+    bpf 321/280  userfaultfd 323/282  seccomp 317/277  modify_ldt 154/-  uselib 134/-
+    lookup_dcookie 212/18  nfsservctl 180/42  _sysctl 156/-  sysfs 139/-  ustat 136/-
+the machine itself
+    chroot 161/51  pivot_root 155/41  mount 165/40  umount2 166/39  swapon 167/224
+    swapoff 168/225  reboot 169/142  sethostname 170/161  setdomainname 171/162
+    init_module 175/105  finit_module 313/273  delete_module 176/106  kexec_load 246/104
+    kexec_file_load 320/294  acct 163/89  quotactl 179/60  syslog 103/116  vhangup 153/58
+    settimeofday 164/170  clock_settime 227/112  adjtimex 159/171  clock_adjtime 305/266
+    iopl 172/-  ioperm 173/-  sync 162/81  syncfs 306/267
+"""
+
+# Allowed with some arguments only: see rules_on_arguments.
+CONDITIONAL = """
+    open 2/-  openat 257/56  clone 56/220  kill 62/129  tkill 200/130  tgkill 234/131
+    prlimit64 302/261  prctl 157/167  fcntl 72/25  ioctl 16/29  socketpair 53/199
+"""
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
+COLUMN, AUDIT_ARCH = ARCHITECTURES.get(platform.machine(), (0, 0))
+NUMBERS = {name: int(both[COLUMN]) for name, *both in
+           re.findall(r"(\w+) (\d+|-)/(\d+|-)", DENIED + CONDITIONAL) if both[COLUMN] != "-"}
+YOUNG, YOUNG_ALLOWED = 424, (436, 439, 441)  # close_range, faccessat2, epoll_pwait2
+PIDFD_OPEN, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 434, 444, 445, 446
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP = 1, 15, 16, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Cage:
+    """What the zygote found out once, for every child."""
+    limits: Limits
+    baseline: int   # bytes of address space a child has before its program asks for any
+    seccomp: bytes  # the filter, with OWN_PID for the child's own id
+    spares: list    # see spare_copies
+
+
+def call(function, *arguments):
+    """A call into C: integers as wide as the kernel reads them, and failure raises."""
+    wide = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+    result = function(*wide)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())}: {arguments[0]}")
+    return result
+
+
+def die_with(parent):
+    """Ask the kernel to kill this process when its parent ends, however that ends."""
+    call(libc.prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before we could ask
+
+
+def give_up_rights(limits):
+    """What a whole family of processes can give up at once: the zygote, for all its children."""
+    with open("/proc/self/statm") as file:
+        baseline = int(file.read().split()[0]) * resource.getpagesize()
+    call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    set_limit("STACK", 8 << 20, 8 << 20)
+    for name in ("CORE", "MEMLOCK", "MSGQUEUE"):
+        set_limit(name, 0, 0)
+    confined = limits.landlock and landlock_version() > 0
+    if confined:
+        read_only_from(python_folders())
+    drop_capabilities()
+    return Cage(limits, baseline, seccomp_filter(confined), spare_copies())
+
+
+def drop_capabilities():
+    """Root without capabilities owns files and nothing more. The user id stays: Python may live
+    in a folder that only this user can read."""
+    call(libc.capset, struct.pack("Ii", 0x20080522, 0), bytes(24))
+
+
+def landlock_version():
+    return libc.syscall(LANDLOCK_CREATE, None, ctypes.c_ulong(0), ctypes.c_ulong(1))
+
+
+def read_only_from(folders):
+    """Landlock: these folders can be read; no other file opened, no port, no outside signal."""
+    version = landlock_version()
+    files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    every_right = struct.pack("QQQ", files, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]
+    rules = call(libc.syscall, LANDLOCK_CREATE, every_right, len(every_right), 0)
+    for folder in filter(os.path.isdir, folders):
+        fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+        read_file_and_folder = struct.pack("=Qi", 4 | 8, fd)
+        call(libc.syscall, LANDLOCK_ADD, rules, 1, read_file_and_folder, 0)
+        os.close(fd)
+    call(libc.syscall, LANDLOCK_RESTRICT, rules, 0)
+    os.close(rules)
+
+
+def enclose(cage):
+    """What each child gives up: resources, then almost every way of asking the kernel."""
+    limits, space = cage.limits, cage.baseline + (cage.limits.memory_mb << 20)
+    set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
+    set_limit("CPU", *[math.ceil(limits.timeout) + 1] * 2)  # should the worker come too late
+    set_limit("FSIZE", 0, 0)
+    install(cage.seccomp.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid())))
+
+
+def set_limit(name, soft, hard):
+    which = getattr(resource, "RLIMIT_" + name, None)
+    if which is not None:
+        most = resource.getrlimit(which)[1]
+        most = hard if most == resource.RLIM_INFINITY else min(hard, most)
+        resource.setrlimit(which, (min(soft, most), most))
+
+
+# A seccomp filter is a small program the kernel runs before every system call. It has one
+# register; jumps count the instructions to skip if true, and if false.
+LOAD, JUMP, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x05, 0x15, 0x35, 0x54, 0x06
+ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # REFUSE + the errno to answer with
+ANY_BIT, OWN_PID = 0xFFFFFFFF, 0x7FC0FFEE  # OWN_PID is above any real one
+
+
+def op(code, value, if_true=0, if_false=0):
+    return struct.pack("HBBI", code, if_true, if_false, value)
+
+
+DENY = op(RETURN, REFUSE + errno.EPERM)
+
+
+def only_if(*conditions):
+    """Allow a call if for each (index, mask, values): argument[index] & mask is in values."""
+    body = op(RETURN, ALLOW) + DENY
+    for index, mask, values in reversed(conditions):
+        refuse, tests = len(body) // 8 - 1, b""
+        for left, value in enumerate(reversed(values)):
+            tests = op(EQUAL, value, left, 0 if left else refuse) + tests
+        body = op(LOAD, 16 + 8 * index) + op(AND, mask) + tests + body
+    return body
+
+
+def seccomp_filter(confined):
+    """The whole filter, with OWN_PID where each child puts its own."""
+    # Younger calls than the table (clone3, openat2, io_uring...) are answered as by a kernel
+    # that has none: libc then takes the old ones, whose flags can be seen here.
+    young = b"".join(op(EQUAL, n, len(YOUNG_ALLOWED) - i) for i, n in enumerate(YOUNG_ALLOWED))
+    young += op(RETURN, REFUSE + errno.ENOSYS) + op(RETURN, ALLOW)
+    rules = dict.fromkeys(re.findall(r"(\w+) [\d-]+/", DENIED), DENY)
+    rules.update(rules_on_arguments(confined))
+    return (op(LOAD, 4) + op(EQUAL, AUDIT_ARCH, 1) + op(RETURN, KILL) + op(LOAD, 0)
+            + op(AT_LEAST, YOUNG, 0, len(young) // 8) + young
+            + search(sorted((NUMBERS[name], body) for name, body in rules.items()
+                            if name in NUMBERS)))
+
+
+def search(rules):
+    """Find the rule of the call by halving: installing a filter makes the kernel walk it for
+    every call there is, and a list as long as ours would cost a millisecond a child."""
+    if len(rules) > 3:
+        middle = len(rules) // 2
+        below, above = search(rules[:middle]), search(rules[middle:])
+        return (op(AT_LEAST, rules[middle][0], 0, 1) + op(JUMP, len(below) // 8)
+                + below + above)
+    return b"".join(op(EQUAL, number, 0, len(body) // 8) + body
+                    for number, body in rules) + op(RETURN, ALLOW)
+
+
+def rules_on_arguments(confined):
+    write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    thread, namespaces = 0x10000, 0x7E020080
+    pair = ANY_BIT ^ socket.SOCK_CLOEXEC ^ socket.SOCK_NONBLOCK
+    return {
+        # To read, and without Landlock, when no path can be told from another, not at all.
+        "open": only_if((1, write, [0])) if confined else DENY,
+        "openat": only_if((2, write, [0])) if confined else DENY,
+        # To itself: an abort, an alarm of its own, a lower limit.
+        "kill": only_if((0, ANY_BIT, [OWN_PID])),
+        "tkill": only_if((0, ANY_BIT, [OWN_PID])),
+        "tgkill": only_if((0, ANY_BIT, [OWN_PID])),
+        "prlimit64": only_if((0, ANY_BIT, [0, OWN_PID])),
+        "clone": only_if((0, thread | namespaces, [thread])),  # threads yes, processes no
+        "prctl": only_if((0, ANY_BIT, [PR_SET_NAME, PR_GET_NAME])),
+        # asyncio wants a pair; datagram pairs could send to any other socket of the machine.
+        "socketpair": only_if((0, ANY_BIT, [socket.AF_UNIX]), (1, pair, [socket.SOCK_STREAM])),
+        # Not F_SETOWN and F_SETSIG, by which the kernel sends signals for us; no leases.
+        "fcntl": only_if((1, ANY_BIT, [fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD,
+                                       fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL])),
+        "ioctl": only_if((1, ANY_BIT, [termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD,
+                                       termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX])),
+    }
+
+
+def install(program):
+    code = ctypes.create_string_buffer(program, len(program))
+    head = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+    call(libc.prctl, PR_SET_SECCOMP, 2, head, 0, 0)
+
+
+# --- The sandbox: without locks, with unsafe=True only --------------------------------------
+
+
+def run_plain(code, stdin, raw, limits):
+    """A fresh interpreter a call, with limits; it can read and write what the user can."""
+    started, late = time.monotonic(), None
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as shown:
+        given.write(json.dumps([code, raw, asdict(limits)]).encode() + b"\n")
+        given.write(stdin.encode("utf-8", "replace"))
+        given.seek(0)
+        process = subprocess.Popen(
+            [*PYTHON, "--plain"], env=ENVIRONMENT, cwd="/", stdin=given, stdout=shown,
+            stderr=subprocess.DEVNULL if raw else subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(limits.wall)
+        except subprocess.TimeoutExpired:
+            late = "timeout"
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # with all it has started
+        status = process.wait()
+        shown.seek(0)
+        output = shown.read(limits.max_output + 1)
+    full = "output_truncated" if len(output) > limits.max_output else None
+    outcome = late or full or judge(status, status == -signal.SIGXCPU)
+    text = describe(output[:limits.max_output], outcome, status, raw, limits)
+    return Observation(text, outcome, time.monotonic() - started)
+
+
+def plain():
+    """The other end of run_plain: a line of JSON on stdin, then the program's own stdin."""
+    with open(0, "rb", buffering=0, closefd=False) as given:  # unbuffered: takes not a byte more
+        code, raw, options = json.loads(given.readline())
+    limits = Limits(**options)
+    set_limit("CPU", math.ceil(limits.timeout), math.ceil(limits.timeout) + 1)
+    set_limit("FSIZE", limits.max_output + 1, limits.max_output + 1)
+    set_limit("CORE", 0, 0)
+    if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
+        set_limit("AS", (limits.memory_mb + 512) << 20, (limits.memory_mb + 512 + 64) << 20)
+    random.seed(0)
+    os._exit(perform(code, raw, spare_copies()))
 
 
 # --- The sandbox: self-test -----------------------------------------------------------------

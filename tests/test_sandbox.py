@@ -129,13 +129,6 @@ def test_no_text_makes_it_raise(tool):
         json.dumps(seen.text).encode() and seen.text.encode()
 
 
-def test_legacy_option_breaks_programs_as_the_authors_tool_does():
-    with PythonTool(legacy=True) as tool:
-        loop, value, long = tool.run(["for i in [1]:\n    i", "x = 5\nx", "print('a' * 300)"])
-    assert (loop.outcome, value.text) == ("error", "5")
-    assert long.text == "a" * 128 + "\n[... 44 characters left out ...]\n" + "a" * 128
-
-
 def test_mistyped_options_stop_with_a_sentence():
     for options in ({"timeout": 0}, {"time_out": 3}):
         with pytest.raises((ValueError, TypeError)):
