@@ -12,40 +12,42 @@ Notation (code: paper)
     logp_s, logp_t   log pi_theta, log pi_teacher of the sampled token      nats
     A                outcome advantage of a rollout within its group       none
     d[k], w[k]       divergence (Eq. 6) and weight (Eq. 7) of step k        nats/token, none
-    step k           one assistant turn: the tokens sampled between two tool answers. A training
-                     step is one batch of rollouts, an optimiser step one move of the weights
+    step k           one assistant turn: the tokens sampled between two tool answers
     step_id          k = 0..K-1 for a token of step k, -1 for every token the student did not write
+    iteration        one batch of rollouts and its updates; an update moves the weights once
     B, T, K, V, D    rollouts, tokens, steps, vocabulary, width             sizes
 """
 import argparse
 import copy
+import functools
 import gc
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
+import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter, deque
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, GenerationConfig,
                           LogitsProcessor)
-from transformers.utils import logging as transformers_logging
 
 import tools
 
@@ -55,8 +57,36 @@ WORLD = os.path.relpath(Path(__file__).resolve().parent / "data" / "world")
 
 
 @dataclass
-class Config:
-    """Every knob: name, value, reason. Defaults train the embedded student on a CPU in minutes."""
+class Sampling:
+    """How a model is put to problems: the options that training shares with evaluate.py."""
+    system: str = ""                        # system message of problems that bring none
+    max_turns: int = 12                     # assistant turns in a rollout
+    max_prompt: int = 128                   # tokens; longer prompts are skipped, and counted
+    max_response: int = 384                 # tokens after the prompt, tool answers included
+    tool_timeout: float = 5.0               # CPU seconds a program may take; thrice on the clock
+    tool_chars: int = 4096                  # longest tool answer; the cut is marked
+    tool_modules: str = ""                  # imported once for all programs, as in numpy,sympy
+    tool_unsafe: bool = False               # run programs even where they cannot be contained
+    silent_rate: float = 0.1                # chance that the tool stops answering, at each call
+    silent_persist: float = 0.5             # chance that a silent tool stays so at the next call
+    rollout_engine: str = "generate"        # slots: a kept KV cache; generate: HF's, plain
+    rollout_batch: int = 256                # rollouts sampled side by side; 0: all of them
+    micro_batch_tokens: int = 2048          # tokens read side by side, with padding; 0: 65,536
+    look: int = 8                           # slots: sampled tokens until ended rows are seen to
+    tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
+    device: str = "auto"                    # auto: cuda where there is one, else cpu
+    dtype: str = "auto"                     # auto: bfloat16 on cuda, float32 on cpu
+    threads: int = 1                        # CPU threads of torch; 0: as many as it likes
+    seed: int = 0                           # of sampling, data order and tool silence
+
+
+@dataclass
+class Config(Sampling):
+    """Every knob: name, value, reason. Defaults train the embedded student on a CPU in minutes.
+
+    Two values change in a run: rollout_batch and micro_batch_tokens are halved where memory runs
+    out (see `phase`).
+    """
     method: str = "sod"                     # vanilla only measures, sft imitates; see METHODS
     weights: str = "sod"                    # step weights of sod and sod_only: see WEIGHTS
     kl: str = "sampled"                     # sampled: the paper's; full: the exact KL, as a loss
@@ -66,18 +96,13 @@ class Config:
     train_data: str = f"{WORLD}/train.jsonl"             # problems to practise on
     eval_data: str = f"{WORLD}/heldout.jsonl"            # problems to measure on, "" for none
     demonstrations: str = f"{WORLD}/demonstrations.jsonl"  # conversations to imitate (method sft)
-    system: str = ""                        # system message of problems that bring none
-    steps: int = 25                         # batches of rollouts to sample and learn from
-    prompts_per_step: int = 16              # P: problems in a batch
+    iterations: int = 25                    # batches of rollouts to sample and learn from
+    prompts: int = 16                       # P: problems in a batch
     group_size: int = 8                     # G: rollouts of each problem
-    updates_per_step: int = 2               # optimiser steps that share one batch of rollouts
-    max_turns: int = 12                     # assistant turns in a rollout
-    max_prompt: int = 128                   # tokens; longer prompts are skipped, and counted
-    max_response: int = 384                 # tokens after the prompt, tool answers included
+    updates: int = 2                        # moves of the weights that share one batch
     temperature: float = 1.0                # of rollouts, and of both models when they score
     epsilon: float = 1e-6                   # keeps the ratio of Eq. 7 finite
     delta: float = 0.2                      # w_k <= 1 + delta (Eq. 7)
-    decay: float = 0.9                      # factor a step of the weight scheme "decay"
     floor: float = 0.2                      # least d of the weight scheme "floor", nats/token
     opd_coef: float = 1.0                   # distillation against outcome (Eq. 8)
     clip_low: float = 0.2                   # ratio >= 1 - clip_low
@@ -86,116 +111,103 @@ class Config:
     tool_shaping: bool = True               # wrong answers cost .1 less for each of up to 4 calls
     overlong: int = 64                      # last tokens of the budget: reward falls by up to 1
     lr: float = 5e-4                        # AdamW step size
-    warmup: int = 0                         # optimiser steps from 0 to lr; constant afterwards
+    warmup: int = 0                         # updates from 0 to lr; constant afterwards
     beta1: float = 0.9                      # AdamW: memory of the gradient
     beta2: float = 0.999                    # AdamW: memory of its square
     weight_decay: float = 0.01              # AdamW
     grad_clip: float = 1.0                  # largest norm of the gradient
     sft_epochs: int = 3                     # passes over the demonstrations
-    sft_batch: int = 32                     # demonstrations an optimiser step
-    sft_lr: float = 2e-3                    # peak; 10% warm-up, then a cosine to 0
-    tool_timeout: float = 5.0               # CPU seconds a program may take; thrice on the clock
-    tool_chars: int = 4096                  # longest tool answer; the cut is marked
-    tool_modules: str = ""                  # imported once for all programs, as in numpy,sympy
-    tool_unsafe: bool = False               # run programs even where they cannot be contained
-    silent_rate: float = 0.1                # chance that the tool stops answering, at each call
-    silent_persist: float = 0.5             # chance that a silent tool stays so at the next call
+    sft_batch: int = 32                     # demonstrations an update
+    sft_lr: float = 2e-3                    # peak; 10% warm-up, then a cosine towards 0
     eval_problems: int = 200                # held-out problems to measure on
     eval_samples: int = 4                   # samples a problem: average@k
     eval_temperature: float = 1.0           # as the paper
     eval_top_p: float = 1.0                 # the paper's .6 would hide this student's unreliability
-    device: str = "auto"                    # auto: cuda where there is one, else cpu
-    teacher_device: str = "same"            # same as the student's, or another
-    dtype: str = "auto"                     # auto: bfloat16 on cuda, float32 on cpu
     offload: str = "none"                   # to the CPU while idle: teacher; all: optimiser too
-    threads: int = 1                        # CPU threads of torch; 0: as many as it likes
-    rollout_batch: int = 256                # rollouts sampled side by side; 0: as memory allows
-    rollout_engine: str = "slots"           # slots: a kept KV cache, Qwen3; generate: HF's, plain
-    chunk: int = 24                         # generate: sampled tokens until ended rows leave
-    look: int = 8                           # slots: sampled tokens until ended rows are seen to
-    tool_wait: float = 60.0                 # slots: seconds a look waits for a slow tool's answer
-    micro_batch_tokens: int = 2048          # in a micro-batch, with padding; 0: as memory allows
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
     preflight: bool = True                  # false: go on though disk, memory or a model look wrong
-    seed: int = 0                           # of sampling, data order and tool silence
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
-    show_every: int = 10                    # steps between two rollouts shown, 0 for never
-    store_tokens: int = 128                 # rollouts a step whose tokens go to rollouts.jsonl
-    page: bool = True                       # write rollouts.html at the end
-    max_refused: int = 3                    # steps in a row that could not be taken: then stop
-    save_every: int = 5                     # steps between two saves, 0: only when interrupted
+    show_every: int = 10                    # iterations between two rollouts shown, 0 for never
+    store_tokens: int = 128                 # rollouts an iteration whose tokens are stored
+    save_every: int = 5                     # iterations between two saves, 0: only at a stop
     resume: str = ""                        # go on with an interrupted run: its folder or name
-    change: bool = False                    # on resume: take options that differ from the run's
 
     def __post_init__(self):
-        for name, allowed in choices().items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; "
-                                 f"choose from {', '.join(allowed)}")
-        for f in fields(self):
-            value, (low, high) = getattr(self, f.name), BOUNDS.get(f.name, (0, math.inf))
-            if f.type in (int, float) and not low <= value < high:
-                raise ValueError(f"{f.name} is {value}; it must be at least {low} and below {high}")
-        if Path(self.name).name != self.name or not self.name.isprintable():
-            raise ValueError(f"name is {self.name!r}; needed one folder name, such as first-try "
-                             "(--out says where it is made)")
-        if not self.system.isascii() and self.system != self.system.encode(
-                errors="replace").decode():
-            raise ValueError(f"system holds bytes that are no UTF-8 ({self.system!r:.60}); type it "
-                             "again in UTF-8")
-        if self.method not in ("sod", "sod_only") and self.weights != "sod":
-            raise ValueError(f"method {self.method} fixes its own weights; "
-                             f"--weights {self.weights} goes with --method sod or sod_only")
-        if self.kl == "full" and not getattr(METHODS.get(self.method), "view", ""):
-            raise ValueError(f"method {self.method} has no teacher, and kl full compares with one; "
-                             "use --kl sampled")
-        if self.kl == "full" and self.offload != "none":
-            raise ValueError(f"kl full needs the teacher in every update, and offload "
-                             f"{self.offload} sends it away; use --offload none or --kl sampled")
-        if self.teacher_device != "same" and self.offload != "none":
-            raise ValueError(f"teacher_device {self.teacher_device} has a place for the teacher, "
-                             f"and offload {self.offload} sends it away; choose one of the two")
-        if self.prompts_per_step % self.updates_per_step:
-            raise ValueError(f"prompts_per_step {self.prompts_per_step} does not divide into "
-                             f"{self.updates_per_step} optimiser steps; choose a multiple")
+        check_values(self)
+        method = METHODS[self.method]
+        for wrong, sentence in [
+            (Path(self.name).name != self.name or not self.name.isprintable(),
+             f"name is {self.name!r}; needed one folder name, such as first-try (--out says where "
+             "it is made)"),
+            (self.system != self.system.encode(errors="replace").decode(),
+             f"system holds bytes that are no UTF-8 ({self.system!r:.60}); type it again in UTF-8"),
+            (method.weights != "sod" and self.weights != "sod",
+             f"method {self.method} fixes its own weights; --weights {self.weights} goes with "
+             "--method sod or sod_only"),
+            (self.kl == "full" and not method.view,
+             f"method {self.method} has no teacher, and kl full compares with one; use --kl "
+             "sampled"),
+            (self.kl == "full" and self.offload != "none",
+             f"kl full needs the teacher in every update, and offload {self.offload} sends it "
+             "away; use --offload none or --kl sampled"),
+            (self.method == "grpo" and self.group_size == 1,
+             "group_size is 1, and grpo compares the rollouts of a group: use 2 or more"),
+            (self.prompts % self.updates,
+             f"prompts {self.prompts} does not divide into {self.updates} updates; choose a "
+             "multiple"),
+            (self.overlong > self.max_response,
+             f"overlong {self.overlong} is more than max_response {self.max_response}: lower it"),
+        ]:
+            if wrong:
+                raise ValueError(sentence)
+
+
+def check_values(config):
+    """Each option alone: one of its words, or within its bounds."""
+    for name, allowed in choices().items():
+        if getattr(config, name, allowed[0]) not in allowed:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; choose from "
+                             f"{', '.join(allowed)}")
+    for f in fields(config):
+        value, (low, high) = getattr(config, f.name), BOUNDS.get(f.name, (0, math.inf))
+        if f.type in (int, float) and not (isinstance(value, (int, float)) and low <= value < high):
+            raise ValueError(f"{f.name} is {value}; it must be at least {low} and below {high}")
 
 
 def choices():
     """Options that take one of a few words."""
-    return {"method": ["vanilla", "sft", *METHODS], "weights": list(WEIGHTS),
-            "kl": ["sampled", "full"], "init": ["pretrained", "random"],
-            "rollout_engine": list(ENGINES),
+    return {"method": list(METHODS), "weights": list(WEIGHTS), "kl": ["sampled", "full"],
+            "init": ["pretrained", "random"], "rollout_engine": list(ENGINES),
             "offload": ["none", "teacher", "all"], "dtype": ["auto", "float32", "bfloat16"]}
 
 
 # What is not "at least 0 and finite": name -> (lowest, first value that is too high).
 TINY = 1e-12
 BOUNDS = {
-    **dict.fromkeys(["steps", "prompts_per_step", "group_size", "updates_per_step", "max_turns",
-                     "max_prompt", "max_response", "sft_epochs", "sft_batch", "eval_problems",
-                     "eval_samples", "chunk", "look", "max_refused"], (1, math.inf)),
+    **dict.fromkeys(["iterations", "prompts", "group_size", "updates", "max_turns", "max_prompt",
+                     "max_response", "sft_epochs", "sft_batch", "eval_problems", "eval_samples",
+                     "look"], (1, math.inf)),
     **dict.fromkeys(["temperature", "eval_temperature", "epsilon", "lr", "sft_lr", "grad_clip",
                      "tool_timeout"], (TINY, math.inf)),
     **dict.fromkeys(["beta1", "beta2", "clip_low", "silent_rate", "silent_persist"], (0, 1)),
     "eval_top_p": (TINY, 1 + TINY), "clip_dual": (1, math.inf), "tool_chars": (64, math.inf),
-    "decay": (0, 1 + TINY),
+    "seed": (0, 2**32), "threads": (0, 1025),
 }
 
 SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculation. "
           "Put the final answer in \\boxed{}.")
-GPU = dict(demonstrations="", eval_data="", system=SYSTEM, steps=120, prompts_per_step=8,
-           max_turns=8, max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5,
-           silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6, chunk=512,
-           rollout_engine="generate", tool_wait=0.0, threads=0, rollout_batch=0,
-           micro_batch_tokens=0, gradient_checkpointing=True, show_every=1,
-           store_tokens=16)  # of 64: each token takes some 34 bytes
+GPU = dict(demonstrations="", eval_data="", system=SYSTEM, iterations=120, prompts=8, max_turns=8,
+           max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5, silent_rate=0.0,
+           tool_modules="numpy,sympy", eval_top_p=0.6, rollout_engine="generate",
+           tool_wait=0.0, threads=0, rollout_batch=0, micro_batch_tokens=0,
+           gradient_checkpointing=True, show_every=1, store_tokens=16)
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
     "world": {},
     "gpu": GPU,
-    "paper": dict(GPU, prompts_per_step=64, group_size=16, updates_per_step=4, max_turns=16,
-                  max_prompt=2560, max_response=20_480, overlong=1024, sft_epochs=5, sft_batch=128,
+    "paper": dict(GPU, prompts=64, group_size=16, updates=4, max_turns=16, max_prompt=2560,
+                  max_response=20_480, overlong=1024, sft_epochs=5, sft_batch=128,
                   eval_samples=32),
 }
 
@@ -211,6 +223,8 @@ class Method:
 
 
 METHODS = {
+    "vanilla":   Method("",        False, ""),         # no training: the student is measured
+    "sft":       Method("",        False, ""),         # cross-entropy on demonstrations
     "grpo":      Method("",        True,  ""),         # A_i
     "opd":       Method("teacher", True,  "uniform"),  # A_i +     (logp_t - logp_s)
     "opd_only":  Method("teacher", False, "uniform"),  #            logp_t - logp_s
@@ -233,7 +247,7 @@ def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
     """
     A_it = A[:, None].expand(step_id.shape) * float(METHODS[method].outcome)  # (B, T)
     if METHODS[method].view:
-        w_it = w.gather(1, step_id.long().clamp(min=0))  # (B, T); a token has its step's weight
+        w_it = w.gather(1, step_id.clamp(min=0))  # (B, T); a token has the weight of its step
         A_it = A_it + opd_coef * w_it * (logp_t - logp_s)
     # where, not a product: tool tokens may hold any value, and 0 * inf is not 0.
     return torch.where(step_id >= 0, A_it, 0.0).detach()
@@ -242,44 +256,43 @@ def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
 # --- The method, step by step -----------------------------------------------------------------
 
 
-def group_advantages(rewards, group_size, valid=None):
-    """How much better a rollout did than the others of its problem (GRPO).
+def group_advantages(rewards, group_size):
+    """How much better a rollout did than the others of its problem: (r - mean) / std (GRPO).
 
-    rewards     (B,) with the rollouts of one problem side by side
+    rewards     (B,) with the rollouts of one problem side by side; nan for a rollout that the
+                machine failed, which is not counted in its group
     group_size  G, a divisor of B
-    valid       (B,) bool, False for rollouts that the machine failed: they are not in their group
-    returns     (B,) (r - mean) / (std + 1e-6) within the group, std with ddof 1; 0 if not valid
+    returns     (B,) (r - mean) / (std + 1e-6) within the group, std with ddof 1; 0 for nan
 
-    A group that agrees gets exactly 0: rounding in its mean would be blown up by 1e6.
+    >>> group_advantages(torch.tensor([1.0, -1.0, float("nan"), 0.6, 0.6, 0.6]), 3)
+    tensor([ 0.7071, -0.7071,  0.0000,  0.0000,  0.0000,  0.0000])
     """
-    groups = rewards.view(-1, group_size) * 1.0  # (P, G), whole numbers become fractions
-    valid = torch.ones_like(groups, dtype=bool) if valid is None else valid.view_as(groups)
-    size = valid.sum(1, keepdim=True)  # (P, 1)
-    mean = torch.where(valid, groups, 0.0).sum(1, keepdim=True) / size.clamp(min=1)
-    centred = torch.where(valid, groups - mean, 0.0)
-    std = centred.square().sum(1, keepdim=True).div((size - 1).clamp(min=1)).sqrt()
-    highest = torch.where(valid, groups, -math.inf).amax(1, keepdim=True)
-    agree = highest <= torch.where(valid, groups, math.inf).amin(1, keepdim=True)
-    return torch.where(agree, 0.0, centred / (std + 1e-6)).flatten()
+    r = rewards.view(-1, group_size)                             # (P, G)
+    # A group that agrees becomes zeros here. A rounded mean would leave 1e-8, divided by 1e-6.
+    r = r - r.nan_to_num(-math.inf).amax(1, keepdim=True)
+    centred = r - r.nanmean(1, keepdim=True)
+    count = (~r.isnan()).sum(1, keepdim=True)                    # (P, 1)
+    std = (centred.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return (centred / (std + 1e-6)).nan_to_num(0.0).flatten()
 
 
-def step_divergence(logp_s, logp_t, step_id, num_steps=None):
+def step_divergence(logp_s, logp_t, step_id, K=None):
     """How far student and teacher differ at each step (Eq. 6).
 
     logp_s, logp_t  (B, T) log-probabilities of the sampled tokens, nats
     step_id         (B, T) k = 0..K-1, or -1
-    num_steps       K where known; looking it up in step_id waits for the device
+    K               where it is known; looking it up in step_id waits for the device
     returns         (B, K) d_k = mean over step k of |logp_s - logp_t|, nats/token; 0 for no step
     """
-    K = num_steps or max(int(step_id.max()) + 1, 1)
+    K = K or max(int(step_id.max()) + 1, 1)
     gap = torch.where(step_id >= 0, (logp_s - logp_t).abs(), 0.0)
     return step_sums(gap, step_id, K) / step_tokens(step_id, K).clamp(min=1)
 
 
 def step_sums(values, step_id, K):
     """(B, T) values -> (B, K) their sum over the tokens of each step."""
-    slot = step_id.long() + 1  # slot 0 collects what belongs to no step
-    return values.new_zeros(len(values), K + 1).scatter_add_(1, slot, values)[:, 1:]
+    column = step_id + 1  # column 0 collects what belongs to no step
+    return values.new_zeros(len(values), K + 1).scatter_add_(1, column, values)[:, 1:]
 
 
 def step_tokens(step_id, K):
@@ -301,11 +314,6 @@ def step_weights(d, epsilon=1e-6, delta=0.2):
     return ((d[:, :1] + epsilon) / (d + epsilon)).clamp(max=1 + delta)
 
 
-def unclipped_weights(d, epsilon=1e-6):
-    """Eq. 7 without its cap: (B, K) -> (B, K)."""
-    return step_weights(d, epsilon, math.inf)
-
-
 def steps_since_failure(failed):
     """How many steps after its first failed call each step comes; 0 up to and at that call.
 
@@ -318,58 +326,18 @@ def steps_since_failure(failed):
     return ((failed.cumsum(1) > 0).cumsum(1) - 1).clamp(min=0)
 
 
-def decay_weights(failed, decay=0.9):
-    """decay^(k - k_err) after the first failed call k_err, 1 before: (B, K) -> (B, K)."""
-    return decay ** steps_since_failure(failed).float()
-
-
-def mask_after_error(failed):
-    """0 after the first failed call, 1 up to it: (B, K) -> (B, K)."""
-    return (steps_since_failure(failed) == 0).float()
-
-
-def token_mean(w, tokens):
-    """Mean weight of a sampled token of the batch: (B, K) and (B, K) tokens a step -> scalar.
-
-    >>> token_mean(torch.tensor([[1.0, 0.5, 9.9]]), torch.tensor([[1, 3, 0]]))
-    tensor(0.6250)
-    """
-    return (w * tokens).sum() / tokens.sum().clamp(min=1)
-
-
-def rescaled_weights(w, tokens):
-    """The same weights with mean 1 over the sampled tokens of the batch: (B, K) -> (B, K)."""
-    return w / token_mean(w, tokens)
-
-
-def median_weights(d, epsilon=1e-6, delta=0.2):
-    """Eq. 7 with the median of d_1..d_k in place of d_1: one easy step cannot switch off the rest.
-
-    >>> median_weights(torch.tensor([[0.0, 0.4, 0.2]]))
-    tensor([[1.0000, 0.5000, 1.0000]])
-    """
-    middle = torch.stack([d[:, :k].quantile(0.5, dim=1) for k in range(1, d.shape[1] + 1)], 1)
-    return ((middle + epsilon) / (d + epsilon)).clamp(max=1 + delta)
-
-
-# Functions of d, (B, K) failed calls, (B, K) tokens of each step and Config.
+# The paper's ablation, and one scheme of ours: functions of a Batch and Config to (B, K) weights.
 WEIGHTS = {
-    "sod": lambda d, failed, tokens, c: step_weights(d, c.epsilon, c.delta),
-    # the paper's ablation
-    "uniform": lambda d, failed, tokens, c: torch.ones_like(d),
-    "decay": lambda d, failed, tokens, c: decay_weights(failed, c.decay),
-    "mask_after_error": lambda d, failed, tokens, c: mask_after_error(failed),
-    "unclipped": lambda d, failed, tokens, c: unclipped_weights(d, c.epsilon),
-    # ours: is it the scale of w or its shape (SOD's mean on every token; SOD's shape at mean 1),
-    # and does a first step that is known by heart (d_1 near 0) do harm?
-    "constant": lambda d, failed, tokens, c: token_mean(
-        step_weights(d, c.epsilon, c.delta), tokens).expand(d.shape),
-    "rescaled": lambda d, failed, tokens, c: rescaled_weights(
-        step_weights(d, c.epsilon, c.delta), tokens),
-    "floor": lambda d, failed, tokens, c: step_weights(d.clamp(min=c.floor), c.epsilon, c.delta),
-    "median": lambda d, failed, tokens, c: median_weights(d, c.epsilon, c.delta),
+    "sod": lambda batch, c: step_weights(batch.d, c.epsilon, c.delta),
+    "uniform": lambda batch, c: torch.ones_like(batch.d),
+    # .9^(k - k_err) after the first failed call k_err, 1 up to it
+    "decay": lambda batch, c: 0.9 ** steps_since_failure(batch.failed).float(),
+    # 0 after the first failed call, 1 up to it
+    "mask_after_error": lambda batch, c: (steps_since_failure(batch.failed) == 0).float(),
+    "unclipped": lambda batch, c: step_weights(batch.d, c.epsilon, math.inf),
+    # Not in the paper: a first step that is known by heart (d_1 near 0) cannot switch off the rest.
+    "floor": lambda batch, c: step_weights(batch.d.clamp(min=c.floor), c.epsilon, c.delta),
 }
-BATCHWIDE = ("constant", "rescaled")  # these need the whole batch at once
 
 
 def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, clip_dual=3.0,
@@ -378,14 +346,13 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
     logp, logp_old  (B, T) log-probabilities now (with gradient) and when sampled, nats
     advantages      (B, T) A_it
-    mask            (B, T) tokens the student sampled
-    num_tokens      tokens of the whole optimiser step; default: those of this mask
+    mask            (B, T) bool: tokens the student sampled
+    num_tokens      tokens of the whole update; default: those of this mask
     returns         scalar, the sum over `mask` divided by `num_tokens`
 
-    Differs from the authors' code: one token mean over the optimiser step, so the gradient does
-    not depend on how the step was cut into micro-batches.
+    Differs from the authors' code: one token mean over the update, so the gradient does not
+    depend on how the update was cut into micro-batches.
     """
-    mask = mask.bool()
     log_ratio = torch.where(mask, logp - logp_old, 0.0).clamp(-20, 20)
     advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()  # (B, T)
@@ -393,8 +360,7 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
     # A very unlikely old token makes the ratio, and so the loss of a bad token, unbounded.
     loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * clip_dual), loss)
-    total = mask.sum().clamp(min=1) if num_tokens is None else max(num_tokens, 1)
-    return loss.sum() / total
+    return loss.sum() / max(mask.sum() if num_tokens is None else num_tokens, 1)
 
 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
@@ -619,38 +585,92 @@ def encode_prompt(tokenizer, problem, system="", view=""):
         messages, tools=[tools.TOOL_SCHEMA], add_generation_prompt=True, tokenize=False))
 
 
-def encode_tool_turn(tokenizer, text):
-    """Ids of everything between the student's end-of-turn token and its next turn.
+def render_tool_turn(tokenizer, text):
+    """What the template writes after the text of an assistant turn, its end token first.
 
-    Only this text is rendered. Rendering the whole conversation again would change what the
-    student wrote: Qwen3's template drops the thoughts of earlier turns.
+    Only this is rendered. Rendering the whole conversation again would change what the student
+    wrote: Qwen3's template drops the thoughts of earlier turns.
     """
     anchor = "ANCHOR"
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": anchor},
          {"role": "tool", "content": defuse(tokenizer, text)}],
         add_generation_prompt=True, tokenize=False)
-    return encode(tokenizer, rendered.split(anchor, 1)[1].removeprefix(tokenizer.eos_token))
+    return rendered.split(anchor, 1)[1]
+
+
+def encode_tool_turn(tokenizer, text):
+    """Ids of everything between the student's end-of-turn token and its next turn."""
+    return encode(tokenizer, render_tool_turn(tokenizer, text).removeprefix(tokenizer.eos_token))
 
 
 def encode_demonstration(tokenizer, problem, messages, system=""):
-    """A finished conversation as ids and step ids, put together exactly as a rollout grows.
+    """A finished conversation as a Rollout, put together exactly as a rollout grows.
 
     messages  the turns after the question: assistant, tool, assistant, ...
-    returns   ids, step_id, two lists of one length
     """
-    ids = encode_prompt(tokenizer, problem, system)
-    step_id, k = [-1] * len(ids), 0
+    turns = []
     for message in messages:
         if message["role"] == "assistant":
-            turn = encode(tokenizer, message["content"] + tokenizer.eos_token)
-            step_id += [k] * len(turn)
-            k += 1
+            turns.append(Turn(encode(tokenizer, message["content"] + tokenizer.eos_token),
+                              message["content"]))
         else:
-            turn = encode_tool_turn(tokenizer, message["content"])
-            step_id += [-1] * len(turn)
-        ids += turn
-    return ids, step_id
+            turns[-1].answer_ids = encode_tool_turn(tokenizer, message["content"])
+    return Rollout(problem, encode_prompt(tokenizer, problem, system), turns)
+
+
+# --- Phases of an iteration: sampling, scoring, back-propagation ------------------------------
+
+
+def phase(option, extent):
+    """Decorates a phase of an iteration: it is timed, and survives a lack of memory.
+
+    option  rollout_batch or micro_batch_tokens: how much is worked on side by side
+    extent  the phase's arguments -> (least, most) of it that can make a difference
+
+    Where memory runs out the phase runs again with half of its option, which stays halved for the
+    rest of the run. It is the same work again: no weight has moved, every random number belongs
+    to its rollout, and the gradient differs by the rounding of sums (and by the masks of dropout,
+    in models that have it).
+    """
+    def decorate(work):
+        @functools.wraps(work)
+        def run(agent, *args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return work(agent, *args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            finally:
+                agent.seconds[work.__name__] += time.perf_counter() - started
+            # Behind the except: its traceback, which held every tensor of the attempt, is gone.
+            halve(agent, option, *extent(*args))
+            return run(agent, *args, **kwargs)
+        return run
+    return decorate
+
+
+def halve(agent, option, least, most):
+    """Forget the gradient of a failed attempt, and halve the option."""
+    agent.student.zero_grad()
+    if agent.optimizer:
+        agent.optimizer.adamw.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    size = min(getattr(agent.config, option) or most, most)
+    if size <= least:
+        raise ValueError("out of memory with one rollout at a time; lower --max_response, and try "
+                         "--gradient_checkpointing true or --offload all")
+    setattr(agent.config, option, max(size // 2, least))
+    agent.halvings += 1
+
+
+def out_of_memory(error):
+    """Is it this error? Every device, and each library on it, says so in its own way."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
 
 
 # --- Rollouts ---------------------------------------------------------------------------------
@@ -658,31 +678,49 @@ def encode_demonstration(tokenizer, problem, messages, system=""):
 FINE = ("", "ok", "output_truncated", "not_run")  # every other outcome of a call is a failure
 
 
+@dataclass
+class Turn:
+    """Step k of a rollout: what the student wrote, and what came back."""
+    ids: list[int] = field(default_factory=list)         # as sampled, the end token included
+    text: str = ""                                       # the same, without special tokens
+    outcome: str = ""                                    # of its call (tools.py); "" without one
+    answer: str = ""                                     # the tool's text
+    answer_ids: list[int] = field(default_factory=list)  # the tool turn as the model saw it
+
+    @property
+    def failed(self):
+        return self.outcome not in FINE
+
+
 @dataclass(eq=False)
 class Rollout:
     """One attempt at one problem, recorded while it is sampled."""
     problem: tools.Problem
-    ids: list[int]        # prompt, turns and tool answers, as the model saw them
-    step_id: list[int]    # k for a token sampled in step k, -1 for every other token
-    prompt_len: int       # tokens of the prompt
-    turns: list[str] = field(default_factory=list)     # text of each step
-    answers: list[str] = field(default_factory=list)   # the tool's, to each call
-    outcomes: list[str] = field(default_factory=list)  # of each step's call; "" without a call
-    finish: str = ""      # answer, turns (limit), budget (cut off), infrastructure (not its fault)
-    silent: bool = False  # the tool has stopped answering (embedded world)
-    right: bool = False   # the grader's verdict on the last turn
-    reason: str = ""      # and its reason
-    reward: float = 0.0   # +1 right, about -1 wrong; see outcome_reward
+    prompt: list[int]
+    turns: list[Turn]      # the last one is under way until `finish` is set
+    key: tuple = ()        # names its random numbers: seed, purpose, iteration, which of the batch
     noise: np.ndarray | None = None  # (max_response,) uniform: noise[n] picks response token n
-    luck: np.ndarray | None = None   # (max_turns,) uniform: luck[k] decides if the tool is silent
+    finish: str = ""       # answer, turns (limit), budget (cut off), infrastructure (not its fault)
+    right: bool = False    # the grader's verdict on the last turn
+    reason: str = ""       # and its reason
+    reward: float = 0.0    # +1 right, about -1 wrong; see outcome_reward
+
+    @property
+    def ids(self):
+        """Prompt, turns and tool answers, as the model saw them."""
+        return self.prompt + [i for turn in self.turns for i in turn.ids + turn.answer_ids]
+
+    @property
+    def step_id(self):
+        """k for a token sampled in step k, -1 for every other token."""
+        marks = [-1] * len(self.prompt)
+        for k, turn in enumerate(self.turns):
+            marks += [k] * len(turn.ids) + [-1] * len(turn.answer_ids)
+        return marks
 
     @property
     def response_len(self):
-        return len(self.ids) - self.prompt_len
-
-    def extend(self, ids, k):
-        self.ids += ids
-        self.step_id += [k] * len(ids)
+        return sum(len(turn.ids) + len(turn.answer_ids) for turn in self.turns)
 
     def next_noise(self, n):
         """(n,) numbers of the next n response tokens; 0 beyond the token budget."""
@@ -690,20 +728,82 @@ class Rollout:
         return np.pad(noise, (0, n - len(noise)))
 
 
-def random_numbers(seed, purpose, at):
-    """The generator of one place in a run, such as (0, "rollouts", 17): step 17 of seed 0.
+def random_numbers(seed, purpose, *place):
+    """The generator of one place in a run, such as (0, "rollouts", 17, 3): rollout 3 of
+    iteration 17 of seed 0.
 
-    Nothing random is carried from step to step. A run can be continued anywhere, a batch sampled
-    again comes out the same, and no rollout depends on who happens to be beside it.
+    Nothing random is carried along. A run can be continued anywhere, a batch sampled again comes
+    out the same, and no rollout depends on who happens to be beside it.
     """
-    return np.random.default_rng([seed, at, *purpose.encode()])
+    return np.random.default_rng([seed, *place, *purpose.encode()])
 
 
-def end_ids(model, tokenizer):
-    """Every id that ends a turn: the tokenizer's and those of the model's shipped settings."""
-    shipped = getattr(model, "shipped_generation", model.generation_config).eos_token_id
-    shipped = shipped if isinstance(shipped, list) else [shipped]
-    return sorted({i for i in [tokenizer.eos_token_id, *shipped] if i is not None})
+@phase("rollout_batch", lambda model, prompts, *_: (1, len(prompts)))
+def sample_rollouts(agent, model, prompts, key, first=0, temperature=None, top_p=1.0):
+    """Let a model solve problems in several turns with the tool.
+
+    prompts  [(Problem, prompt ids), ...], one for each rollout
+    key      (seed, purpose, iteration): with the rollout's number, `first` and up, it names its
+             random numbers
+    returns  [Rollout, ...] in the same order, graded and rewarded
+    """
+    config = agent.config
+    rollouts = []
+    for i, (problem, ids) in enumerate(prompts, start=first):
+        noise = random_numbers(*key, i).random(config.max_response)
+        rollouts.append(Rollout(problem, ids, [Turn()], (*key, i), noise))
+    pick = partial(pick_tokens, temperature=temperature or config.temperature, top_p=top_p)
+    # generate() on a model in train() with checkpointing drops its cache: wrong tokens, no warning.
+    ENGINES[config.rollout_engine](agent, model.eval(), rollouts, pick)
+    for r in rollouts:
+        grade_rollout(r, agent.tool, config)
+    return rollouts
+
+
+def sample_by_generate(agent, model, rollouts, pick):
+    """The plain engine: turn by turn, all rollouts wait for the slowest, then for their tools."""
+    ends, config = end_ids(model, agent.tokenizer), agent.config
+    size = config.rollout_batch or len(rollouts)
+    while active := [r for r in rollouts if not r.finish]:
+        for start in range(0, len(active), size):
+            rows = active[start:start + size]
+            tokens = max(config.max_response - r.response_len for r in rows)
+            for r, ids in zip(rows, sample_tokens(model, agent.tokenizer, rows, tokens, pick)):
+                r.turns[-1].ids += ids[:config.max_response - r.response_len]
+        calls = [(r, call) for r in active if (call := end_turn(agent, r, ends))]
+        runs = [agent.tool.submit(call, (*r.key, len(r.turns) - 1)) for r, call in calls]
+        for (r, _), run in zip(calls, runs):
+            take_answer(agent, r, run.result())
+
+
+@torch.no_grad()
+def sample_tokens(model, tokenizer, rollouts, tokens, pick):
+    """At most `tokens` new ids of each rollout, up to an end id, from HF generate."""
+    assert not model.training, "call model.eval() before sampling"
+    ends, rows = end_ids(model, tokenizer), [r.ids for r in rollouts]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])  # (B, width)
+    # The mask is not optional: the pad id may be an end id, and so cannot be told from text.
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    noise = torch.tensor(np.stack([r.next_noise(tokens) for r in rollouts]), device=model.device)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=ends,
+                                pad_token_id=pad_id)
+    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
+                         generation_config=settings, logits_processor=[OwnNoise(noise, pick)])
+    return [up_to_end(new, ends) for new in out[:, width:].tolist()]
+
+
+class OwnNoise(LogitsProcessor):
+    """Makes HF generate pick the tokens of each row by the row's own numbers."""
+
+    def __init__(self, noise, pick):
+        self.noise, self.pick, self.t = noise, pick, 0  # noise: (B, tokens)
+
+    def __call__(self, ids, logits):
+        chosen = self.pick(logits, self.noise[:, self.t])
+        self.t += 1
+        return torch.full_like(logits, -math.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 def pick_tokens(logits, noise, temperature=1.0, top_p=1.0):
@@ -715,43 +815,20 @@ def pick_tokens(logits, noise, temperature=1.0, top_p=1.0):
     returns  (B,) ids
     """
     p = (logits.float() / temperature).softmax(-1)  # (B, V)
-    if top_p < 1:
-        p, order = p.sort(-1, descending=True)
-        p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)
+    if top_p < 1:  # the nucleus stays in the order of the vocabulary, which rounding cannot change
+        ranked, order = p.sort(-1, descending=True)
+        ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
+        p = torch.zeros_like(p).scatter_(1, order, ranked)
     edges = p.cumsum(-1, dtype=torch.float64)  # fp32 would lose the rare tokens of a large V
-    at = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
-    at = at.clamp(max=p.shape[1] - 1)  # (B, 1)
-    return (order.gather(1, at) if top_p < 1 else at)[:, 0]
+    chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
+    return chosen.clamp(max=p.shape[1] - 1)[:, 0]
 
 
-class OwnNoise(LogitsProcessor):
-    """Makes HF generate pick each row's tokens by the row's own numbers."""
-
-    def __init__(self, noise, pick):
-        self.noise, self.pick, self.t = noise, pick, 0  # noise: (B, tokens)
-
-    def __call__(self, ids, logits):
-        chosen = self.pick(logits, self.noise[:, self.t])
-        self.t += 1
-        return torch.full_like(logits, -math.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-@torch.no_grad()
-def sample_tokens(model, tokenizer, rollouts, tokens, pick):
-    """At most `tokens` new ids of each rollout, up to an end id, from HF generate."""
-    # generate on a model in train() with checkpointing drops its cache: wrong tokens, no warning.
-    assert not model.training, "call model.eval() before sampling"
-    ends, width = end_ids(model, tokenizer), max(len(r.ids) for r in rollouts)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    ids = torch.tensor([[pad_id] * (width - len(r.ids)) + r.ids for r in rollouts])  # (B, width)
-    # The mask is not optional: the pad id may be an end id, and so cannot be told from text.
-    mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in rollouts])
-    noise = torch.tensor(np.stack([r.next_noise(tokens) for r in rollouts]), device=model.device)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=ends,
-                                pad_token_id=pad_id)
-    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device),
-                         generation_config=settings, logits_processor=[OwnNoise(noise, pick)])
-    return [up_to_end(new, ends) for new in out[:, width:].tolist()]
+def end_ids(model, tokenizer):
+    """Every id that ends a turn: the tokenizer's and those of the model's shipped settings."""
+    shipped = getattr(model, "shipped_generation", model.generation_config).eos_token_id
+    shipped = shipped if isinstance(shipped, list) else [shipped]
+    return sorted({i for i in [tokenizer.eos_token_id, *shipped] if i is not None})
 
 
 def up_to_end(ids, ends):
@@ -759,109 +836,42 @@ def up_to_end(ids, ends):
     return ids[:next((n + 1 for n, i in enumerate(ids) if i in ends), len(ids))]
 
 
-def sample_turns(model, tokenizer, rollouts, config, pick):
-    """Sample the next turn of each rollout: up to an end id, or to the token budget.
-
-    Rows that have ended leave the batch after every config.chunk ids, so that one long turn does
-    not hold up the others.
-    """
-    ends, active = end_ids(model, tokenizer), rollouts
-    while active:
-        tokens = min(config.chunk, max(config.max_response - r.response_len for r in active))
-        for r, ids in zip(active, sample_tokens(model, tokenizer, active, tokens, pick)):
-            r.extend(ids[:config.max_response - r.response_len], len(r.turns))
-        active = [r for r in active if not turn_is_over(r, ends, config)]
-
-
-def turn_is_over(rollout, ends, config):
-    return rollout.ids[-1] in ends or rollout.response_len >= config.max_response
-
-
-def sample_rollouts(model, tokenizer, prompts, tool, config, rng, temperature=None, top_p=1.0):
-    """Let the model solve problems in several turns with the tool.
-
-    prompts  [(Problem, prompt ids), ...], one for each rollout
-    tool     has run(codes) -> observations
-    rng      see random_numbers
-    returns  [Rollout, ...] in the same order, graded and rewarded
-    """
-    noise = rng.random((len(prompts), config.max_response))
-    luck = rng.random((len(prompts), config.max_turns))
-    rollouts = [Rollout(problem, list(ids), [-1] * len(ids), len(ids), noise=n, luck=u)
-                for (problem, ids), n, u in zip(prompts, noise, luck)]
-    pick = partial(pick_tokens, temperature=temperature or config.temperature, top_p=top_p)
-    ENGINES[config.rollout_engine](model, tokenizer, rollouts, tool, config, pick)
-    grade_rollouts(rollouts, tool, config)
-    return rollouts
-
-
-def sample_by_generate(model, tokenizer, rollouts, tool, config, pick):
-    """The plain engine: turn by turn, all rollouts wait for the slowest, then for their tools."""
-    ends = end_ids(model, tokenizer)
-    while active := [r for r in rollouts if not r.finish]:
-        for start in range(0, len(active), config.rollout_batch):
-            sample_turns(model, tokenizer, active[start:start + config.rollout_batch], config, pick)
-        calls = [(r, call) for r in active if (call := end_turn(tokenizer, r, ends, config))]
-        # A call is a pure function of its code, and rollouts of a problem often agree: once each.
-        codes = list(dict.fromkeys(call.code for r, call in calls if must_run(r, call)))
-        results = dict(zip(codes, tool.run(codes)))
-        for r, call in calls:
-            take_answer(tokenizer, r, observe(r, call, results.get(call.code)), config)
-
-
-def end_turn(tokenizer, r, ends, config):
+def end_turn(agent, r, ends):
     """Record the turn that r has just sampled. Returns its tool call, or None where r ends here."""
-    k = len(r.turns)
-    r.turns.append(tokenizer.decode(r.ids[r.step_id.index(k):], skip_special_tokens=True))
-    call = tools.parse_tool_call(r.turns[-1])
-    if r.ids[-1] not in ends:
+    turn = r.turns[-1]
+    turn.text = agent.tokenizer.decode(turn.ids, skip_special_tokens=True)
+    call = tools.parse_tool_call(turn.text)
+    if turn.ids[-1] not in ends:
         r.finish = "budget"
     elif call is None:
         r.finish = "answer"
-    elif len(r.turns) == config.max_turns:
+    elif len(r.turns) == agent.config.max_turns:
         r.finish = "turns"
-    r.outcomes.append("not_run" if call and r.finish else "")
-    r.silent = r.luck[k] < (config.silent_persist if r.silent else config.silent_rate)
+    if call and r.finish:
+        turn.outcome = "not_run"
     return None if r.finish else call
 
 
-def must_run(r, call):
-    return not call.fault and not r.silent
-
-
-def observe(r, call, result):
-    """What the model is told about its call: the fault of the call, silence, or the `result`."""
-    if call.fault:
-        seen = tools.Observation(call.message, call.fault, 0.0)
-    elif r.silent:
-        seen = tools.Observation(tools.TIMEOUT_TEXT, "timeout", 0.0)
-    else:
-        seen = result
-    note = f"\n(Only the first call of this turn ran; {call.ignored} did not.)"
-    return replace(seen, text=seen.text + note) if call.ignored else seen
-
-
-def take_answer(tokenizer, r, seen, config):
+def take_answer(agent, r, seen):
     """Append what the tool said; a rollout whose budget it does not fit is cut off here."""
-    r.outcomes[-1] = seen.outcome
-    r.answers.append(seen.text)
-    answer = encode_tool_turn(tokenizer, seen.text)
+    turn, ids = r.turns[-1], encode_tool_turn(agent.tokenizer, seen.text)
+    turn.outcome, turn.answer = seen.outcome, seen.text
     if seen.outcome == "sandbox_error":  # tried again and again: the machine's fault
         r.finish = "infrastructure"
-    elif r.response_len + len(answer) >= config.max_response:
+    elif r.response_len + len(ids) >= agent.config.max_response:
         r.finish = "budget"
     else:
-        r.extend(answer, -1)
+        turn.answer_ids = ids
+        r.turns.append(Turn())
 
 
-def grade_rollouts(rollouts, tool, config):
-    """Grade the final turns and set the rewards."""
-    for r in rollouts:
-        verdict = tools.grade(r.problem, r.turns[-1] if r.finish == "answer" else "", tool)
-        r.right, r.reason = verdict.right, verdict.reason
-        r.reward = outcome_reward(r, verdict, config)
-        if r.finish == "infrastructure" or "sandbox_error" in verdict.reason:  # never judged
-            r.finish, r.step_id = "infrastructure", [-1] * len(r.ids)  # nothing to learn from here
+def grade_rollout(r, tool, config):
+    """Set the verdict on the final turn and the reward; what the machine failed is not judged."""
+    verdict = tools.grade(r.problem, r.turns[-1].text if r.finish == "answer" else "", tool)
+    r.right, r.reason = verdict.right, verdict.reason
+    r.reward = outcome_reward(r, verdict, config)
+    if "sandbox_error" in verdict.reason:
+        r.finish = "infrastructure"
 
 
 def outcome_reward(rollout, verdict, config):
@@ -871,222 +881,83 @@ def outcome_reward(rollout, verdict, config):
     else:
         reward = 1.0 if verdict.right else -1.0
     if config.tool_shaping and reward == -1.0:
-        reward += 0.1 * min(sum(o != "" for o in rollout.outcomes), 4)
+        reward += 0.1 * min(sum(turn.outcome != "" for turn in rollout.turns), 4)
     over = rollout.response_len - (config.max_response - config.overlong)
     return reward - (min(max(over / config.overlong, 0.0), 1.0) if config.overlong else 0.0)
-
-
-# --- Rollouts, sooner: each keeps its keys and values from turn to turn ------------------------
-
-
-class Slots:
-    """A KV cache with one row, a slot, for each rollout under way (Qwen3 models).
-
-    HF generate reads the whole conversation again at each turn, and its rows move in lockstep. Here
-    every slot has its own length: a tool's answer is read in where the last turn ended, a finished
-    rollout makes room for the next, and one that waits for its tool takes no part. The forward pass
-    is Qwen3's own on its own weights, with torch's one kernel for RMSNorm in place of six: in small
-    models starting the kernels takes longer than their work.
-    """
-
-    def __init__(self, model, size):
-        check_slots(model)
-        c = model.config
-        # generate()'s trap, here too: dropout and checkpointing belong to training.
-        assert not model.training, "call model.eval() before sampling"
-        self.model, self.device = model, model.device
-        self.seats = [None] * size  # the rollout in each slot
-        self.fed = [0] * size       # how many of its ids the cache holds
-        self.length = 0             # positions to attend to
-        shape = (c.num_hidden_layers, size, 0, c.num_key_value_heads, c.head_dim)
-        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.empty_like(self.keys)
-
-    def reach(self, length):
-        """Attend to `length` positions from now on; make room for them."""
-        self.length = -(-length // 64) * 64  # few different shapes: kinder to the allocator
-        more = max(self.length, self.keys.shape[2] * 3 // 2) - self.keys.shape[2]
-        if self.length > self.keys.shape[2]:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, 0, 0, more))
-                                      for x in (self.keys, self.values))
-
-    def seat(self, queue):
-        """Give free slots to the next rollouts of the queue."""
-        for i, r in enumerate(self.seats):
-            if queue and (r is None or r.finish):
-                self.seats[i], self.fed[i] = queue.popleft(), 0
-
-    def to_front(self, ready):
-        """Exchange slots until those of `ready` come first, so that a batch is a plain slice."""
-        front, n = [r in ready for r in self.seats], len(ready)
-        holes = [i for i in range(n) if not front[i]]
-        strays = [i for i in range(n, len(front)) if front[i]]
-        for i, j in zip(holes, strays):
-            for column in (self.seats, self.fed):
-                column[i], column[j] = column[j], column[i]
-        for x in (self.keys, self.values):
-            x[:, holes + strays] = x[:, strays + holes]
-
-    def catch_up(self, n, budget):
-        """Read what is new in the first n slots, all but the last id: prompts, tool answers."""
-        behind = [i for i in range(n) if self.fed[i] < len(self.seats[i].ids) - 1]
-        news = [self.seats[i].ids[self.fed[i]:-1] for i in behind]
-        for batch in micro_batches([len(ids) for ids in news], budget):
-            rows, ids = [behind[b] for b in batch], pad([news[b] for b in batch], 0, self.device)
-            at = [self.fed[i] for i in rows]
-            self.reach(max(at) + ids.shape[1])
-            # What padding writes lies behind the row's last id; later ids overwrite it unseen.
-            self.read(ids, torch.tensor(at, device=self.device),
-                      torch.tensor(rows, device=self.device))
-
-    def sample(self, n, tokens, pick):
-        """(n, tokens) new ids of the first n slots; what follows an end id has no meaning."""
-        seats = self.seats[:n]
-        last = torch.tensor([r.ids[-1] for r in seats], device=self.device)  # (n,) not read yet
-        at = torch.tensor([len(r.ids) - 1 for r in seats], device=self.device)  # its position
-        noise = torch.tensor(np.stack([r.next_noise(tokens) for r in seats]), device=self.device)
-        self.reach(max(len(r.ids) for r in seats) + tokens)
-        sampled = []
-        for t in range(tokens):  # without waiting for the device
-            hidden = self.read(last[:, None], at + t)  # (n, 1, D)
-            last = pick(self.model.lm_head(hidden[:, 0]), noise[:, t])
-            sampled.append(last)
-        return torch.stack(sampled, 1).tolist()
-
-    @torch.no_grad()
-    def read(self, ids, at, rows=None):
-        """Feed ids to slots; each attends to all that its slot holds before it.
-
-        ids      (R, n), for positions at[r] .. at[r] + n - 1
-        rows     (R,) slots, or None for the first R
-        returns  (R, n, D) last hidden states
-        """
-        core, (R, n), L = self.model.model, ids.shape, self.length
-        where = at[:, None] + torch.arange(n, device=ids.device)  # (R, n)
-        into = (torch.arange(R, device=ids.device) if rows is None else rows)[:, None], where
-        held = (slice(R) if rows is None else rows, slice(L))
-        x = core.embed_tokens(ids)
-        cos, sin = (part[:, :, None] for part in core.rotary_emb(x, where))  # (R, n, 1, head_dim)
-        seen = torch.arange(L, device=ids.device) <= where[:, :, None]  # (R, n, L)
-        heads = self.model.config.num_attention_heads // self.keys.shape[3]
-        seen = seen.repeat_interleave(heads, 1)[:, None]  # (R, 1, n * heads of a group, L)
-        for layer, keys, values in zip(core.layers, self.keys, self.values):
-            a, h = layer.self_attn, rms_norm(x, layer.input_layernorm)
-            q, k, v = (part(h).unflatten(-1, (-1, a.head_dim)) for part in
-                       (a.q_proj, a.k_proj, a.v_proj))  # (R, n, heads, head_dim)
-            keys[into], values[into] = rotate(rms_norm(k, a.k_norm), cos, sin), v
-            q = rotate(rms_norm(q, a.q_norm), cos, sin)
-            # Query heads that share a key head are put side by side, as if they were positions.
-            q = q.unflatten(2, (-1, heads)).transpose(1, 2).flatten(2, 3)  # (R, kv, n * heads, .)
-            mixed = F.scaled_dot_product_attention(q, keys[held].transpose(1, 2),
-                                                   values[held].transpose(1, 2), attn_mask=seen)
-            x = x + a.o_proj(mixed.unflatten(2, (n, heads)).transpose(1, 2).flatten(2))
-            x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm))
-        return rms_norm(x, core.norm)
-
-
-def check_slots(model):
-    c = model.config
-    if c.model_type != "qwen3" or set(c.layer_types) != {"full_attention"}:
-        raise ValueError(f"rollout_engine slots knows Qwen3 models with full attention, and "
-                         f"this is a {c.model_type} model; use --rollout_engine generate")
-
-
-def rms_norm(x, norm):
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding of (R, n, heads, head_dim)."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
-
-CALLS_AT_ONCE = 32  # threads that wait for tools
-
-
-def sample_by_slots(model, tokenizer, rollouts, tool, config, pick):
-    """The fast engine: a kept KV cache (Slots), and nobody waits for another one's tool.
-
-    A call runs while the others sample `look` tokens; then its answer is read. Where it takes more
-    than `tool_wait` seconds longer, the others go on without it. The rollouts are those of
-    sample_by_generate, token for token, up to the rounding of sums. While tool_wait is longer than
-    any program, they are also the same bit by bit each time; else the clock decides who is sampled
-    beside whom, and so the rounding.
-    """
-    ends, queue = end_ids(model, tokenizer), deque(rollouts)
-    slots = Slots(model, min(config.rollout_batch, len(rollouts)))
-    called, late, runs = {}, {}, {}  # Rollout -> (call, Future) twice, code -> Future
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
-        while not all(r.finish for r in rollouts):
-            slots.seat(queue)
-            ready = {r for r in slots.seats if r and not r.finish} - called.keys() - late.keys()
-            slots.to_front(ready)
-            over = sample_a_look(slots, len(ready), ends, config, pick)
-            wait_for_tools(called, late, ready, config)
-            late |= called
-            for r in [r for r, (_, run) in late.items() if run is None or run.done()]:
-                call, run = late.pop(r)
-                take_answer(tokenizer, r, observe(r, call, run and run.result()), config)
-            called = {}
-            for r in over:
-                if call := end_turn(tokenizer, r, ends, config):
-                    if must_run(r, call) and (call.code not in runs or gave_out(runs[call.code])):
-                        runs[call.code] = pool.submit(lambda code: tool.run([code])[0], call.code)
-                    called[r] = call, runs[call.code] if must_run(r, call) else None
-
-
-def gave_out(run):
-    """Equal programs run once, but nobody inherits a time-out or a fault of the machine."""
-    return run.done() and run.result().outcome in ("timeout", "sandbox_error")
-
-
-def sample_a_look(slots, n, ends, config, pick):
-    """Sample `look` tokens in the first n slots; the rollouts whose turn is over."""
-    if not n:
-        return []
-    slots.catch_up(n, config.micro_batch_tokens)
-    for i, (r, ids) in enumerate(zip(slots.seats, slots.sample(n, config.look, pick))):
-        ids = up_to_end(ids, ends)[:config.max_response - r.response_len]
-        r.extend(ids, len(r.turns))
-        slots.fed[i] = len(r.ids) - 1
-    return [r for r in slots.seats[:n] if turn_is_over(r, ends, config)]
-
-
-def wait_for_tools(called, late, ready, config):
-    """Wait for the calls of the last look; for any call where nothing else is left to do."""
-    runs = [run for _, run in called.values() if run]
-    if runs:
-        wait(runs, config.tool_wait)
-    elif not ready and not called:
-        wait([run for _, run in late.values()], return_when=FIRST_COMPLETED)
-
-
-ENGINES = {"slots": sample_by_slots, "generate": sample_by_generate}
 
 
 # --- Scoring: log-probabilities of exactly the ids that were sampled ---------------------------
 
 
-def micro_batches(lengths, budget):
-    """Cut rows into batches of at most `budget` padded tokens, rows of like length together.
+@dataclass
+class Batch:
+    """Rollouts as tensors on the training device, padded on the right: (B, T) unless said."""
+    rollouts: list[Rollout]
+    lengths: list[int]    # tokens of each
+    ids: torch.Tensor
+    step_id: torch.Tensor      # k for a token sampled in step k, else -1
+    failed: torch.Tensor       # (B, K) bool: the call of step k failed
+    reward: torch.Tensor       # (B,) nan where the machine failed the rollout
+    logp_s: torch.Tensor = None      # the old policy, nats
+    entropy_s: torch.Tensor = None   # nats
+    logp_t: torch.Tensor = None      # the teacher, nats; None in methods without one
+    entropy_t: torch.Tensor = None   # nats
+    d: torch.Tensor = None           # (B, K) Eq. 6, nats/token
+    w: torch.Tensor = None           # (B, K) Eq. 7
+    A: torch.Tensor = None           # (B,) within its group
+    advantages: torch.Tensor = None  # A_it; None for demonstrations
 
-    A row that is longer than the budget is a batch of its own.
+    def rows(self, chosen):
+        """The Batch of some rows, cut to the longest of them: (n, t)."""
+        lengths = [self.lengths[i] for i in chosen]
+
+        def cut(x):
+            if not isinstance(x, torch.Tensor):
+                return x
+            return x[chosen, :max(lengths)] if x.shape == self.ids.shape else x[chosen]
+        tensors = {f.name: cut(getattr(self, f.name)) for f in fields(self)}
+        return Batch(**{**tensors, "rollouts": [self.rollouts[i] for i in chosen],
+                        "lengths": lengths})
+
+
+def collate(rollouts, device, prompts=None):
+    """Rollouts as a Batch, after other prompts than their own where these are given.
+
+    A rollout that the machine failed has no tokens of the student's: nothing is learnt from it.
     """
-    order, batch = sorted(range(len(lengths)), key=lambda i: lengths[i]), []
-    for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    prompts = prompts or [r.prompt for r in rollouts]
+    ids, step_ids = [], []
+    for r, prompt in zip(rollouts, prompts):
+        response = r.step_id[len(r.prompt):]
+        marks = [-1] * len(response) if r.finish == "infrastructure" else response
+        ids.append(prompt + r.ids[len(r.prompt):])
+        step_ids.append([-1] * len(prompt) + marks)
+    rewards = [math.nan if r.finish == "infrastructure" else r.reward for r in rollouts]
+    return Batch(rollouts, [len(row) for row in ids], pad(ids, 0, device),
+                 pad(step_ids, -1, device), pad([[t.failed for t in r.turns] for r in rollouts],
+                                                False, device), torch.tensor(rewards).to(device))
 
 
 def pad(rows, value, device):
-    """Lists or 1-D tensors of unequal length -> (B, T), padded on the right."""
-    rows = [torch.as_tensor(row) for row in rows]
+    """Lists of unequal length -> (B, T), padded on the right."""
+    rows = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, True, value).to(device)
+
+
+def micro_batches(lengths, budget):
+    """Cut rows into batches of at most `budget` padded tokens, rows of like length together.
+
+    A row that is longer than the budget is a batch of its own. A budget of 0 means 65,536, beyond
+    which nothing is gained.
+    """
+    order, rows = sorted(range(len(lengths)), key=lambda i: lengths[i]), []
+    for i in order:
+        if rows and (len(rows) + 1) * lengths[i] > (budget or 2**16):
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
 
 
 def hidden_states(model, ids):
@@ -1095,401 +966,212 @@ def hidden_states(model, ids):
 
 
 def sampled_hidden(model, ids, step_id):
-    """The hidden states from which the student's tokens were, or might have been, predicted.
+    """The hidden states from which the N sampled tokens were, or might have been, predicted.
 
-    ids      (B, T)
-    step_id  (B, T) on the CPU, where finding the tokens makes no one wait for a GPU
-    returns  (N, D) for the N tokens with step_id >= 0, row by row, and their places in (B, T).
-             Prompts and tool answers are read, but never multiplied with the vocabulary
+    ids, step_id  (B, T)
+    returns       (N, D), row by row. Prompts and tool answers are read, but never multiplied with
+                  the vocabulary
     """
-    hidden = hidden_states(model, ids)  # (B, T, D)
-    rows, columns = (x.to(ids.device) for x in (step_id[:, 1:] >= 0).nonzero(as_tuple=True))
-    at = rows * ids.shape[1] + columns  # position t predicts token t+1
-    return hidden.flatten(0, 1).index_select(0, at), (rows, columns + 1)
+    hidden = hidden_states(model, ids).flatten(0, 1)  # (B * T, D)
+    predicts = F.pad(step_id[:, 1:] >= 0, (0, 1))     # (B, T): position t predicts token t+1
+    return hidden.index_select(0, predicts.flatten().nonzero()[:, 0])
 
 
-def sampled_logprobs(model, ids, step_id, temperature, entropy=False):
-    """(B, T) log-probability of each sampled token given all before it; 0 for every other token.
-
-    With entropy=True also the (B, T) entropy of the distributions they were drawn from, nats.
-    """
-    hidden, places = sampled_hidden(model, ids, step_id)
-    found = token_logprobs(hidden, model.get_output_embeddings().weight, ids[places], temperature,
-                           entropy)
-    return tuple(spread(x, places, ids) for x in found) if entropy else spread(found, places, ids)
+def head(model):
+    """(V, D) output matrix."""
+    return model.get_output_embeddings().weight
 
 
-def spread(values, places, like):
-    """(N,) values at their places in a (B, T) of zeros."""
-    return values.new_zeros(like.shape).index_put(places, values)
+def spread(values, mask):
+    """(N,) values at the N places of a (B, T) mask, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
+def sampled_logprobs(model, ids, step_id, temperature):
+    """(B, T) log-probability of each sampled token given all before it, and (B, T) entropy of the
+    distribution it was drawn from, without gradient; nats, 0 for every other token."""
+    mask = step_id >= 0
+    logp, entropy = token_logprobs(sampled_hidden(model, ids, step_id), head(model), ids[mask],
+                                   temperature, entropy=True)
+    return spread(logp, mask), spread(entropy, mask)
+
+
+@phase("micro_batch_tokens", lambda model, batch: (batch.ids.shape[1], batch.ids.numel()))
 @torch.no_grad()
-def score(model, rollouts, config, prompts=None):
+def score(agent, model, batch):
     """Log-probability and entropy of each sampled token, on the ids that were sampled.
 
-    prompts  prompt ids of each rollout where the scorer sees another prompt than the student
-    returns  (B, T) logp and (B, T) entropy in nats, on the CPU, aligned with the student's ids
+    returns  (B, T) and (B, T), nats, 0 for every other token
     """
-    width = max(len(r.ids) for r in rollouts)
-    logp, entropy = torch.zeros(len(rollouts), width), torch.zeros(len(rollouts), width)
-    rows, marks = as_seen(rollouts, prompts)
-    for batch in micro_batches([len(row) for row in rows], config.micro_batch_tokens):
-        ids = pad([rows[i] for i in batch], 0, model.device)
-        step_id = pad([marks[i] for i in batch], -1, "cpu")
-        found = sampled_logprobs(model, ids, step_id, config.temperature, entropy=True)
-        for i, *row in zip(batch, *(x.float().cpu() for x in found)):
-            r, response = rollouts[i], slice(len(rows[i]) - rollouts[i].response_len, len(rows[i]))
-            logp[i, r.prompt_len:len(r.ids)] = row[0][response]
-            entropy[i, r.prompt_len:len(r.ids)] = row[1][response]
+    logp, entropy = (torch.zeros(batch.ids.shape, device=batch.ids.device) for _ in range(2))
+    for rows in micro_batches(batch.lengths, agent.config.micro_batch_tokens):
+        part = batch.rows(rows)
+        width = part.ids.shape[1]
+        logp[rows, :width], entropy[rows, :width] = sampled_logprobs(
+            model, part.ids, part.step_id, agent.config.temperature)
     return logp, entropy
 
 
-def as_seen(rollouts, prompts=None):
-    """ids and step ids of each rollout, after other prompts than its own where these are given."""
-    if prompts is None:
-        return [r.ids for r in rollouts], [r.step_id for r in rollouts]
-    return ([p + r.ids[r.prompt_len:] for p, r in zip(prompts, rollouts)],
-            [[-1] * len(p) + r.step_id[r.prompt_len:] for p, r in zip(prompts, rollouts)])
+def score_by_teacher(agent, batch):
+    """The teacher's log-probabilities and entropies: (B, T) and (B, T), where the student's are."""
+    seen = as_teacher_sees(agent, batch)
+    with visiting(agent.teacher, batch.ids.device):
+        scores = score(agent, agent.teacher, seen)
+    # Sampled tokens come in the same order in both, whatever prompt stands before them.
+    return [spread(x[seen.step_id >= 0], batch.step_id >= 0) for x in scores]
 
 
-@dataclass
-class Scored:
-    """A batch of rollouts with everything the update needs; (B, T) unless said otherwise."""
-    rollouts: list[Rollout]
-    step_id: torch.Tensor     # k or -1
-    failed: torch.Tensor      # (B, K) bool: the call of step k failed
-    A: torch.Tensor           # (B,)
-    logp_t: torch.Tensor      # the teacher, nats; equal to logp_s where there is none
-    entropy_t: torch.Tensor   # nats
-    logp_s: torch.Tensor      # the old policy, nats
-    entropy_s: torch.Tensor   # nats
-    d: torch.Tensor           # (B, K) nats/token
-    w: torch.Tensor           # (B, K)
-    advantages: torch.Tensor  # A_it
-    fresh: bool               # the old policy is still the student: its update fills in the rest
-
-
-def valid_rows(rollouts):
-    """(B,) bool: False where the machine failed the rollout."""
-    return torch.tensor([r.finish != "infrastructure" for r in rollouts])
-
-
-def score_batch(agent, rollouts, config):
-    """Lines 3 to 6 of README's method: log-probabilities, A, d, w and the token advantages."""
-    valid = valid_rows(rollouts)
-    if not valid.any():
-        raise ValueError("the sandbox failed a program of every rollout of this step, four times "
-                         "each; see what this machine lacks (processes, memory), then resume")
-    step_id = pad([r.step_id for r in rollouts], -1, "cpu")  # (B, T)
-    failed = pad([[o not in FINE for o in r.outcomes] for r in rollouts], False, "cpu")  # (B, K)
-    A = group_advantages(torch.tensor([r.reward for r in rollouts]), config.group_size, valid)
-    # With one update a batch, that update's own forward pass is the old policy's: no second one.
-    # Weights that are relative to the batch's mean must know all of the batch before.
-    fresh = config.updates_per_step == 1 and config.weights not in BATCHWIDE
-    logp_s, entropy_s = (torch.zeros(step_id.shape) for _ in range(2)) if fresh else score(
-        agent.student, rollouts, config)
-    logp_t, entropy_t = logp_s, entropy_s
-    if METHODS[config.method].view:
-        with visiting(agent.teacher, agent.student.device, config.offload != "none"):
-            logp_t, entropy_t = score(agent.teacher, rollouts, config,
-                                      teacher_prompts(agent, rollouts))
-    empty = (torch.zeros(shape) for shape in (failed.shape, failed.shape, step_id.shape))
-    scored = Scored(rollouts, step_id, failed, A, logp_t, entropy_t, logp_s, entropy_s,
-                    *empty, fresh)
-    if not fresh:
-        weigh(scored, slice(None), config)
-    return scored
-
-
-def weigh(scored, at, config):
-    """Lines 5 and 6 of README's method on some rows: divergence, weights, token advantages."""
-    method, step_id = METHODS[config.method], scored.step_id[at]
-    logp_s, logp_t = scored.logp_s[at], scored.logp_t[at]
-    d = step_divergence(logp_s, logp_t, step_id, scored.d.shape[1])
-    scheme = config.weights if method.weights == "sod" else "uniform"
-    w = WEIGHTS[scheme](d, scored.failed[at], step_tokens(step_id, d.shape[1]), config)
-    coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
-    scored.d[at], scored.w[at] = d, w
-    scored.advantages[at] = token_advantages(config.method, scored.A[at], logp_s, logp_t, step_id,
-                                             w, coef)
+def as_teacher_sees(agent, batch):
+    """The same rollouts after the teacher's prompt: the student's own, or one that tells more."""
+    view = METHODS[agent.config.method].view
+    if view == "teacher":
+        return batch
+    prompts = [encode_prompt(agent.tokenizer, r.problem, agent.config.system, view)
+               for r in batch.rollouts]
+    return collate(batch.rollouts, batch.ids.device, prompts)
 
 
 @contextmanager
-def visiting(model, device, wanted=True):
-    """The model on `device` for a while, where it is `wanted` there, then back home."""
+def visiting(model, device):
+    """The model on `device` for a while, and then back home (option offload)."""
     home = model.device
-    if wanted:
-        model.to(device)
+    model.to(device)
     try:
         yield
     finally:
         model.to(home)
 
 
-def teacher_prompts(agent, rollouts):
-    """The prompt as the scorer sees it: the student's own, or one with privileged text."""
-    view = METHODS[agent.config.method].view
-    if view == "teacher":
-        return None
-    return [encode_prompt(agent.tokenizer, r.problem, agent.config.system, view) for r in rollouts]
-
-
 # --- Update -----------------------------------------------------------------------------------
 
 
 class Optimizer:
-    """AdamW on fp32 weights, whatever the model computes in.
+    """AdamW on fp32 masters, whatever the model computes in.
 
-    At lr 1e-6 a step is far below the spacing of bf16 numbers (2^-8 of the weight), so a bf16
-    weight that is updated in place never moves. A weight is therefore fp32, in two halves: the
-    bf16 number that the model computes with, and in `low` the 16 bits that rounding took off. With
-    the gradient and both moments in fp32 that is 16 bytes a parameter, and no bit less exact than
-    AdamW on an fp32 model. With offload "all", 10 of the 16 lie in the CPU's memory and come over
-    one piece after the other.
+    At lr 1e-6 an update is far below the spacing of bf16 numbers (2^-8 of the weight), so a bf16
+    weight that is updated in place never moves. So each has a master in fp32, and the gradients
+    of micro-batches add up in fp32 too, each freed as soon as it is added. In fp32 a weight is
+    its own master. With offload "all", masters, moments and gradients lie in the CPU's memory.
     """
 
-    def __init__(self, model, lr, config):
-        self.lr, self.taken, self.config = lr, 0, config
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, model, learning_rate, config):
+        self.learning_rate = learning_rate  # function of the number of the update, 1 and up
+        self.updates, self.grad_clip = 0, config.grad_clip
         place = torch.device("cpu") if config.offload == "all" else model.device
-        zeros = lambda dtype: [torch.zeros_like(p, dtype=dtype, device=place) for p in self.weights]
-        self.m, self.v = zeros(torch.float32), zeros(torch.float32)
-        self.low = zeros(torch.int16)
-        for i, p in enumerate(self.weights):
-            if p.dtype == torch.float32:
-                self.low[i] = None
-            p.register_post_accumulate_grad_hook(partial(self._collect, i))
-        self.clear()
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 and p.device == place else
+                        p.detach().to(place, torch.float32) for p in self.weights]
+        self.adamw = torch.optim.AdamW(self.masters, betas=(config.beta1, config.beta2),
+                                       weight_decay=config.weight_decay)
+        self.hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, master))
+                      for p, master in self.apart()]
 
-    def clear(self):
-        """Forget the gradient."""
-        self.grads = [None] * len(self.weights)
+    def apart(self):
+        """(weight, master) where these are two tensors."""
+        return [(p, master) for p, master in zip(self.weights, self.masters) if p is not master]
 
-    def _collect(self, i, p):
-        """Add p.grad to the fp32 sum over micro-batches, and free it."""
-        if self.grads[i] is None:
-            self.grads[i] = p.grad.float()
-        else:
-            self.grads[i] += p.grad
+    def detach(self):
+        """Come off the model, which then may have another optimiser."""
+        for hook in self.hooks:
+            hook.remove()
+
+    @staticmethod
+    def _collect(master, p):
+        """Add the gradient of a micro-batch to the master's, in fp32, and free it."""
+        grad = p.grad.to(master.device, torch.float32)
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
         p.grad = None
 
     @torch.no_grad()
-    def step(self, scale=1.0):
-        """Take one step with `scale` * lr; returns the gradient's norm before clipping.
+    def step(self, loss):
+        """Move the weights once; returns the norm of the gradient before clipping.
 
-        A step whose norm is not finite is not taken.
+        Where the loss or the norm is not finite the weights stay, and nan or inf comes back.
         """
-        norm = float(torch.stack([g.norm() for g in self.grads if g is not None]).norm())
+        norm = math.nan
+        if math.isfinite(loss):
+            norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.grad_clip))
         if math.isfinite(norm):
-            self.taken += 1
-            shrink = min(1.0, self.config.grad_clip / (norm + 1e-6))
-            for p, grad, *state in zip(self.weights, self.grads, self.low, self.m, self.v):
-                for start in range(0, p.numel() if grad is not None else 0, PIECE):
-                    piece = lambda x: None if x is None else x.view(-1)[start:start + PIECE]
-                    self._adamw(piece(p), piece(grad), map(piece, state), scale * self.lr, shrink)
-        self.clear()
+            self.updates += 1
+            for group in self.adamw.param_groups:
+                group["lr"] = self.learning_rate(self.updates)
+            self.adamw.step()
+            for p, master in self.apart():
+                p.copy_(master)
+        self.adamw.zero_grad()
         return norm
-
-    def _adamw(self, p, grad, state, lr, shrink):
-        """AdamW on one piece: flat views, changed in place."""
-        c, t, g = self.config, self.taken, grad.mul_(shrink)
-        state = list(state)
-        low, m, v = (None if x is None else x.to(p.device) for x in state)  # offload "all": copies
-        w = p if low is None else join(p, low)
-        m.lerp_(g, 1 - c.beta1)
-        v.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
-        size = (v.sqrt() / math.sqrt(1 - c.beta2 ** t)).add_(1e-8)
-        w.mul_(1 - lr * c.weight_decay).addcdiv_(m, size, value=-lr / (1 - c.beta1 ** t))
-        if low is not None:
-            split(w, p, low)
-        for x, new in zip(state, (low, m, v)):
-            if x is not new:
-                x.copy_(new)
 
     def state_dict(self):
         """What to keep beside the model's own weights."""
-        return {"taken": self.taken, "low": self.low, "m": self.m, "v": self.v}
+        return {"updates": self.updates, "adamw": self.adamw.state_dict(),
+                "masters": [master for _, master in self.apart()]}
 
+    @torch.no_grad()
     def load_state_dict(self, state):
-        self.taken = state["taken"]
-        for mine, theirs in ((self.low, state["low"]), (self.m, state["m"]), (self.v, state["v"])):
-            for x, y in zip(mine, theirs, strict=True):
-                if x is not None:
-                    x.copy_(y)
-        self.clear()
+        self.updates = state["updates"]
+        self.adamw.load_state_dict(state["adamw"])
+        for (_, mine), theirs in zip(self.apart(), state["masters"], strict=True):
+            mine.copy_(theirs)
 
 
-PIECE = 2 ** 24  # weights at a time: an fp32 copy of a whole embedding would take 1.2 GiB
+def make_optimizer(agent, total):
+    """The optimiser of a run, with its learning rate: constant, or sft's cosine over `total`."""
+    config = agent.config
+    constant = lambda n: config.lr * min(1.0, n / max(config.warmup, 1))
+    cosine = lambda n: config.sft_lr * cosine_scale(n, total)
+    return Optimizer(agent.student, cosine if config.method == "sft" else constant, config)
 
 
-def join(p, low):
-    """bf16 weights and the bits they lost -> the fp32 weights, exactly."""
-    return ((p.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+def cosine_scale(n, total):
+    """Share of the learning rate in update n of `total`: 10% warm-up, then down, never to 0."""
+    warm = max(0.1 * total, 1)
+    return min(n / warm, 0.5 + 0.5 * math.cos(math.pi * max(n - warm, 0) / (total - warm + 1)))
 
 
-def split(w, p, low):
-    """fp32 weights -> the nearest bf16 into p, and what it lacks, -32768..32767, into low."""
-    bits = w.view(torch.int32)
-    nearest = (bits + 2 ** 15) >> 16
-    p.view(torch.int16).copy_(nearest)
-    low.copy_(bits - (nearest << 16))
+@phase("micro_batch_tokens", lambda batch: (batch.ids.shape[1], batch.ids.numel()))
+def backpropagate(agent, batch):
+    """Leave the gradient of some rollouts with the optimiser.
 
-
-def update(agent, scored, rows, config):
-    """One optimiser step on some rollouts of a batch: (norm, loss, share of clipped tokens)."""
-    lengths = [len(scored.rollouts[i].ids) for i in rows]
-    num_tokens = int((scored.step_id[rows] >= 0).sum())
+    returns  their loss and their share of clipped tokens
+    """
+    config, student = agent.config, agent.student
+    num_tokens = int((batch.step_id >= 0).sum())
     if not num_tokens:  # the machine failed all of them
-        return 0.0, 0.0, 0.0
-    loss, clipped = surviving(agent, config, "micro_batch_tokens", lengths,
-                              lambda c: gradient(agent, scored, rows, lengths, num_tokens, c))
-    scale = min(1.0, (agent.optimizer.taken + 1) / max(config.warmup, 1))
-    return take_step(agent, loss, scale), loss, clipped / num_tokens
-
-
-def gradient(agent, scored, rows, lengths, num_tokens, config):
-    """Leave the gradient of some rollouts with the optimiser; (loss, number of clipped tokens)."""
-    totals = torch.zeros(2, device=agent.student.device)  # read once: each read waits for the GPU
-    for batch in micro_batches(lengths, config.micro_batch_tokens):
-        loss, clipped = batch_loss(agent, scored, [rows[i] for i in batch], num_tokens, config)
+        return 0.0, 0.0
+    totals = torch.zeros(2, device=student.device)  # read once: each read waits for the GPU
+    for rows in micro_batches(batch.lengths, config.micro_batch_tokens):
+        part = batch.rows(rows)
+        mask = part.step_id >= 0  # (B, T), with N tokens
+        hidden = sampled_hidden(student, part.ids, part.step_id)  # (N, D)
+        logp = spread(token_logprobs(hidden, head(student), part.ids[mask], config.temperature),
+                      mask)
+        if part.advantages is None:  # demonstrations: cross-entropy
+            loss, clipped = -logp.sum() / num_tokens, torch.zeros(())
+        else:
+            loss = policy_loss(logp, part.logp_s, part.advantages, mask, config.clip_low,
+                               config.clip_high, config.clip_dual, num_tokens)
+            clipped = count_clipped(logp.detach(), part.logp_s, mask, config) / num_tokens
+        if part.advantages is not None and config.kl == "full":
+            w = part.w.gather(1, part.step_id.clamp(min=0))[mask]  # (N,) of each token's step
+            loss = loss + config.opd_coef * (w * full_kl(agent, part, hidden)).sum() / num_tokens
         loss.backward()
-        totals += torch.stack([loss.detach(), clipped])
+        totals += torch.stack([loss.detach(), clipped.to(totals.device)])
     return totals.tolist()
 
 
-def take_step(agent, loss, scale):
-    """Move the weights, unless loss or gradient is not finite; the norm, nan if it was the loss."""
-    if math.isfinite(loss):
-        return agent.optimizer.step(scale)
-    agent.optimizer.clear()
-    return math.nan
+def count_clipped(logp, logp_old, mask, config):
+    """How many tokens have a ratio outside the clip range."""
+    ratio = torch.where(mask, logp - logp_old, 0.0).exp()
+    return ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum()
 
 
-def batch_loss(agent, scored, at, num_tokens, config):
-    """Loss of the rows `at`, as their share of the step's, and their number of clipped tokens."""
-    device, width = agent.student.device, max(len(scored.rollouts[i].ids) for i in at)
-    ids = pad([scored.rollouts[i].ids for i in at], 0, device)
-    step_id = scored.step_id[at, :width]
-    hidden, places = sampled_hidden(agent.student, ids, step_id)  # (N, D)
-    head = agent.student.get_output_embeddings().weight
-    logp = token_logprobs(hidden, head, ids[places], config.temperature, entropy=scored.fresh)
-    if scored.fresh:
-        logp, entropy = logp
-        scored.logp_s[at, :width] = spread(logp.detach(), places, ids).cpu()
-        scored.entropy_s[at, :width] = spread(entropy, places, ids).cpu()
-        weigh(scored, at, config)
-    logp = spread(logp, places, ids)  # (B, T)
-    old, advantages = (x[at, :width].to(device) for x in (scored.logp_s, scored.advantages))
-    mask = step_id.to(device) >= 0
-    loss = policy_loss(logp, old, advantages, mask, config.clip_low, config.clip_high,
-                       config.clip_dual, num_tokens)
-    if config.kl == "full" and METHODS[config.method].view:
-        kl = full_kl(agent, [scored.rollouts[i] for i in at], hidden, config)  # (N,)
-        w = scored.w[at].to(device)[places[0], step_id.to(device)[places]]  # of each token's step
-        loss = loss + config.opd_coef * (w * kl).sum() / max(num_tokens, 1)
-    ratio = torch.where(mask, logp.detach() - old, 0.0).exp()
-    return loss, ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum()
-
-
-def full_kl(agent, rollouts, hidden, config):
+def full_kl(agent, batch, hidden):
     """Exact KL(student || teacher) where each sampled token was drawn: (N,) nats (kl="full")."""
-    rows, marks = as_seen(rollouts, teacher_prompts(agent, rollouts))
+    seen = as_teacher_sees(agent, batch)
     with torch.no_grad():
-        seen, _ = sampled_hidden(agent.teacher, pad(rows, 0, agent.teacher.device),
-                                 pad(marks, -1, "cpu"))
-    head_s, head_t = (m.get_output_embeddings().weight.to(hidden.device)
-                      for m in (agent.student, agent.teacher))
-    return reverse_kl(hidden, head_s, seen.to(hidden.device), head_t, config.temperature)
-
-
-# --- Steps that survive -----------------------------------------------------------------------
-
-SMALLEST = ("out of memory with one rollout at a time; lower --max_response, and try "
-            "--gradient_checkpointing true, --offload all or --rollout_engine generate")
-
-
-def surviving(agent, config, option, lengths, work):
-    """work(config); where memory runs out, again with half of an option, until it suffices.
-
-    option   rollout_batch or micro_batch_tokens: how much is worked on side by side
-    lengths  what each rollout takes of it; one at a time is the least there is
-
-    It is the same step again, with the same samples and, up to the rounding of sums, the same
-    gradient: no weight has moved, and every random number belongs to its rollout. The new size is
-    kept for the rest of the run.
-    """
-    while True:
-        smaller = replace(config, **agent.smaller)
-        try:
-            return work(smaller)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        # Behind the except: its traceback, which held on to every tensor of the attempt, is gone.
-        forget_gradient(agent)
-        size = min(getattr(smaller, option), max(lengths) * len(lengths))
-        if size <= max(lengths):
-            raise ValueError(SMALLEST)
-        agent.smaller[option] = max(size // 2, max(lengths))
-        agent.shortages += 1
-
-
-def out_of_memory(error):
-    """Is it this error? Every device, and each library on it, says so in its own way."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
-
-
-def forget_gradient(agent):
-    for p in agent.student.parameters():
-        p.grad = None
-    if agent.optimizer:
-        agent.optimizer.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def fault_of_scores(scored):
-    """Where a log-probability is not finite, in a sentence; "" if all of them are."""
-    for name, logp in (("student", scored.logp_s), ("teacher", scored.logp_t)):
-        bad = ((scored.step_id >= 0) & ~logp.isfinite()).nonzero().tolist()
-        if bad:
-            i, t = bad[0]
-            return (f"the {name}'s log-probability of token {t} of rollout {i} (its turn "
-                    f"{int(scored.step_id[i, t]) + 1}) is {float(logp[i, t])}, as of {len(bad)} "
-                    f"tokens in all; {REMEDIES[name]}")
-    return ""
-
-
-def fault_of_updates(updates):
-    """The same of (norm, loss, ...) of optimiser steps."""
-    for norm, loss, *_ in updates:
-        for name, value in (("loss", loss), ("norm of the gradient", norm)):
-            if not math.isfinite(value):
-                return f"the {name} is {value}; {REMEDIES['update']}"
-    return ""
-
-
-REMEDIES = {
-    "student": "its weights are broken: begin anew with a lower --lr",
-    "teacher": "it gives no chance to a token that was sampled, or its weights do not suit --dtype",
-    "update": "lower --lr, or try --dtype float32",
-}
-NOT_TAKEN = (math.nan,) * 3  # what update() would have returned
-
-
-def judge(agent, fault, **batch):
-    """Count the steps in a row that could not be taken; keep the newest one's batch for study."""
-    agent.refused = agent.refused + 1 if fault else 0
-    agent.aside = {"fault": fault, **batch} if fault else None
-
-
-def stop_if_refused(agent, config):
-    if agent.refused >= config.max_refused:
-        raise ValueError(f"{agent.refused} steps in a row could not be taken; in the last one "
-                         f"{agent.aside['fault']}")
+        hidden_t = sampled_hidden(agent.teacher, seen.ids, seen.step_id)
+    return reverse_kl(hidden, head(agent.student), hidden_t, head(agent.teacher),
+                      agent.config.temperature)
 
 
 # --- Training ---------------------------------------------------------------------------------
@@ -1497,234 +1179,200 @@ def stop_if_refused(agent, config):
 
 @dataclass
 class Agent:
-    """Everything a run holds on to."""
+    """A run in memory: models, tool, data, and how far it has come."""
     config: Config
-    student: torch.nn.Module | None  # None until its weights are loaded
+    student: torch.nn.Module | None
     teacher: torch.nn.Module | None  # frozen; None where the method has none
     tokenizer: object
-    tool: object                     # run(codes) -> observations
-    practice: tuple = ([], 0)        # (problems or demonstrations as ids, how many were too long)
-    notes: list = field(default_factory=list)  # what preflight found, as lines
-    predicted: int = 0               # bytes at the peak of the memory plan
-    before: int = 0                  # bytes taken before anything was loaded
-    history: list = field(default_factory=list)  # the numbers of each step, for the health line
-    told: dict = field(default_factory=dict)     # what it has said, and when
+    tool: object                     # submit(call, place) -> Future of an Observation; run
+    practice: list = field(default_factory=list)  # (Problem, prompt ids), or sft's Rollouts
     optimizer: Optimizer | None = None
-    scored: Scored | None = None     # the newest batch, for files and eyes
-    step: int = 0                    # steps done: where a resumed run goes on
-    saved: int = 0                   # the step of the newest save
-    settled: bool = True             # the weights are those after `step` steps, and files say so
-    stop: int = 0                    # number of the signal that asked this run to stop
-    smaller: dict = field(default_factory=dict)  # options lowered where memory ran out
-    shortages: int = 0               # how often it did
-    refused: int = 0                 # steps in a row that could not be taken
-    aside: dict | None = None        # why the newest one could not, and its batch
+    iteration: int = 0               # iterations done: where a resumed run goes on
+    halvings: int = 0                # how often memory ran out
+    seconds: Counter = field(default_factory=Counter)  # of each phase, since they were last read
 
 
-def train(config, agent=None):
-    """Train the student with any method of METHODS, or imitate demonstrations (sft).
+def train(agent):
+    """Train the student with any method of METHODS.
 
-    A generator: yields one dict of numbers a step (README, Metrics to watch). Printing, files
-    and evaluation live outside. Without `agent` it loads what `config` names; an agent that has
-    done some steps goes on after them.
+    A generator: yields (numbers, Batch) of each iteration, for sft (numbers, None). Printing,
+    files and evaluation live outside. An agent that has done some iterations goes on after them.
     """
-    if agent is None:
-        agent = load_agent(config)
-        config = agent.config  # with the sizes that were left to the memory plan
-    if config.method == "sft":
-        yield from imitate(agent, config)
-    elif config.method != "vanilla":
-        yield from distil(agent, config)
+    if agent.config.method == "sft":
+        yield from imitate(agent)
+    elif agent.config.method != "vanilla":
+        yield from distil(agent)
 
 
-def new_optimizer(agent, config):
-    return Optimizer(agent.student, config.sft_lr if config.method == "sft" else config.lr, config)
-
-
-def distil(agent, config):
+def distil(agent):
     """Algorithm 1: sample, reward, score, weigh, update."""
-    prompts, skipped = agent.practice
-    agent.optimizer = agent.optimizer or new_optimizer(agent, config)
-    for step in range(agent.step + 1, config.steps + 1):
-        clock = [time.perf_counter()]
-        seed_dropout(config, step)
-        chosen = [p for p in draw(prompts, config.seed, (step - 1) * config.prompts_per_step,
-                                  config.prompts_per_step) for _ in range(config.group_size)]
-        agent.student.eval()
-        rollouts = surviving(
-            agent, config, "rollout_batch", [1] * len(chosen),
-            lambda c: sample_rollouts(agent.student, agent.tokenizer, chosen, agent.tool, c,
-                                      random_numbers(c.seed, "rollouts", step)))
-        clock.append(time.perf_counter())
-        agent.student.train()  # old and new policy are computed alike
-        scored = agent.scored = surviving(
-            agent, config, "micro_batch_tokens", [len(r.ids) for r in rollouts],
-            lambda c: score_batch(agent, rollouts, c))
-        clock.append(time.perf_counter())
-        agent.settled = False  # until the weights have moved and the step is written down
-        updates = updates_of(agent, scored, config)
-        clock.append(time.perf_counter())
-        agent.step = step
-        yield {"step": step, **batch_metrics(scored, config), **update_metrics(updates),
-               "skipped": skipped, **machine_metrics(clock, scored, agent)}
-        stop_if_refused(agent, config)
+    config, student, method = agent.config, agent.student, METHODS[agent.config.method]
+    agent.optimizer = agent.optimizer or make_optimizer(agent, config.iterations)
+    for iteration in range(agent.iteration + 1, config.iterations + 1):
+        torch.manual_seed((config.seed << 32) + iteration)  # of dropout, in models that have it
+        prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
+        rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
+        batch = collate(rollouts, student.device)                           # with their rewards
+
+        student.train()  # old and new policy are computed alike
+        batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
+        if method.view:
+            batch.logp_t, batch.entropy_t = score_by_teacher(agent, batch)  # on the same ids
+            batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id,
+                                      batch.failed.shape[1])                # Eq. 6
+            scheme = config.weights if method.weights == "sod" else method.weights
+            batch.w = WEIGHTS[scheme](batch, config)                        # Eq. 7
+        batch.A = group_advantages(batch.reward, config.group_size)
+        batch.advantages = token_advantages(                                # Eq. 8-10
+            config.method, batch.A, batch.logp_s, batch.logp_t, batch.step_id, batch.w,
+            config.opd_coef if config.kl == "sampled" else 0.0)  # full: the KL joins as a loss
+
+        updates = []
+        for rows in np.arange(len(rollouts)).reshape(config.updates, -1).tolist():
+            loss, clipped = backpropagate(agent, batch.rows(rows))
+            updates.append((loss, agent.optimizer.step(loss), clipped))
+        agent.iteration = iteration
+        yield batch_metrics(agent, batch, updates), batch
 
 
-def updates_of(agent, scored, config):
-    """The optimiser steps on one batch; none is taken on scores that are not finite."""
-    size = len(scored.rollouts) // config.updates_per_step
-    parts = [list(range(i, i + size)) for i in range(0, len(scored.rollouts), size)]
-    fault = fault_of_scores(scored)
-    updates = [NOT_TAKEN if fault else update(agent, scored, rows, config) for rows in parts]
-    judge(agent, fault or fault_of_scores(scored) or fault_of_updates(updates),
-          ids=[r.ids for r in scored.rollouts], step_id=scored.step_id, logp_s=scored.logp_s,
-          logp_t=scored.logp_t, advantages=scored.advantages)
-    return updates
-
-
-def imitate(agent, config):
+def imitate(agent):
     """Supervised fine-tuning on demonstrations (method sft): the cold start before SOD."""
-    pairs, skipped = agent.practice
-    agent.optimizer = agent.optimizer or new_optimizer(agent, config)
-    agent.student.train()
-    total = math.ceil(config.sft_epochs * len(pairs) / config.sft_batch)
-    for step in range(agent.step + 1, total + 1):
-        clock = time.perf_counter()
-        seed_dropout(config, step)
-        batch = draw(pairs, config.seed, (step - 1) * config.sft_batch, config.sft_batch)
-        warm, done = max(0.1 * total, 1), step / total
-        scale = min(step / warm, 0.5 * (1 + math.cos(math.pi * max(done - 0.1, 0) / 0.9)))
-        agent.settled = False
-        loss, norm = imitation_step(agent, batch, config, scale)
-        judge(agent, fault_of_updates([(norm, loss)]), ids=[ids for ids, _ in batch],
-              step_id=[step_id for _, step_id in batch])
-        agent.step = step
-        yield {"step": step, "steps": total, "loss": loss, "grad_norm": norm,
-               "not_taken": int(agent.refused > 0), "skipped": skipped,
-               "seconds": time.perf_counter() - clock, **trouble_metrics(agent)}
-        stop_if_refused(agent, config)
+    config, student = agent.config, agent.student
+    total = math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
+    agent.optimizer = agent.optimizer or make_optimizer(agent, total)
+    student.train()
+    for iteration in range(agent.iteration + 1, total + 1):
+        torch.manual_seed((config.seed << 32) + iteration)
+        batch = collate(draw(agent.practice, config, iteration, config.sft_batch), student.device)
+        loss, _ = backpropagate(agent, batch)
+        norm = agent.optimizer.step(loss)
+        agent.iteration = iteration
+        yield {"iteration": iteration, "iterations": total, **update_metrics([(loss, norm, 0.0)]),
+               **machine_metrics(agent)}, None
 
 
-def imitation_step(agent, batch, config, scale=1.0):
-    """One optimiser step on (ids, step_id) pairs: mean cross-entropy of the assistant's tokens."""
-    loss = surviving(agent, config, "micro_batch_tokens", [len(ids) for ids, _ in batch],
-                     lambda c: imitation_gradient(agent, batch, c))
-    return loss, take_step(agent, loss, scale)
+def draw(items, config, iteration, count, times=1):
+    """The `count` items of an iteration, each `times` in a row.
 
-
-def imitation_gradient(agent, batch, config):
-    """Leave the gradient with the optimiser; the loss."""
-    num_tokens, total = max(sum(k >= 0 for _, step_id in batch for k in step_id), 1), 0.0
-    for at in micro_batches([len(ids) for ids, _ in batch], config.micro_batch_tokens):
-        ids = pad([batch[i][0] for i in at], 0, agent.student.device)
-        step_id = pad([batch[i][1] for i in at], -1, "cpu")
-        loss = -sampled_logprobs(agent.student, ids, step_id, 1.0).sum() / num_tokens
-        loss.backward()
-        total += float(loss.detach())
-    return total
-
-
-def seed_dropout(config, step):
-    """Dropout, in models that have it, is the only thing that torch's own generators decide."""
-    torch.manual_seed(config.seed * 2**32 + step)
-
-
-def draw(items, seed, start, count):
-    """`count` items from place `start` of an endless list: all items, shuffled anew each epoch."""
-    N = len(items)
-    order = {epoch: random_numbers(seed, "order", epoch).permutation(N)
-             for epoch in range(start // N, (start + count - 1) // N + 1)}
-    return [items[order[n // N][n % N]] for n in range(start, start + count)]
-
-
-def batch_metrics(scored, config):
-    """What a batch of rollouts looks like; documented as a table in README.md.
-
-    Rollouts that the machine failed are counted, and otherwise left out.
+    They come from an endless list: all items, shuffled anew each epoch.
     """
-    rollouts = [r for r in scored.rollouts if r.finish != "infrastructure"]
-    token, K = scored.step_id >= 0, scored.d.shape[1]
-    valid = valid_rows(scored.rollouts)
-    turns = torch.tensor([len(r.outcomes) for r in scored.rollouts]) * valid
-    step = torch.arange(K) < turns[:, None]  # (B, K)
-    outcomes = Counter(o for r in rollouts for o in r.outcomes if o)
-    calls, several = max(sum(outcomes.values()), 1), step.sum(1) > 1  # (B,) with later steps
-    groups = scored.A.view(-1, config.group_size)
-    mean = lambda x, where: float(x[where].mean())
-    return {
+    N, start, drawn = len(items), (iteration - 1) * count, []
+    for n in range(start, start + count):
+        order = shuffled(config.seed, n // N, N)
+        drawn += [items[order[n % N]]] * times
+    return drawn
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(seed, epoch, N):
+    """The order of N items in one epoch."""
+    return random_numbers(seed, "order", epoch).permutation(N)
+
+
+# ==============================================================================================
+# The method ends here. What follows is plumbing: the numbers of an iteration, the fast engine,
+# health, evaluation, loading with its checks, files, the command.
+# ==============================================================================================
+
+# --- The fast engine ----------------------------------------------------------------------------
+
+ENGINES = {"generate": sample_by_generate}
+
+
+def check_slots(model):
+    pass
+
+
+# --- Metrics: what an iteration looks like in numbers -------------------------------------------
+
+
+def batch_metrics(agent, batch, updates):
+    """The numbers of an iteration. Rollouts that the machine failed are counted, and left out."""
+    config = agent.config
+    rollouts = [r for r in batch.rollouts if r.finish != "infrastructure"]
+    share = lambda *finish: float(np.mean([r.finish in finish for r in rollouts]))
+    token = batch.step_id >= 0
+    m = {
+        "iteration": agent.iteration,
         "reward": float(np.mean([r.reward for r in rollouts])),
-        "right": float(np.mean([r.right for r in rollouts])),
-        "groups_agree": float((groups == 0).all(1).float().mean()),
-        "reverse_kl": mean(scored.logp_s - scored.logp_t, token),
-        "entropy": mean(scored.entropy_s, token),
-        "teacher_entropy": mean(scored.entropy_t, token),
-        "d": mean(scored.d, step), "w": mean(scored.w, step),
-        "w_quantiles": quantiles(scored.w[step]), "d_by_step": means_by_step(scored.d, step),
-        "w_capped": mean((scored.w >= 1 + config.delta - 1e-6).float(), step),
-        "d1_near_0": float((several & (scored.d[:, 0] < NEAR_0)).sum() / max(several.sum(), 1)),
+        "right": float(np.mean([r.right for r in rollouts])),      # share of right rollouts
+        "entropy": float(batch.entropy_s[token].mean()),           # of the student, nats a token
         "turns": float(np.mean([len(r.turns) for r in rollouts])),
-        "tool_calls": sum(outcomes.values()) / len(rollouts),
-        "tool_fail": sum(n for o, n in outcomes.items() if o not in FINE) / calls,
-        "outcomes": dict(outcomes), "faults": dict(Counter(faults(rollouts))),
-        "cut_budget": float(np.mean([r.finish == "budget" for r in rollouts])),
-        "cut_turns": float(np.mean([r.finish == "turns" for r in rollouts])),
-        "infrastructure": int((~valid).sum()),
-        "tokens": int(token.sum()),
+        **call_metrics([turn for r in rollouts for turn in r.turns], len(rollouts)),
+        "cut_budget": share("budget"), "cut_turns": share("turns"),  # shares cut off
+        "infrastructure": len(batch.rollouts) - len(rollouts),     # lost to the machine
+        "tokens": int(token.sum()),                                # sampled
     }
+    if METHODS[config.method].outcome:  # share of groups whose rewards are all equal: A = 0
+        m["groups_agree"] = float((batch.A.view(-1, config.group_size) == 0).all(1).float().mean())
+    if batch.d is not None:
+        m |= teacher_metrics(batch, config)
+    return {**m, **update_metrics(updates), **machine_metrics(agent)}
 
 
-def quantiles(x):
-    """(N,) -> its 10%, 25%, 50%, 75% and 90% quantiles."""
-    return np.quantile(x.tolist(), [0.1, 0.25, 0.5, 0.75, 0.9]).tolist()
+def call_metrics(turns, num_rollouts):
+    """Tool calls: how many a rollout, what came of them, and what went wrong in those that failed
+    (the Python error by name, else the outcome)."""
+    outcomes = Counter(turn.outcome for turn in turns if turn.outcome)
+    faults = Counter()
+    for turn in turns:
+        error = re.search(r"^(\w+)(?::.*)?\s*\Z", turn.answer.rstrip().rpartition("\n")[2])
+        if turn.failed:
+            faults[error[1] if turn.outcome == "error" and error else turn.outcome] += 1
+    calls = sum(outcomes.values())
+    return {"tool_calls": calls / num_rollouts, "tool_fail": sum(faults.values()) / max(calls, 1),
+            "outcomes": dict(outcomes), "faults": dict(faults)}
 
 
-def means_by_step(x, step):
-    """(B, K), and which of it are steps -> K means over the rollouts that have a k-th step."""
-    return (torch.where(step, x, 0.0).sum(0) / step.sum(0)).tolist()
-
-
-def faults(rollouts):
-    """What went wrong in each failed call: the Python error by name, else the outcome."""
-    for r in rollouts:
-        called = [o for o in r.outcomes if o not in ("", "not_run")]
-        for outcome, answer in zip(called, r.answers):
-            error = re.search(r"^(\w+)(?::.*)?\s*\Z", answer.rstrip().rpartition("\n")[2])
-            if outcome not in FINE:
-                yield error[1] if outcome == "error" and error else outcome
+def teacher_metrics(batch, config):
+    """How far student and teacher are apart, and what follows for w."""
+    token, K = batch.step_id >= 0, batch.d.shape[1]
+    step = step_tokens(batch.step_id, K) > 0  # (B, K) there is such a step
+    w = batch.w[step]
+    m = {
+        "reverse_kl": float((batch.logp_s - batch.logp_t)[token].mean()),  # estimate, nats a token
+        "teacher_entropy": float(batch.entropy_t[token].mean()),           # nats a token
+        "d": float(batch.d[step].mean()), "w": float(w.mean()),            # means over steps
+        "w_quantiles": np.quantile(w.tolist(), [0.1, 0.25, 0.5, 0.75, 0.9]).tolist(),
+        "d_by_step": (torch.where(step, batch.d, 0.0).sum(0) / step.sum(0)).tolist(),
+    }
+    if METHODS[config.method].weights == "sod" and config.weights in ("sod", "floor"):
+        several = step.sum(1) > 1  # (B,) rollouts with later steps, whose w_k hang on d_1
+        low = several & (batch.d[:, 0] < NEAR_0)
+        m["d1_near_0"] = float(low.sum() / several.sum().clamp(min=1))      # share of those
+        capped = (w >= 1 + config.delta - 1e-6) & (config.delta > 0)
+        m["w_capped"] = float(capped.float().mean())                        # share of steps
+    return m
 
 
 def update_metrics(updates):
-    """Means over the optimiser steps of one batch; steps with a non-finite norm are counted."""
-    norms, losses, clipped = zip(*updates)
-    return {"loss": float(np.mean(losses)), "clipped": float(np.mean(clipped)),
-            "grad_norm": float(np.mean(norms)),
-            "not_taken": sum(not math.isfinite(norm) for norm in norms)}
+    """Means over the (loss, norm, share of clipped tokens) of an iteration's updates."""
+    losses, norms, clipped = np.array(updates).T
+    return {"loss": float(losses.mean()), "grad_norm": float(norms.mean()),
+            "clipped": float(clipped.mean()), "not_taken": int((~np.isfinite(norms)).sum())}
 
 
-def machine_metrics(clock, scored, agent):
+def machine_metrics(agent):
     """What the machine did; everything else depends on the seed alone."""
-    rollout, scoring, updating = np.diff(clock).tolist()
-    return {"seconds": clock[-1] - clock[0], "seconds_rollout": rollout, "seconds_score": scoring,
-            "seconds_update": updating, "tokens_per_second":
-            int((scored.step_id >= 0).sum()) / (clock[-1] - clock[0]), **trouble_metrics(agent)}
-
-
-def trouble_metrics(agent):
-    return {"out_of_memory": agent.shortages, "smaller": dict(agent.smaller),
+    config, seconds = agent.config, {f"seconds_{name}": s for name, s in agent.seconds.items()}
+    agent.seconds.clear()
+    return {**seconds, "out_of_memory": agent.halvings, "rollout_batch": config.rollout_batch,
+            "micro_batch_tokens": config.micro_batch_tokens,
             "tool_retries": getattr(agent.tool, "retried", 0)}
 
 
-MACHINE = ("seconds", "tokens_per_second", "out_of_memory", "smaller", "tool_retries")
+MACHINE = ("seconds", "out_of_memory", "rollout_batch", "micro_batch_tokens", "tool_retries")
 
 
 # --- Health: what the numbers of a run say, in words -------------------------------------------
 
 NEAR_0 = 0.02  # nats/token: a usual d_k of .2 then gets w_k = .1 or less
-WINDOW = 10    # steps in which a trend shows, and before a sentence is said again
+WINDOW = 10    # iterations in which a trend shows, and before a sentence is said again
 HEALTH = {  # metric: (highest value without a word, why there, the sentence)
     "cut_budget": (0.3, "cut rollouts have no answer, and are all wrong alike",
                    "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
-    "cut_turns": (0.3, "the same", "{:.0%} of rollouts ran out of turns: raise --max_turns"),
+    "cut_turns": (0.3, "they are wrong alike, too",
+                  "{:.0%} of rollouts ran out of turns: raise --max_turns"),
     "groups_agree": (0.9, "the outcome advantage of a group that agrees is 0",
                      "{:.0%} of groups agree, so GRPO has nothing to learn from in them: raise "
                      "--group_size, or take problems that are sometimes solved"),
@@ -1736,102 +1384,90 @@ HEALTH = {  # metric: (highest value without a word, why there, the sentence)
                   "step; compare --weights floor"),
     "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
     "clipped": (0.2, "a clipped token has no gradient", "{:.0%} of tokens left the clip range: "
-                "lower --lr or --updates_per_step"),
-    "not_taken": (0, "rare in sound runs", "{:.0f} optimiser steps were not taken, a score, the "
-                  "loss or the gradient was not finite: lower --lr, and look at runs/NAME/refused"),
+                "lower --lr or --updates"),
+    "not_taken": (0, "rare in sound runs", "{:.0f} updates were not taken, for a score, the loss "
+                  "or the gradient was not finite: lower --lr, or try --dtype float32"),
     "teacher_entropy": (2.0, "the paper's lost teacher has 2.4 nats", "the teacher is lost, its "
                         "entropy is {:.1f} nats: does it know this system text and tool?"),
+    "infrastructure": (0, "they are left out, so the batch is smaller", "the sandbox itself failed "
+                       "in {:.0f} rollouts, which are left out: see `python tools.py`, and whether "
+                       "the machine has memory left"),
+}
+TOO_LOW = {  # metric: (lowest value without a word, why there, the sentence)
+    "entropy": (0.1, "one token in fifty is open", "entropy fell to {:.2f} nats: the student has "
+                "stopped exploring; lower --lr, or raise --temperature"),
+    "tool_calls": (0.1, "the tool is hardly called", "the tool is called {:.2f} times a rollout: "
+                   "say in --system how, or imitate first: --method sft"),
 }
 
 
-def health(history, config):
-    """{topic: sentence} of what deserves a word, from the metrics of all steps so far."""
-    m, found = history[-1], {}
-    silent = silent_topics(config)
+def health(history):
+    """{topic: sentence} of what deserves a word, from the numbers of all iterations so far."""
+    m, said = history[-1], {}
     for name, (limit, _, sentence) in HEALTH.items():
-        if m.get(name, 0) > limit and name not in silent:
-            found[name] = sentence.format(m[name], common_fault(m))
-    if m.get("entropy", 1) < 0.1:  # one token in fifty is open
-        found["entropy"] = (f"entropy fell below 0.1 nats ({m['entropy']:.2f}): the student has "
-                            "stopped exploring; lower --lr, or raise --temperature")
-    if m.get("tool_calls", 1) < 0.1:
-        found["tool_calls"] = (f"the tool is hardly called ({m['tool_calls']:.2f} times a "
-                               "rollout): say in --system how, or imitate first: --method sft")
-    if m.get("infrastructure", 0):
-        found["infrastructure"] = (f"the sandbox itself failed in {m['infrastructure']} rollouts, "
-                                   "which are left out: see `python tools.py`, and whether the "
-                                   "machine has memory left")
-    if not math.isfinite(m.get("loss", 0)):
-        found["loss"] = f"the loss is {m['loss']}: lower --lr, and start from an earlier checkpoint"
-    return found | trends(history[-WINDOW:])
-
-
-def silent_topics(config):
-    """What means nothing to this method."""
-    method = METHODS.get(config.method, METHODS["grpo"])
-    agree = [] if method.outcome and config.group_size > 1 else ["groups_agree"]
-    agree += [] if method.view else ["teacher_entropy"]
-    sod = method.weights == "sod" and config.weights == "sod" and config.delta > 0
-    return agree if sod else [*agree, "w_capped", "d1_near_0"]
-
-
-def news(history, told, config):
-    """The sentences of health() that were not said in the last WINDOW steps.
-
-    told  {topic: step at which it was last said}, kept up to date
-    """
-    step = history[-1]["step"]
-    for topic, sentence in health(history, config).items():
-        if step >= told.get(topic, -WINDOW) + WINDOW:
-            told[topic] = step
-            yield sentence
+        if m.get(name, 0) > limit:
+            said[name] = sentence.format(m[name], common_fault(m))
+    for name, (limit, _, sentence) in TOO_LOW.items():
+        if m.get(name, limit) < limit:
+            said[name] = sentence.format(m[name])
+    return said | trends(history[-WINDOW:])
 
 
 def trends(window):
-    """The sentences that need WINDOW steps of history."""
-    found, values = {}, lambda name: [m[name] for m in window if name in m]
-    if len(window) == WINDOW and rises(values("reverse_kl")):
-        first, last = window[0]["reverse_kl"], window[-1]["reverse_kl"]
-        found["reverse_kl"] = (f"reverse KL rises for {WINDOW} steps, {first:.2f} to {last:.2f}: "
-                               "lower --lr")
-    if len(window) == WINDOW and values("right") and max(values("right")) == 0:
-        found["right"] = (f"no rollout was right for {WINDOW} steps: take easier problems, imitate "
-                          "first (--method sft), or check the answers in the data")
-    if len(window) == WINDOW and values("right") and min(values("right")) == 1:
-        found["right"] = f"every rollout was right for {WINDOW} steps: take harder problems"
-    return found
+    """The sentences that need WINDOW iterations of history."""
+    said, right = {}, [m["right"] for m in window if "right" in m]
+    kl = [m["reverse_kl"] for m in window if "reverse_kl" in m]
+    if len(kl) == WINDOW and rises(kl):
+        said["reverse_kl"] = (f"reverse KL rises for {WINDOW} iterations, {kl[0]:.2f} to "
+                              f"{kl[-1]:.2f}: lower --lr")
+    if len(right) == WINDOW and max(right) == 0:
+        said["right"] = (f"no rollout was right for {WINDOW} iterations: take easier problems, "
+                         "imitate first (--method sft), or check the answers in the data")
+    if len(right) == WINDOW and min(right) == 1:
+        said["right"] = f"every rollout was right for {WINDOW} iterations: take harder problems"
+    return said
 
 
 def rises(values):
     """True where nearly every later value is above nearly every earlier one, by a tenth in all."""
     pairs = [b > a for i, a in enumerate(values) for b in values[i + 1:]]
     half = len(values) // 2
-    return bool(pairs) and np.mean(pairs) >= 0.85 and (
+    return np.mean(pairs) >= 0.85 and (
         np.mean(values[half:]) > 1.1 * np.mean(values[:half]) > 0)
 
 
 def common_fault(m):
-    """", 20 of 25 SyntaxError", from the counts of one step."""
+    """", 20 of 25 SyntaxError", from the counts of one iteration."""
     counts = Counter(m.get("faults", {})).most_common(1)
     return f", {counts[0][1]} of {sum(m['faults'].values())} {counts[0][0]}" if counts else ""
+
+
+def news(history, last_said):
+    """The sentences of health() that were not said in the last WINDOW iterations.
+
+    last_said  {topic: iteration}, kept up to date
+    """
+    now = history[-1]["iteration"]
+    for topic, sentence in health(history).items():
+        if now >= last_said.get(topic, -WINDOW) + WINDOW:
+            last_said[topic] = now
+            yield sentence
 
 
 # --- Evaluation -------------------------------------------------------------------------------
 
 
-def evaluate(model, agent, problems, config):
+def evaluate(agent, model, problems):
     """Sample every problem `eval_samples` times: a (problems, samples) array of right or wrong.
 
     The seeds are the same for every model; the tool falls silent at the same rate.
     """
-    prompts, _ = fitting_prompts(agent, problems)
-    model.eval()
-    repeated = [p for p in prompts for _ in range(config.eval_samples)]
-    rollouts = surviving(
-        agent, config, "rollout_batch", [1] * len(repeated),
-        lambda c: sample_rollouts(model, agent.tokenizer, repeated, agent.tool, c,
-                                  random_numbers(c.seed, "evaluation", 0), c.eval_temperature,
-                                  c.eval_top_p))
+    config = agent.config
+    prompts, _ = fitting_prompts(problems, agent.tokenizer, config)
+    repeated = [prompt for prompt in prompts for _ in range(config.eval_samples)]
+    rollouts = sample_rollouts(agent, model, repeated, (config.seed, "evaluation", 0), 0,
+                               config.eval_temperature, config.eval_top_p)
+    agent.seconds.clear()  # training has its own clock
     return np.array([r.right for r in rollouts]).reshape(len(prompts), config.eval_samples)
 
 
@@ -1867,173 +1503,79 @@ def resampled_means(values, draws=10_000):
     return values.mean() + math.sqrt(P / max(P - 1, 1)) * (means - values.mean())
 
 
-# --- Memory: what a run will hold, before anything is loaded -----------------------------------
-# From the shapes alone, for the worst case: every rollout fills its budget. The five moments of
-# PHASES never overlap, so the peak is that of the fullest.
+# --- Loading: what can be known in seconds is known before the weights --------------------------
 
 GIB = 2 ** 30
-STATE_BYTES = {4: 8, 2: 10}  # a weight: AdamW's two moments; bf16 weights: their low halves too
-PHASES = ("sampling", "forward", "scoring", "loss", "backward")
-MARGIN = 0.1  # of the device stays free: an allocator cannot use every gap between its blocks
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the memory of a decoder depends on."""
-    weights: int  # how many
-    layers: int
-    V: int        # rows of the output matrix
-    D: int        # width of the residual stream
-    F: int        # width inside the MLP
-    q: int        # query heads * head_dim
-    kv: int       # key heads * head_dim; as many for the values
-    heads: int    # of queries and of keys
-
-    @classmethod
-    def of(cls, model):
-        c, heads = model.config, model.config.num_attention_heads
-        kv_heads = getattr(c, "num_key_value_heads", None) or heads
-        dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-        inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-        return cls(sum(p.numel() for p in model.parameters()), c.num_hidden_layers,
-                   len(model.get_output_embeddings().weight), c.hidden_size, inner,
-                   heads * dim, kv_heads * dim, heads + kv_heads)
-
-    def kept(self, b):
-        """Bytes a token that autograd keeps of one layer of Qwen3, in numbers of b bytes."""
-        norms = 2 * (4 + 2 * b) * self.D          # two of them: fp32, divided by rms, scaled
-        heads = (4 + 3 * b) * (self.q + self.kv)  # q, k: the same, rotated; v; what attention gives
-        mlp = 4 * b * self.F                      # gate, silu(gate), up, their product
-        return norms + heads + mlp + 4 * (2 + self.heads)  # 1 / rms of each norm
-
-    def passing(self, b):
-        """Bytes a token at the fullest moment of a forward pass without gradient."""
-        mlp, rotation = 4 * self.D + 3 * self.F, self.D + 4 * (self.q + self.kv)
-        return max(b * mlp, b * rotation, 3 * b * self.D + (8 + b) * self.q)  # or q's norm, in fp32
+def preflight(config):
+    """Everything but the weights: an Agent that still lacks its models, or one sentence that says
+    why this run cannot work."""
+    device, dtype, reason = choose_device(config)
+    print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); seed {config.seed}")
+    tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
+    check_model(config.student, student, tokenizer, config)
+    view, teacher, notes = METHODS[config.method].view, None, []
+    if view == "teacher":
+        other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
+        check_model(config.teacher, teacher, tokenizer, config)
+        check_pair(student, teacher, tokenizer, other, config)
+        notes = [f"same ids on {len(PROBES)} probes", same_template(tokenizer, other)]
+    elif view:  # self-distillation: the frozen start, told more
+        teacher = student
+    if config.rollout_engine == "slots":
+        check_slots(student)
+    agent = Agent(config, None, None, tokenizer, None)
+    agent.practice = load_practice(tokenizer, config)
+    agent.tool, milliseconds = load_tool(config)
+    notes += [f"{len(agent.practice):,} rows to learn from",
+              f"tool answers in {milliseconds:.0f} ms",
+              check_memory(config, student, teacher, device, dtype), *template_notes(tokenizer)]
+    print("preflight  " + ", ".join(filter(None, notes)))
+    return agent
 
 
-def skeleton(path):
-    """A model on the meta device: every shape and no numbers, at once, whatever its size."""
-    def read(path):
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    return load_pretrained(read, path)
-
-
-def most_rollouts(config):
-    """Rollouts that are ever asked for at once, in training or evaluation."""
-    return max(config.prompts_per_step * config.group_size,
-               config.eval_problems * config.eval_samples * bool(config.eval_data))
-
-
-def memory_plan(config, student, teacher, b):
-    """What a run holds at each of PHASES: {part: five numbers of bytes}.
-
-    student, teacher  Shapes; teacher None where the method has none
-    b                 bytes of a number the models compute in
-    """
-    s, t, width = student, teacher or student, config.max_prompt + config.max_response
-    rows = min(config.rollout_batch, most_rollouts(config))
-    tokens = max(config.micro_batch_tokens, width)  # one row alone may be longer than the budget
-    cache = 2 * s.layers * s.kv * b * rows * width  # keys and values
-    if config.rollout_engine == "slots":  # grows by half, beside the old; masks (tokens, width)
-        cache, masks = int(2.5 * cache), min(tokens, rows * width) * (1 + (1 + b) * s.q // s.kv)
-        reading = min(tokens, rows * width) * s.passing(b)
-    else:  # generate() reads the whole prefix at each chunk; masks (rows, width, width)
-        cache, masks = cache * (s.layers + 1) // s.layers, rows * width * (1 + b)
-        reading = rows * width * s.passing(b)
-    saved = s.layers * (b * s.D if config.gradient_checkpointing else s.kept(b))
-    saved += (4 + 3 * b) * s.D  # the last norm
-    again = s.kept(b) * config.gradient_checkpointing  # one layer is computed a second time
-    sampled = tokens * config.max_response // width  # only these meet the vocabulary
-    tile = 4 * min(TILE_ELEMENTS, sampled * s.V)  # of token_logprobs, fp32
-    kept = 4 * sampled * s.V if sampled * s.V <= KEEP_ELEMENTS else tile
-    beside = {4: 0 if kept > tile or kept < 4 * TILE_ELEMENTS else tile, 2: 3 * tile // 2}[b]
-    tiles = (kept + beside) * (1 + (config.kl == "full"))
-    gradient = 4 * s.weights + b * s.V * s.D  # summed in fp32, and the head's on its way
-    state = (STATE_BYTES[b] if config.offload != "all" else 0) * s.weights
-    at_home = config.offload == "none"
-    plan = {
-        "student": [b * s.weights] * 5,
-        "AdamW": [state] * 5,
-        "gradient": [0, 0, 0, gradient, gradient],
-        "teacher": [n * b * t.weights * (teacher is not None)
-                    for n in (at_home, True, True, at_home, at_home)],
-        "KV cache": [cache, 0, 0, 0, 0],
-        "activations": [reading + masks * width, tokens * max(s.passing(b), t.passing(b)),
-                        (tokens + sampled) * b * max(s.D, t.D), tokens * saved,
-                        tokens * (saved + again + 2 * b * s.F)],
-        "logits": [28 * rows * s.V, 0, kept + tile, tiles + (4 + 2 * b) * s.D * sampled, 0],
-    }
-    if config.method == "vanilla":  # it samples, and no more
-        plan = {part: plan[part][:1] for part in ("student", "KV cache", "activations", "logits")}
-    return plan
-
-
-def peak(plan, phases=slice(None)):
-    """The sum at the fullest of some phases, bytes."""
-    return max([sum(parts) for parts in zip(*plan.values())][phases])
-
-
-def sized(config, student, teacher, b, room):
-    """The config with each size that is 0 set to the largest power of two that fits in `room`."""
-    most = {"micro_batch_tokens": (1 << 16, slice(1, None)),
-            "rollout_batch": (most_rollouts(config), slice(1))}
-    for name, (largest, phases) in most.items():
-        size = 1 << largest.bit_length() - 1
-        while size > 1 and getattr(config, name) == 0 and peak(memory_plan(
-                replace(config, **{name: size}), student, teacher, b), phases) > room:
-            size //= 2
-        config = replace(config, **{name: getattr(config, name) or size})
-    return config
-
-
-def memory_table(plan):
-    """The plan as lines: a row a part, a column a phase, GiB."""
-    together = {"together": [sum(parts) for parts in zip(*plan.values())]}
-    shown = {part: n for part, n in plan.items() if max(n) > 0.01 * peak(plan)}
-    head = f"memory, GiB{'':6}" + "".join(f"{p:>10}" for p in PHASES[:len(together["together"])])
-    return [head] + [f"  {part:15}" + "".join(f"{n / GIB:10.2f}" for n in numbers)
-                     for part, numbers in (shown | together).items()]
-
-
-def free_memory(device):
-    """Bytes a run could take: of the GPU, else of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-
-
-def memory_taken(device):
-    """The most bytes held so far: by tensors on a GPU, else by the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-# --- Loading ----------------------------------------------------------------------------------
+def load_agent(config, agent=None):
+    """Student, teacher, tool and data, after a preflight unless `agent` has had it."""
+    agent = agent or preflight(config)
+    device, dtype, _ = choose_device(config)
+    torch.manual_seed(config.seed)  # of --init random
+    if config.threads:  # the embedded model is too small to share; the tool takes the other cores
+        torch.set_num_threads(config.threads)
+    agent.student = load_model(config.student, device, dtype, config.init)
+    describe("student", config.student, agent.student, config.init == "pretrained", agent)
+    if config.gradient_checkpointing:
+        enable_checkpointing(agent.student)
+    view = METHODS[config.method].view
+    if view:
+        agent.teacher = (load_model(config.teacher, device, dtype) if view == "teacher" else
+                         copy.deepcopy(agent.student).eval())
+        agent.teacher.requires_grad_(False)
+        name = config.teacher if view == "teacher" else f"the student's start, told the {view}"
+        describe("teacher", name, agent.teacher, config.init == "pretrained", agent)
+        agent.teacher.to(device if config.offload == "none" else "cpu")
+    return agent
 
 
 def choose_device(config):
     """(device, dtype, the reason for both)."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in (device, getattr(config, "teacher_device", device).replace("same", device)):
-        try:
-            torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"device {name!r} is none that torch knows; use cpu, cuda or cuda:1"
-                             ) from None
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for and no CUDA GPU is visible; "
-                         "use --device cpu")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}[config.dtype]
-    reason = ("as asked" if config.dtype != "auto" else
-              "half the memory and full speed; the optimiser keeps fp32 weights"
-              if dtype == torch.bfloat16 else "exact; bf16 is for GPUs")
-    return torch.device(device), dtype, reason
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is none that torch knows; use cpu, cuda or cuda:1"
+                         ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for and no CUDA GPU is visible; use --device "
+                         "cpu")
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.dtype != "auto":
+        return device, dtype, "as asked"
+    return device, dtype, ("half the memory and full speed; the optimiser keeps fp32 weights"
+                           if dtype == torch.bfloat16 else "exact; bf16 is for GPUs")
 
 
 def load_pretrained(read, path, **options):
@@ -2047,90 +1589,53 @@ def load_pretrained(read, path, **options):
     try:
         return read(path, **options)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ValueError(f"cannot load {path}: {first.strip()} A Hub id needs a machine that can "
-                         "reach the Hub; a folder must hold a config, weights and a tokenizer."
+        raise ValueError(f"cannot load {path}: {why_unreadable(path, str(error) or repr(error))}"
                          ) from error
+
+
+def why_unreadable(path, message):
+    """What is wrong with a model folder, and what to do."""
+    first = next(line for line in message.splitlines() if line.strip()).strip()
+    if "trust_remote_code" in message or "custom code" in message:
+        return ("it brings code of its own, which this project never runs; use a model whose "
+                "architecture is part of transformers")
+    if any(file.read_bytes()[:23] == b"version https://git-lfs"
+           for file in Path(path).glob("*.safetensors")):
+        return "its weights are Git LFS pointers, not the files; run git lfs pull in that folder"
+    if (Path(path) / "adapter_config.json").exists():
+        return "it holds an adapter; merge it into its base model first (peft: merge_and_unload)"
+    return (f"{first} A Hub id needs a machine that can reach the Hub; a folder must hold a "
+            "config, weights and a tokenizer.")
+
+
+def skeleton(path):
+    """A model on the meta device: every shape and no numbers, at once, whatever its size."""
+    def read(path):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(path, trust_remote_code=False))
+    return load_pretrained(read, path)
 
 
 def load_model(path, device, dtype, init="pretrained"):
     """A causal language model whose shipped sampling settings cannot reach our rollouts."""
     if init == "random":
-        config = load_pretrained(AutoConfig.from_pretrained, path)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        shape = load_pretrained(AutoConfig.from_pretrained, path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     else:
         model, read = load_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=dtype,
-                                      output_loading_info=True)
-        check_weights(path, read)
+                                      output_loading_info=True, trust_remote_code=False)
+        # transformers fills what a file lacks with random numbers, and only warns.
+        for verb, names in (("lack", read["missing_keys"]), ("hold", read["unexpected_keys"])):
+            if names:
+                raise ValueError(f"the weights of {path} {verb} {len(names)} tensors that its "
+                                 f"config does{' not' * (verb == 'hold')} name, such as "
+                                 f"{min(names)}; load the folder again, or mend its config.json")
     # generate() fills every setting we leave open from model.generation_config: Qwen3 ships
     # temperature .6, top-k 20 and top-p .95. Keep them for the saved checkpoint only.
     model.shipped_generation = model.generation_config
     model.generation_config = GenerationConfig()
     return model.to(device).eval()
-
-
-def check_weights(path, read):
-    """transformers fills what a file lacks with random numbers, and only warns."""
-    for verb, names in (("lack", read["missing_keys"]), ("hold", read["unexpected_keys"])):
-        if names:
-            raise ValueError(f"the weights of {path} {verb} {len(names)} tensors that its config "
-                             f"does{' not' * (verb == 'hold')} name, such as {min(names)}; load "
-                             "the folder again, or mend its config.json")
-
-
-def check_window(name, model, config):
-    window = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if config.max_prompt + config.max_response > window:
-        raise ValueError(f"{name} reads {window} tokens; max_prompt {config.max_prompt} and "
-                         f"max_response {config.max_response} are more: lower one of them")
-
-
-def load_tokenizer(path):
-    """The tokenizer, checked for what a conversation with a tool needs."""
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path)
-    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
-                         "use a chat model such as Qwen/Qwen3-0.6B")
-    probe = "a tool's text"
-    try:
-        seen = tokenizer.decode(encode_tool_turn(tokenizer, probe))
-    except Exception as error:  # a template may raise anything
-        seen = f"nothing ({error})"
-    if probe not in seen:
-        raise ValueError(f"the chat template of {path} does not show tool answers: it gave {seen}; "
-                         "use a model whose template knows the role tool")
-    if tools.TOOL_NAME not in tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])):
-        raise ValueError(f"the chat template of {path} does not tell the model of its tool, "
-                         f"{tools.TOOL_NAME}; use a model whose template shows tools")
-    return tokenizer
-
-
-PROBES = [
-    "Solve 12 + 3045 = ?\n\t1,024.50", "naïve 東京 🙂 e\u0301", "  print( 'x' )\r\n\n",
-    "\\boxed{\\frac{1}{2}}", "<think>\n\n</think>",
-    '<tool_call>\n{"a": 1}\n</tool_call><tool_response></tool_response>',
-    "<|im_start|>user<|im_end|><|endoftext|>"]
-EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
-    {"role": "assistant", "content": tools.render_tool_call("print(12 + 30)")},
-    {"role": "tool", "content": "42"}, {"role": "assistant", "content": "\\boxed{42}"}])
-
-
-def check_same_ids(student, teacher, tokenizer_s, tokenizer_t):
-    """SOD compares log-probabilities id by id, so both sides must write the same ids."""
-    for probe in PROBES:
-        ids_s, ids_t = encode(tokenizer_s, probe), encode(tokenizer_t, probe)
-        if ids_s != ids_t:
-            at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b),
-                      min(len(ids_s), len(ids_t)))
-            where = f"they differ from token {at} of {probe!r}, {tokenizer_s.decode(ids_s[at:])!r}"
-            break
-    else:
-        if tokenizer_s.eos_token_id == tokenizer_t.eos_token_id:
-            return
-        where = (f"their end-of-turn tokens differ, {tokenizer_s.eos_token} and "
-                 f"{tokenizer_t.eos_token}")
-    raise ValueError(f"{student} and {teacher} give different ids for the same text ({where}); "
-                     "SOD compares log-probabilities id by id. Use two models of one family.")
 
 
 def enable_checkpointing(model):
@@ -2139,74 +1644,208 @@ def enable_checkpointing(model):
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def preflight(config):
-    """All that can be known in seconds, before the weights: an Agent that still lacks its models.
+@torch.no_grad()
+def describe(role, name, model, pretrained, agent):
+    """Print what was loaded, once it has shown that it is what it seems.
 
-    Every mismatch stops here with a sentence; what was found is in agent.notes. Sizes that were
-    left to the memory plan are set in agent.config.
+    Its own logits must be hidden @ head^T, for that is what we compute. (Some models also scale
+    or cap them, or add a bias.) And one that knows its template finds a plain tool call there
+    likelier than chance.
     """
-    device, dtype, _ = choose_device(config)
-    tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
-    check_vocabulary(config.student, student, tokenizer)
-    check_window(config.student, student, config)
-    if config.rollout_engine == "slots":
-        check_slots(student)
-    view, teacher, notes = getattr(METHODS.get(config.method), "view", ""), None, []
-    if view == "teacher":
-        other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
-        check_same_ids(config.student, config.teacher, tokenizer, other)
-        check_vocabulary(config.teacher, teacher, tokenizer)
-        check_window(config.teacher, teacher, config)
-        check_rows(student, teacher, config)
-        notes = [f"same ids on {len(PROBES)} probes", same_template(tokenizer, other)]
-    elif view:  # self-distillation: the frozen start, told more
-        teacher = student
-    agent = Agent(config, None, None, tokenizer, None)
-    agent.practice = load_practice(agent)
-    agent.tool, milliseconds = load_tool(config)
-    notes += [f"{len(agent.practice[0]):,} rows to learn from"] * (config.method != "vanilla")
-    notes += [f"tool answers in {milliseconds:.0f} ms", room_on_disk(config, student, dtype)]
-    agent.notes = ["preflight  " + ", ".join(notes)]
-    plan_memory(agent, student, teacher, device, dtype)
-    return agent
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    batch = collate([encode_demonstration(agent.tokenizer, *EXAMPLE)], model.device)
+    logp, _ = sampled_logprobs(model, batch.ids, batch.step_id, 1.0)
+    own = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    own = own.gather(2, batch.ids[:, 1:, None])[batch.step_id[:, 1:] >= 0][:, 0]
+    ours = logp[batch.step_id >= 0]
+    if (own - ours).abs().mean() > (0.002 if model.dtype == torch.float32 else 0.1):
+        raise ValueError(f"{name} does more to its logits than hidden states times head (a cap, a "
+                         f"scale or a bias: they differ by {(own - ours).abs().mean():.2f} nats a "
+                         "token), so its tokens would be scored wrongly; use Qwen3, Qwen2, Llama "
+                         "or another model with a plain head")
+    mean, chance = float(ours.mean()), -math.log(len(head(model)))
+    if pretrained and not mean > 0.9 * chance and agent.config.preflight:  # NaN too
+        raise ValueError(f"{name} gives a plain tool call in its own template {mean:.2f} nats a "
+                         f"token, and chance is {chance:.2f}: its weights are random, damaged or "
+                         "for another tokenizer; load them again, use --init random for a student "
+                         "that is to start from nothing, or go on all the same: --preflight false")
+    print(f"{role} {name}, {size}; {mean:.2f} nats a token of a plain tool call, chance "
+          f"{chance:.2f}")
 
 
-def load_agent(config, agent=None):
-    """Student, teacher, tool and data, after a preflight unless `agent` has had it."""
-    agent = agent or preflight(config)
-    config = agent.config
-    torch.manual_seed(config.seed)
-    if config.threads:  # the embedded model is too small to share; the tool takes the other cores
-        torch.set_num_threads(config.threads)
-    device, dtype, _ = choose_device(config)
-    student = agent.student = load_model(config.student, device, dtype, config.init)
-    if config.init == "pretrained":
-        check_likelihood(config.student, student, agent)
-    if config.gradient_checkpointing:
-        enable_checkpointing(student)
-    view = getattr(METHODS.get(config.method), "view", "")
-    if view == "teacher":
-        agent.teacher = load_model(config.teacher, device, dtype)
-        check_likelihood(config.teacher, agent.teacher, agent)
-    elif view:  # self-distillation: the frozen start, told more
-        agent.teacher = copy.deepcopy(student).eval()
-    if agent.teacher is not None:
-        agent.teacher.requires_grad_(False)
-        there = device if config.teacher_device == "same" else config.teacher_device
-        agent.teacher.to("cpu" if config.offload != "none" else there)
-    return agent
+EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
+    {"role": "assistant", "content": tools.render_tool_call("print(12 + 30)")},
+    {"role": "tool", "content": "42"}, {"role": "assistant", "content": "\\boxed{42}"}])
+PROBES = [
+    "Solve 12 + 3045 = ?\n\t1,024.50", "naïve 東京 🙂 e\u0301", "  print( 'x' )\r\n\n",
+    "\\boxed{\\frac{1}{2}}", "<think>\n\n</think>",
+    '<tool_call>\n{"a": 1}\n</tool_call><tool_response></tool_response>',
+    "<|im_start|>user<|im_end|><|endoftext|>"]
 
 
-def load_practice(agent):
-    """What the student learns from, as ids: (problems or demonstrations, how many are too long)."""
-    config = agent.config
+def load_tokenizer(path):
+    """The tokenizer, checked for what a conversation with a tool needs."""
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path, trust_remote_code=False)
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
+                         "use a chat model such as Qwen/Qwen3-0.6B")
+    probe = "a tool's text"
+    try:
+        shown = tokenizer.decode(encode_tool_turn(tokenizer, probe))
+        after = render_tool_turn(tokenizer, probe)
+    except Exception as error:  # a template may raise anything
+        shown, after = f"nothing ({error})", tokenizer.eos_token
+    if probe not in shown:
+        raise ValueError(f"the chat template of {path} does not show tool answers: it gave {shown};"
+                         " use a model whose template knows the role tool")
+    if not after.startswith(tokenizer.eos_token):
+        raise ValueError(f"the chat template of {path} ends a turn with {after[:12]!r} and its "
+                         f"tokenizer with {tokenizer.eos_token!r}: a turn would hold both; set "
+                         "eos_token in tokenizer_config.json to what the template writes")
+    if tools.TOOL_NAME not in tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])):
+        raise ValueError(f"the chat template of {path} does not tell the model of its tool, "
+                         f"{tools.TOOL_NAME}; use a model whose template shows tools")
+    return tokenizer
+
+
+def template_notes(tokenizer):
+    """A server renders structured tool calls: what if the template does not show them?"""
+    call = {"function": {"name": tools.TOOL_NAME, "arguments": {"code": "print(12 + 30)"}}}
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "",
+                                            "tool_calls": [call]}], tokenize=False)
+    if "print(12 + 30)" not in shown:
+        yield ("NOTE: the student's template does not show tool_calls, so a server would hide a "
+               "call from the turns after it")
+
+
+def check_model(path, model, tokenizer, config):
+    """Each id that the tokenizer can write needs a row, each position of a rollout a place."""
+    rows, largest = len(head(model)), max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(f"the tokenizer writes ids up to {largest} and {path} has {rows} "
+                         "vocabulary rows; use the tokenizer that the model was trained with")
+    window = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if config.max_prompt + config.max_response > window:
+        raise ValueError(f"{path} reads {window} tokens; max_prompt {config.max_prompt} and "
+                         f"max_response {config.max_response} are more: lower one of them")
+
+
+def check_pair(student, teacher, tokenizer_s, tokenizer_t, config):
+    """SOD compares log-probabilities id by id, so both sides must write the same ids."""
+    where = ""
+    for probe in PROBES:
+        ids_s, ids_t = encode(tokenizer_s, probe), encode(tokenizer_t, probe)
+        if ids_s != ids_t:
+            t = first_difference(ids_s, ids_t)
+            where = f"they differ from token {t} of {probe!r}, {tokenizer_s.decode(ids_s[t:])!r}"
+            break
+    if not where and tokenizer_s.eos_token_id != tokenizer_t.eos_token_id:
+        where = (f"their end-of-turn tokens differ, {tokenizer_s.eos_token} and "
+                 f"{tokenizer_t.eos_token}")
+    if where:
+        raise ValueError(f"{config.student} and {config.teacher} give different ids for the same "
+                         f"text ({where}); SOD compares log-probabilities id by id. Use two models "
+                         "of one family.")
+    rows_s, rows_t = len(head(student)), len(head(teacher))
+    if config.kl == "full" and rows_s != rows_t:
+        raise ValueError(f"student and teacher have {rows_s} and {rows_t} vocabulary rows; "
+                         "--kl full compares row by row, so use --kl sampled")
+
+
+def first_difference(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def same_template(tokenizer_s, tokenizer_t):
+    """Whether the teacher's own template writes what the student's does; what to expect if not."""
+    ids_s, ids_t = (encode_demonstration(t, *EXAMPLE).ids for t in (tokenizer_s, tokenizer_t))
+    if ids_s == ids_t:
+        return "same template"
+    t = first_difference(ids_s, ids_t)
+    ours, theirs = tokenizer_s.decode(ids_s[t:t + 8]), tokenizer_t.decode(ids_t[t:t + 8])
+    return (f"NOTE: their templates differ from token {t} on ({ours!r}, the teacher's {theirs!r}), "
+            "and the teacher scores the student's")
+
+
+def check_memory(config, student, teacher, device, dtype):
+    """What a run holds for certain, against what is free: weights, masters, moments, gradient.
+
+    Activations and caches come on top; they shrink by themselves (see `phase`).
+    """
+    N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
+    masters = 4 * N * (dtype != torch.float32)
+    training = 0 if config.method == "vanilla" else masters + 8 * N + 4 * N  # moments, gradient
+    need = Counter({device: dtype.itemsize * (N + M)})
+    need[torch.device("cpu") if config.offload == "all" else device] += training
+    if config.offload != "none":  # the teacher lies there while it is not asked
+        need[torch.device("cpu")] += dtype.itemsize * M
+    for place, size in need.items():
+        if size > free_memory(place) and config.preflight:
+            raise ValueError(
+                f"models, optimiser and gradient take {in_bytes(size)}, and "
+                f"{in_bytes(free_memory(place))} are free on {place}; choose smaller models, try "
+                "--offload all, or go on all the same: --preflight false")
+    return " and ".join(f"{in_bytes(size)} on {place} for weights, AdamW and gradient"
+                        for place, size in need.items())
+
+
+def count_weights(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def free_memory(device):
+    """Bytes a run could take: of the GPU, else of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+
+
+def in_bytes(size):
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def load_practice(tokenizer, config):
+    """What the student learns from: [(Problem, prompt ids), ...], or for sft [Rollout, ...]."""
     if config.method == "vanilla":
-        return [], 0
+        return []
     if config.method == "sft":
-        return fitting_demonstrations(agent, tools.load_demonstrations(config.demonstrations))
-    problems = tools.load_problems(config.train_data)
-    check_view(problems, config)
-    return fitting_prompts(agent, problems)
+        kept, skipped = fitting_demonstrations(tokenizer, config)
+    else:
+        problems = tools.load_problems(config.train_data)
+        view = METHODS[config.method].view
+        missing = sum(not getattr(p, view, "") for p in problems)
+        if view in ("answer", "hint") and missing:
+            raise ValueError(f"{missing} of {len(problems)} problems in {config.train_data} have "
+                             f"no {view}; method {config.method} needs one in every row")
+        kept, skipped = fitting_prompts(problems, tokenizer, config)
+    if skipped:
+        print(f"{skipped} problems or demonstrations are too long and skipped: max_prompt "
+              f"{config.max_prompt}, max_response {config.max_response}")
+    return kept
+
+
+def fitting_prompts(problems, tokenizer, config):
+    """[(Problem, ids)] of the problems whose prompt fits the budget, and how many do not."""
+    limit = config.max_prompt
+    prompts = [(p, encode_prompt(tokenizer, p, config.system)) for p in problems]
+    kept = [(p, ids) for p, ids in prompts if len(ids) <= limit]
+    if not kept:
+        raise ValueError(f"all {len(prompts)} prompts are longer than {limit} tokens (the shortest "
+                         f"has {min(len(ids) for _, ids in prompts)}); raise --max_prompt")
+    return kept, len(prompts) - len(kept)
+
+
+def fitting_demonstrations(tokenizer, config):
+    """The conversations that fit both budgets, as Rollouts, and how many do not."""
+    limit = config.max_prompt + config.max_response
+    rows = [encode_demonstration(tokenizer, problem, turns, config.system)
+            for problem, turns in tools.load_demonstrations(config.demonstrations)]
+    kept = [row for row in rows if len(row.ids) <= limit]
+    if not kept:
+        raise ValueError(f"all {len(rows)} demonstrations are longer than {limit} tokens; "
+                         "raise --max_response")
+    return kept, len(rows) - len(kept)
 
 
 def load_tool(config):
@@ -2219,13 +1858,14 @@ def load_tool(config):
         if not name.isidentifier() or importlib.util.find_spec(name) is None:
             raise ValueError(f"tool_modules names {name!r}, which is not installed; pip install "
                              "it, or leave it out of --tool_modules")
-    tool = tools.PythonTool(timeout=config.tool_timeout, max_chars=config.tool_chars,
-                            modules=modules,
-                            unsafe=config.tool_unsafe)
+    options = dict(timeout=config.tool_timeout, max_chars=config.tool_chars, modules=modules,
+                   unsafe=config.tool_unsafe)
+    tool = (tools.SilentTool(config.silent_rate, config.silent_persist, **options)
+            if config.silent_rate else tools.PythonTool(**options))
     try:
         tool.run(["1"])  # starts it
     except RuntimeError as error:
-        raise ValueError(f"{error} On the command line: --tool_unsafe true.") from None
+        raise ValueError(str(error)) from None
     seen = tool.run(["print(1 + 1)"])[0]
     if seen.text.strip() != "2":
         raise ValueError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
@@ -2234,132 +1874,10 @@ def load_tool(config):
     return tool, 1000 * seen.seconds
 
 
-def check_vocabulary(path, model, tokenizer):
-    """Each id the tokenizer can write needs a row of the model."""
-    rows, largest = len(model.get_output_embeddings().weight), max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ValueError(f"the tokenizer writes ids up to {largest} and {path} has {rows} "
-                         "vocabulary rows; use the tokenizer that the model was trained with")
-
-
-def check_rows(student, teacher, config):
-    rows_s, rows_t = (len(m.get_output_embeddings().weight) for m in (student, teacher))
-    if config.kl == "full" and rows_s != rows_t:
-        raise ValueError(f"student and teacher have {rows_s} and {rows_t} vocabulary rows; "
-                         "--kl full compares row by row, so use --kl sampled")
-
-
-def same_template(tokenizer_s, tokenizer_t):
-    """Whether the teacher's own template writes what the student's does; what to expect if not."""
-    ids_s, ids_t = (encode_demonstration(t, *EXAMPLE)[0] for t in (tokenizer_s, tokenizer_t))
-    if ids_s == ids_t:
-        return "same template"
-    at = next((i for i, (a, b) in enumerate(zip(ids_s, ids_t)) if a != b),
-              min(len(ids_s), len(ids_t)))
-    return (f"NOTE: their templates differ from token {at} on "
-            f"({tokenizer_s.decode(ids_s[at:at + 8])!r}, the teacher's "
-            f"{tokenizer_t.decode(ids_t[at:at + 8])!r}), and the teacher scores the student's")
-
-
-def room_on_disk(config, student, dtype):
-    """Two checkpoints with the optimiser's state, a third while it is written, and the weights."""
-    each = (dtype.itemsize + STATE_BYTES[dtype.itemsize]) * Shape.of(student).weights
-    need, place = 3 * each + dtype.itemsize * Shape.of(student).weights, Path(config.out).resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < need and config.preflight and config.method != "vanilla":
-        raise ValueError(f"{free / GIB:.1f} GiB are free in {place} and the checkpoints need "
-                         f"{need / GIB:.1f}; make room, choose another --out, or go on all the "
-                         "same: --preflight false")
-    return f"{free / GIB:.0f} GiB free on disk of {need / GIB:.2f} needed"
-
-
-def plan_memory(agent, student, teacher, device, dtype):
-    """Set the sizes left open, note the plan, refuse one that does not fit."""
-    config, b, free = agent.config, dtype.itemsize, free_memory(device)
-    shapes = [Shape.of(student), Shape.of(teacher) if teacher is not None else None]
-    if config.teacher_device != "same":
-        shapes[1] = None  # another device's memory
-    room = (1 - MARGIN) * free
-    config = agent.config = sized(config, *shapes, b, room)
-    plan = memory_plan(config, *shapes, b)
-    agent.predicted, agent.before = peak(plan), memory_taken(device)
-    there = f"{room / GIB:.1f} GiB ({free / GIB:.1f} free on {device}, less {MARGIN:.0%})"
-    agent.notes += memory_table(plan)
-    agent.notes.append(f"  peak {peak(plan) / GIB:.2f} of {there}; rollout_batch "
-                       f"{config.rollout_batch}, micro_batch_tokens {config.micro_batch_tokens}")
-    if peak(plan) > room and config.preflight:
-        part = max(plan, key=lambda name: max(plan[name]))
-        raise ValueError(
-            f"the run needs {peak(plan) / GIB:.1f} GiB of {there}; most of it is {part}, "
-            f"{max(plan[part]) / GIB:.1f} GiB. Lower --max_response, --rollout_batch or "
-            "--micro_batch_tokens, set --gradient_checkpointing true, or go on all the same: "
-            "--preflight false")
-
-
-def memory_verdict(agent):
-    """The plan against what was taken, once the optimiser's state exists."""
-    device = agent.student.device
-    taken = memory_taken(device) - (0 if device.type == "cuda" else agent.before)
-    how = "by its tensors" if device.type == "cuda" else "growth of the whole process"
-    return (f"memory  peak of the plan {agent.predicted / GIB:.2f} GiB, measured {taken / GIB:.2f} "
-            f"({how})")
-
-
-@torch.no_grad()
-def check_likelihood(path, model, agent):
-    """A model that knows its own template finds a simple conversation likelier than chance."""
-    ids, step_id = encode_demonstration(agent.tokenizer, *EXAMPLE)
-    ids, step_id = torch.tensor([ids], device=model.device), torch.tensor([step_id])
-    logp = sampled_logprobs(model, ids, step_id, 1.0).cpu()
-    mean = float(logp[step_id >= 0].mean())
-    chance = -math.log(len(model.get_output_embeddings().weight))
-    if not mean > 0.9 * chance and agent.config.preflight:  # NaN too; chance varies by some percent
-        raise ValueError(f"{path} gives a plain tool call in its own template {mean:.2f} nats a "
-                         f"token, and chance is {chance:.2f}: its weights are random, damaged or "
-                         "for another tokenizer; load them again, use --init random for a student "
-                         "that is to start from nothing, or go on all the same: --preflight false")
-    agent.notes.append(f"likelihood  {path}: {mean:.2f} nats a token of its own turns, chance "
-                       f"{chance:.2f}")
-
-
-def fitting_prompts(agent, problems):
-    """[(Problem, ids)] of the problems whose prompt fits the budget, and how many do not."""
-    limit = agent.config.max_prompt
-    prompts = [(p, encode_prompt(agent.tokenizer, p, agent.config.system)) for p in problems]
-    kept = [(p, ids) for p, ids in prompts if len(ids) <= limit]
-    if not kept:
-        raise ValueError(f"all {len(prompts)} prompts are longer than {limit} tokens (the shortest "
-                         f"has {min(len(ids) for _, ids in prompts)}); raise --max_prompt")
-    return kept, len(prompts) - len(kept)
-
-
-def fitting_demonstrations(agent, rows):
-    """[(ids, step_id)] of the conversations that fit both budgets, and how many do not."""
-    limit = agent.config.max_prompt + agent.config.max_response
-    pairs = [encode_demonstration(agent.tokenizer, problem, turns, agent.config.system)
-             for problem, turns in rows]
-    kept = [pair for pair in pairs if len(pair[0]) <= limit]
-    if not kept:
-        raise ValueError(f"all {len(pairs)} demonstrations are longer than {limit} tokens; "
-                         "raise --max_response")
-    return kept, len(pairs) - len(kept)
-
-
-def check_view(problems, config):
-    """Self-distillation needs something to tell the teacher."""
-    view = METHODS[config.method].view
-    missing = sum(not getattr(p, view, "") for p in problems)
-    if view in ("answer", "hint") and missing:
-        raise ValueError(f"{missing} of {len(problems)} problems in {config.train_data} have no "
-                         f"{view}; method {config.method} needs one in every row")
-
-
 # --- Files ------------------------------------------------------------------------------------
 
-
-LOGS = ("metrics.jsonl", "clock.jsonl", "rollouts.jsonl")  # they grow by lines with each step
+LOGS = ("metrics.jsonl", "clock.jsonl", "rollouts.jsonl")  # they grow by lines each iteration
+VERSIONS = {"sod-mini": "0.2", "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def open_run_folder(config):
@@ -2383,12 +1901,13 @@ def open_run_folder(config):
 
 
 def write_config(config, folder):
-    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "change")}
+    settings = {**asdict(config), "versions": VERSIONS}
+    del settings["resume"]
     tools.write_whole(folder / "config.json", json.dumps(settings, indent=1) + "\n")
 
 
 def resumed_config(given):
-    """The settings of an interrupted run, and what is given now; a difference must be wanted.
+    """The settings of an interrupted run, and what the command line changes in them.
 
     given  {option: value} of the command line, "resume" among them
     """
@@ -2396,59 +1915,34 @@ def resumed_config(given):
     if not (folder / "config.json").exists():  # not a folder: the name of a run
         folder = Path(given.get("out", Config.out)) / folder
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise ValueError(f"{given['resume']} holds no run to resume (no config.json that can be "
                          "read); name its folder, such as runs/NAME") from None
-    known = {f.name: f.default for f in fields(Config)}
-    if stored.keys() - known.keys():
+    stored.pop("versions", None)
+    if unknown := stored.keys() - {f.name for f in fields(Config)}:
         raise ValueError(f"{folder}/config.json has options unknown to this version: "
-                         f"{', '.join(sorted(stored.keys() - known.keys()))}")
-    settings = {**known, **stored, "resume": str(folder), "change": given.get("change", False)}
-    left_open = [k for k in ("rollout_batch", "micro_batch_tokens") if given.get(k) == 0]
-    changed = {k: v for k, v in given.items()
-               if k not in ["resume", *left_open] and settings[k] != v}
-    if changed and not given.get("change"):
-        listed = ", ".join(f"{k} {v!r} (was {settings[k]!r})" for k, v in changed.items())
-        raise ValueError(f"{folder} ran with other options: {listed}; leave them out to go on as "
-                         "before, or add --change true to go on with the new ones")
-    return Config(**{**settings, **changed})
+                         f"{', '.join(sorted(unknown))}")
+    before = Config(**stored)
+    for name, value in given.items():
+        if name != "resume" and getattr(before, name) != value:
+            print(f"changed: {name} {value!r}, was {getattr(before, name)!r}")
+    return Config(**{**stored, **given, "resume": str(folder)})
 
 
-def write_step(agent, m, folder):
-    """The numbers and rollouts of a step, as lines of the logs; a batch not taken, for study.
+def write_iteration(agent, m, batch, folder):
+    """The numbers and rollouts of an iteration, as lines of the logs.
 
     What the machine did goes to a file of its own, so that the others depend on the seed alone.
     """
     clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
-    rows = ([{k: plain(v) for k, v in m.items() if k not in clock}], [{"step": m["step"], **clock}],
-            list(rollout_rows(agent.scored, m["step"], agent.tokenizer, agent.config.store_tokens))
-            if agent.scored else [])
+    rows = ([{k: plain(v) for k, v in m.items() if k not in clock}],
+            [{"iteration": m["iteration"], **clock}],
+            list(rollout_rows(batch, m["iteration"], agent.tokenizer, agent.config.store_tokens))
+            if batch else [])
     with tools.writing(folder):
         for name, new in zip(LOGS, rows):
             tools.append_rows(folder / name, new)
-        if agent.aside:
-            (folder / "refused").mkdir(exist_ok=True)
-            with open(folder / "refused" / f"step-{m['step']}.pt", "wb") as file:
-                torch.save(agent.aside, file)
-
-
-def token_pieces(tokenizer, ids):
-    """The text of each token; joined, the text of all, control tokens included.
-
-    A byte-level token may end inside a character: it gets "", and the token that completes the
-    character gets both.
-    """
-    pieces, pending = [], []
-    for i in ids:
-        pending.append(i)
-        text = tokenizer.decode(pending)
-        whole = not text.endswith("\ufffd")  # what stands for the bytes of half a character
-        pieces.append(text if whole else "")
-        pending = [] if whole else pending
-    if pending:  # bytes that no token completed
-        pieces[-1] = tokenizer.decode(pending)
-    return pieces
 
 
 def plain(value):
@@ -2459,34 +1953,39 @@ def plain(value):
 
 
 def rounded(values, digits):
-    """(N,) tensor -> numbers that JSON can hold."""
+    """(N,) tensor -> numbers that JSON can hold; None stays None."""
+    if values is None:
+        return None
     return [plain(round(v, digits) + 0.0) for v in values.tolist()]  # + 0.0: no -0.0
 
 
-def token_row(scored, i, k, tokenizer):
-    """The tokens of step k of rollout i, log-probabilities and advantages to three decimals."""
-    r, at = scored.rollouts[i], scored.step_id[i] == k  # (T,)
-    ids = [token for token, step in zip(r.ids, r.step_id) if step == k]
-    row = {"tokens": token_pieces(tokenizer, ids), "logp_s": rounded(scored.logp_s[i, at], 3)}
-    if scored.logp_t is not scored.logp_s:  # somebody has scored
-        row["logp_t"] = rounded(scored.logp_t[i, at], 3)
-    return row | {"token_advantages": rounded(scored.advantages[i, at], 3)}
-
-
-def rollout_rows(scored, step, tokenizer, with_tokens):
-    """A batch as JSON-ready dicts, one a rollout, one entry a step; numbers to four decimals.
+def rollout_rows(batch, iteration, tokenizer, with_tokens):
+    """A batch as JSON-ready dicts, one a rollout, one entry a step; d and w are null without a
+    teacher.
 
     with_tokens  of so many rollouts each step also holds its tokens (token_row)
     """
-    for i, r in enumerate(scored.rollouts):
-        answers, d, w = iter(r.answers), rounded(scored.d[i], 4), rounded(scored.w[i], 4)
-        turns = [{"text": text, "outcome": outcome, "d": d[k], "w": w[k],
-                  "tool": next(answers) if outcome not in ("", "not_run") else None}
-                 | (token_row(scored, i, k, tokenizer) if i < with_tokens else {})
-                 for k, (text, outcome) in enumerate(zip(r.turns, r.outcomes))]
-        yield {"step": step, "question": r.problem.question, "truth": r.problem.answer,
+    for i, r in enumerate(batch.rollouts):
+        d, w = (rounded(x[i], 4) if x is not None else [None] * len(r.turns)
+                for x in (batch.d, batch.w))
+        turns = [{"text": turn.text, "outcome": turn.outcome, "d": d[k], "w": w[k],
+                  "tool": turn.answer if turn.outcome not in ("", "not_run") else None}
+                 | (token_row(batch, i, k, tokenizer) if i < with_tokens else {})
+                 for k, turn in enumerate(r.turns)]
+        yield {"iteration": iteration, "question": r.problem.question, "truth": r.problem.answer,
                "right": r.right, "reason": r.reason, "reward": round(r.reward, 4),
-               "advantage": round(float(scored.A[i]), 4), "finish": r.finish, "turns": turns}
+               "advantage": round(float(batch.A[i]), 4), "finish": r.finish, "turns": turns}
+
+
+def token_row(batch, i, k, tokenizer):
+    """The tokens of step k of rollout i, log-probabilities and advantages to three decimals."""
+    step = batch.step_id[i] == k  # (T,)
+    row = {"tokens": [tokenizer.decode([token]) for token in batch.ids[i, step].tolist()]}
+    for name, values in (("logp_s", batch.logp_s), ("logp_t", batch.logp_t),
+                         ("token_advantages", batch.advantages)):
+        if values is not None:
+            row[name] = rounded(values[i, step], 3)
+    return row
 
 
 def save_checkpoint(agent, folder, results={}):
@@ -2504,128 +2003,112 @@ def write_model(agent, folder, results):
     finally:
         student.generation_config = ours
     agent.tokenizer.save_pretrained(folder)
-    write_card(folder, agent.config, results)
+    (folder / "README.md").write_text(model_card(agent.config, results), encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes files that nobody else may read
 
 
 def save_run(agent, folder):
     """Save all that the rest of the run depends on; the newest two saves are kept.
 
     A save is a model folder with the state of the optimiser beside the weights. No state of a
-    random generator is in it: every random number is a function of seed and step.
+    random generator is in it: every random number is a function of seed and iteration.
     """
-    if agent.saved == agent.step:
+    place = folder / "saves" / f"iteration-{agent.iteration}"
+    if place.exists():
         return
-    with (tools.writing(folder),
-          tools.whole_folder(folder / "saves" / f"step-{agent.step}") as place):
-        for name in LOGS:
-            tools.sync(folder / name)
-        state = {"step": agent.step, "optimizer": agent.optimizer.state_dict(),
-                 "data": digest(agent.practice), "smaller": agent.smaller,
-                 "shortages": agent.shortages, "refused": agent.refused,
-                 "lengths": {name: (folder / name).stat().st_size for name in LOGS}}
-        write_model(agent, place, {})
-        with open(place / "state.pt", "wb") as file:
-            torch.save(state, file)
-        tools.seal(place)
+    with tools.writing(folder), tools.whole_folder(place) as aside:
+        config = agent.config
+        write_model(agent, aside, {})
+        torch.save({
+            "iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
+            "practice": digest(agent.practice), "halvings": agent.halvings,
+            "sizes": [config.rollout_batch, config.micro_batch_tokens],
+            "lengths": {name: (folder / name).stat().st_size for name in LOGS
+                        if (folder / name).exists()}}, aside / "state.pt")
     for old in tools.numbered(folder / "saves")[:-2]:
         tools.remove(old)
-    agent.saved = agent.step
 
 
 def digest(practice):
-    """A word that changes with any problem, demonstration or token id to be trained on."""
+    """A short text that changes with any problem, demonstration or token id to be trained on."""
     return hashlib.sha256(repr(practice).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def restore(agent, config, folder):
-    """Take over the newest whole save, and cut the logs back to where they were at the time."""
-    place, faults = tools.newest_whole(folder / "saves")
-    for path, fault in faults.items():
-        print(f"{path} is damaged ({fault}): an older save is used")
-    if place is None and faults:
-        raise ValueError(f"no whole save is left in {folder / 'saves'}; begin anew under another "
-                         "--name")
-    state = take_over(agent, config, place) if place else {"lengths": {}}
+def restore(agent, folder):
+    """Take over the newest save, and cut the logs back to where they were at the time."""
+    place = next(iter(reversed(tools.numbered(folder / "saves"))), None)
+    lengths = take_over(agent, place) if place else {}
     for name in LOGS:
-        tools.cut_back(folder / name, state["lengths"].get(name, 0))
-    for path in faults:
-        tools.remove(path)
-    write_config(config, folder)
-    print(f"resumed {place}" if place else f"resumed {folder}, which has no save yet: from step 1")
+        if note := tools.cut_back(folder / name, lengths.get(name, 0)):
+            print(note)
+    write_config(agent.config, folder)
+    print(f"resumed {place}" if place else f"resumed {folder}, which has no save yet: it begins "
+          "with iteration 1")
 
 
-def take_over(agent, config, place):
-    """Weights, optimiser and counters of a save; returns its state."""
-    state = torch.load(place / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    if state["data"] != digest(agent.practice) and not config.change:
-        raise ValueError("the training data are not those that this run began with; bring them "
-                         "back, or add --change true to go on with the new ones")
-    saved = load_model(place, "cpu", agent.student.dtype)
+def take_over(agent, place):
+    """Weights, optimiser and counters of a save; returns the lengths of the logs."""
+    config = agent.config
     try:
+        state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+        saved = load_model(place, "cpu", agent.student.dtype)
         agent.student.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {place} do not fit the student {config.student}: "
-                         f"{str(error).splitlines()[-1].strip()}") from None
-    agent.optimizer = new_optimizer(agent, config)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{place} cannot be taken over ({str(error).splitlines()[-1].strip()}); "
+                         "remove that folder, and --resume goes on from the save before it"
+                         ) from error
+    if state["practice"] != digest(agent.practice):
+        raise ValueError("the training data are not those that this run began with; bring them "
+                         f"back, or begin a new run with --student {place}")
+    total = (math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
+             if config.method == "sft" else config.iterations)
+    if total < state["iteration"]:
+        raise ValueError(f"{place} has done {state['iteration']} iterations and {total} are asked "
+                         "for; ask for more, or leave the option out")
+    agent.optimizer = make_optimizer(agent, total)
     agent.optimizer.load_state_dict(state["optimizer"])
-    agent.step = agent.saved = state["step"]
-    agent.smaller, agent.shortages = state["smaller"], state["shortages"]
-    agent.refused = state["refused"]
-    return state
-
-
-def write_card(folder, config, results):
-    """The model card; results are {name: (problems, k) array} of what was measured."""
-    (folder / "README.md").write_text(model_card(config, results), encoding="utf-8")
+    agent.iteration, agent.halvings = state["iteration"], state["halvings"]
+    config.rollout_batch, config.micro_batch_tokens = state["sizes"]
+    return state["lengths"]
 
 
 CARD = """---
-license: apache-2.0
-base_model: {base}
+base_model: {c.student}
 library_name: transformers
 pipeline_tag: text-generation
-tags:
-- sod
-- on-policy-distillation
-- tool-use
+tags: [sod, on-policy-distillation, tool-use]
 ---
 
 # {title}
 
-{base} trained with sod-mini, method `{method}`{teacher}. It solves problems in several turns with a
-Python tool (Hermes tool calls, one tool named `code_interpreter`).
-
-## Training
-
-{training}
-
-## Results
+{c.student} trained with sod-mini, method `{c.method}`, teacher: {teacher}. It solves problems in
+several turns with a Python tool (Hermes tool calls, one tool named `code_interpreter`). Its licence
+is that of {c.student}.
 
 {results}
-"""
-MEASURED = """average@{k} on {n} problems of `{data}`, temperature {temperature}, top-p {top_p}; 95%
-interval from resampling problems. Measured by this run; nothing else was measured.
 
-{table}"""
+Settings: {settings}
+"""
 
 
 def model_card(config, results):
-    """What the checkpoint is, how it was trained, what was measured: Hub metadata and markdown."""
-    view = getattr(METHODS.get(config.method), "view", "")
-    teacher = {"": "", "teacher": f" and teacher {config.teacher}"}.get(
-        view, f", its own start with the {view} in the prompt as teacher")
-    keys = (["sft_epochs", "sft_batch", "sft_lr"] if config.method == "sft" else
-            ["steps", "prompts_per_step", "group_size", "updates_per_step", "lr", "weights", "kl",
-             "opd_coef", "epsilon", "delta", "clip_low", "clip_high", "clip_dual", "max_turns",
-             "max_response"])
-    measured = MEASURED.format(
-        k=config.eval_samples, n=len(next(iter(results.values()))), data=config.eval_data,
-        temperature=config.eval_temperature, top_p=config.eval_top_p,
-        table=results_table(results)) if results else "Not evaluated."
+    """What the checkpoint is, how it was trained and measured: Hub metadata and markdown.
+
+    results  {name: (problems, k) array} of what was measured
+    """
+    view = METHODS[config.method].view
+    measured = "Not evaluated."
+    if results:
+        number = len(next(iter(results.values())))
+        measured = (f"average@{config.eval_samples} on {number} problems of `{config.eval_data}`, "
+                    f"temperature {config.eval_temperature}, top-p {config.eval_top_p}; 95% "
+                    "interval from resampling problems:\n\n" + results_table(results))
     return CARD.format(
-        base=config.student, title=config.name or config.method, method=config.method,
-        teacher=teacher, results=measured,
-        training=", ".join(f"{k} {getattr(config, k)}" for k in ["seed", *keys]) + ".")
+        c=config, title=config.name or config.method, results=measured,
+        teacher={"": "none", "teacher": config.teacher}.get(
+            view, f"its own start, told the {view}"),
+        settings=json.dumps({**asdict(config), "versions": VERSIONS}))
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -2641,41 +2124,40 @@ def results_table(results):
 
 
 def progress_line(m, config):
-    """One dense line a step."""
-    if config.method == "sft":
-        return (f"step {m['step']}/{m['steps']} | loss {m['loss']:.3f} nats | "
-                f"grad {m['grad_norm']:.2f} | {m['seconds']:.2f} s{troubles(m)}")
-    memory = (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-              if torch.cuda.is_available() else "")
-    return (f"step {m['step']}/{config.steps} | reward {m['reward']:+.2f} | "
-            f"right {m['right']:.0%} | kl {m['reverse_kl']:.2f} | d {m['d']:.2f} | "
-            f"w {m['w']:.2f} | "
-            f"tool fail {m['tool_fail']:.0%} | cut {m['cut_budget'] + m['cut_turns']:.0%} | "
-            f"{m['tokens_per_second']:,.0f} tok/s | {m['seconds']:.1f} s{memory}{troubles(m)}")
+    """One dense line an iteration: each number that the method has, and what went wrong."""
+    seconds = sum(v for k, v in m.items() if k.startswith("seconds"))
+    shown = {
+        "reward": "{:+.2f}", "right": "{:.0%}", "reverse_kl": "kl {:.2f}", "d": "{:.2f}",
+        "w": "{:.2f}", "tool_fail": "tool fail {:.0%}", "cut_budget": "cut {:.0%}",
+    } if "reward" in m else {"loss": "{:.3f} nats", "grad_norm": "grad {:.2f}"}
+    parts = [form.format(m[k]) if " {" in form else f"{k} {form.format(m[k])}"
+             for k, form in shown.items() if k in m]
+    if "tokens" in m:
+        parts.append(f"{m['tokens'] / max(seconds, 1e-9):,.0f} tok/s")
+    parts.append(f"{seconds:.1f} s")
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
+    troubles = {"updates not taken": m["not_taken"], "tool calls retried so far": m["tool_retries"],
+                "lost to the machine": m.get("infrastructure", 0),
+                f"times out of memory so far: rollout_batch {m['rollout_batch']}, "
+                f"micro_batch_tokens {m['micro_batch_tokens']}": m["out_of_memory"]}
+    parts += [f"{n} {words}" for words, n in troubles.items() if n]
+    return f"iteration {m['iteration']}/{m.get('iterations', config.iterations)} | " + " | ".join(
+        parts)
 
 
-def troubles(m):
-    """What a progress line adds where something went wrong."""
-    smaller = ", ".join(f"{k} {v}" for k, v in m["smaller"].items())
-    said = {"not taken": m["not_taken"], "lost to infrastructure": m.get("infrastructure", 0),
-            "tool calls retried": m["tool_retries"],
-            f"times out of memory: {smaller}": m["out_of_memory"]}
-    return "".join(f" | {n} {words}" for words, n in said.items() if n)
-
-
-def show_rollout(scored):
+def show_rollout(batch):
     """A rollout with d and w beside each turn: if there is one, that recovered from a failure."""
-    i = max(range(len(scored.rollouts)), key=lambda i: (
-        any(o not in FINE for o in scored.rollouts[i].outcomes), scored.rollouts[i].right))
-    r, answers = scored.rollouts[i], iter(scored.rollouts[i].answers)
+    i = max(range(len(batch.rollouts)), key=lambda i: (
+        any(turn.failed for turn in batch.rollouts[i].turns), batch.rollouts[i].right))
+    r = batch.rollouts[i]
     lines = [f"    {r.problem.question}  [truth {r.problem.answer}, reward {r.reward:+.1f}]"]
-    for k, (text, outcome) in enumerate(zip(r.turns, r.outcomes)):
-        call = tools.parse_tool_call(text)
-        said = call.code if call and not call.fault else text
-        answer = next(answers) if outcome not in ("", "not_run") else r.finish
-        last_line = (answer.strip().splitlines() or [""])[-1]
-        lines.append(f"    turn {k + 1}  d {scored.d[i, k]:.2f}  w {scored.w[i, k]:.2f}  "
-                     f"{said.strip()[:60]!r} -> {last_line[:50]}")
+    for k, turn in enumerate(r.turns):
+        call = tools.parse_tool_call(turn.text)
+        said = call.code if call and not call.fault else turn.text
+        last_line = ((turn.answer or r.finish).strip().splitlines() or [""])[-1]
+        trust = "" if batch.d is None else f"d {batch.d[i, k]:.2f}  w {batch.w[i, k]:.2f}  "
+        lines.append(f"    turn {k + 1}  {trust}{said.strip()[:60]!r} -> {last_line[:50]}")
     return "\n".join(lines)
 
 
@@ -2685,18 +2167,21 @@ def as_bool(text):
     return text.lower() == "true"
 
 
-def add_options(parser, kind, path, words):
-    """An option for each field of the dataclass `kind`; its comment in the file is the help.
+def add_options(parser, kind, words):
+    """An option for each field of a dataclass; its comment in the source is the help.
 
     words  {field: [allowed, ...]} for those that take one of a few
     """
-    source = Path(path).read_text(encoding="utf-8")
+    source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
-    for f in fields(kind):
+    order = list(comments)  # the fields of `kind` itself come before those that it inherits
+    for f in sorted(fields(kind), key=lambda f: order.index(f.name)):
         parser.add_argument(f"--{f.name}", type=as_bool if f.type is bool else f.type,
                             default=argparse.SUPPRESS,
                             metavar=" | ".join(words.get(f.name, [f.type.__name__])),
                             help=f"{comments[f.name]} [{f.default}]".replace("%", "%%"))
+    parser.add_argument("--version", action="version", version=", ".join(
+        f"{name} {number}" for name, number in VERSIONS.items()))
 
 
 def parse_config(argv=None):
@@ -2707,7 +2192,7 @@ def parse_config(argv=None):
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100))
     parser.add_argument("--preset", choices=PRESETS, help="set of values to start from; default: "
                         "world, or gpu (one GPU, untried) where data of your own are named")
-    add_options(parser, Config, __file__, choices())
+    add_options(parser, Config, choices())
     given = vars(parser.parse_args(argv))
     data = [given[k] for k in ("train_data", "eval_data", "demonstrations") if given.get(k)]
     embedded = all(Path(os.path.realpath(d)).is_relative_to(Path(WORLD).resolve()) for d in data)
@@ -2716,71 +2201,77 @@ def parse_config(argv=None):
         if given.get("resume"):
             return resumed_config({**PRESETS[preset or "world"], **given}), preset or "as before"
         preset = preset or ("world" if embedded else "gpu")
-        return Config(**{**PRESETS[preset], **given}), preset
+        config = Config(**{**PRESETS[preset], **given})
     except ValueError as error:
         parser.error(str(error))
+    if idle := sorted(given.keys() & unused(config)):
+        print(f"not used by this run: {', '.join(idle)}")
+    return config, preset
+
+
+def unused(config):
+    """The options that do nothing in this run."""
+    view, weights = METHODS[config.method].view, METHODS[config.method].weights
+    groups = [(config.method == "sft", ["demonstrations", "sft_epochs", "sft_batch", "sft_lr"]),
+              (config.method not in ("sft", "vanilla"), [
+                  "train_data", "iterations", "prompts", "group_size", "updates", "lr", "warmup",
+                  "clip_low", "clip_high", "clip_dual", "tool_shaping", "overlong", "temperature"]),
+              (view == "teacher", ["teacher"]), (view, ["opd_coef"]),
+              (weights == "sod", ["weights", "epsilon", "delta"]),
+              (config.weights == "floor", ["floor"]),
+              (config.rollout_engine == "slots", ["look", "tool_wait"]),
+              (config.eval_data, ["eval_problems", "eval_samples", "eval_temperature",
+                                  "eval_top_p"])]
+    return {name for used, names in groups if not used for name in names}
 
 
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
-    device, dtype, reason = choose_device(config)
     folder = open_run_folder(config)
     with tools.locked(folder):
-        print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); preset {preset}")
+        print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items()))
         try:
-            agent, problems = load_in_two_parts(config, folder)
-            config = agent.config
+            agent = preflight(config)
+            problems = eval_problems(agent.tokenizer, config)
+            load_agent(config, agent)
+            results = read_results(folder)
+            if config.resume:
+                restore(agent, folder)
         except BaseException:
             if not config.resume:
                 shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
             raise
         try:
-            measure_and_train(agent, config, folder, problems)
+            measure_and_train(agent, folder, problems, results)
         except BaseException:
             print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
 
 
-def load_in_two_parts(config, folder):
-    """(agent, held-out problems): first what takes seconds, all of it, then the weights."""
-    agent = preflight(config)
-    config, problems = agent.config, eval_problems(agent, agent.config)
-    print(*agent.notes, sep="\n")
-    agent.notes.clear()
-    if not config.resume:
-        write_config(config, folder)  # now with the sizes that were left to the memory plan
-    load_agent(config, agent)
-    print(*agent.notes, sep="\n")
-    describe(agent, config)
-    return agent, problems
-
-
-def measure_and_train(agent, config, folder, problems):
+def measure_and_train(agent, folder, problems, results):
     """The run itself, from wherever it stands."""
-    results = {} if config.change else read_results(folder)
+    config = agent.config
 
     def measure(name, model):
-        if problems and model is not None and name not in results:
-            results[name] = evaluate(model, agent, problems, config)
+        if problems and name not in results:
+            results[name] = evaluate(agent, model, problems)
             listed = {name: correct.tolist() for name, correct in results.items()}
             tools.write_whole(folder / "results.json", json.dumps(listed) + "\n")
 
-    measure("student before", agent.student)
+    if agent.iteration == 0:
+        measure("student before", agent.student)
     if config.method != "vanilla":
-        if config.resume:
-            restore(agent, config, folder)
-        train_to_files(agent, config, folder)
+        train_to_files(agent, folder)
         measure("student after", agent.student)
-        if METHODS.get(config.method, METHODS["grpo"]).view == "teacher":
-            with visiting(agent.teacher, agent.student.device, config.offload != "none"):
+        if METHODS[config.method].view == "teacher":
+            with visiting(agent.teacher, agent.student.device):
                 measure("teacher", agent.teacher)
         save_checkpoint(agent, folder, results)
         tools.remove(folder / "saves")
-        print(f"checkpoint  {folder / 'checkpoint'}\nmetrics     {folder / 'metrics.jsonl'}")
-    if config.method not in ("vanilla", "sft"):
-        print(f"rollouts    {folder / 'rollouts.jsonl'}")
-    if config.page and config.method != "vanilla":
-        print(f"page        {page_of(folder)}")
+        for name in ("checkpoint", "metrics.jsonl", "rollouts.jsonl"):
+            if (folder / name).exists():
+                print(f"{name:15} {folder / name}")
+        print(f"page            {page_of(folder)}")
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
               + results_table(results))
@@ -2789,8 +2280,8 @@ def measure_and_train(agent, config, folder, problems):
 def read_results(folder):
     """What an interrupted run has measured: {name: (problems, samples) array}."""
     path = folder / "results.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {name: np.array(correct) for name, correct in found.items()}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: np.array(correct) for name, correct in stored.items()}
 
 
 def page_of(folder):
@@ -2802,67 +2293,65 @@ def page_of(folder):
     script = Path(__file__).with_name("evaluate.py")
     done = subprocess.run([sys.executable, script, "--page", folder],
                           capture_output=True, text=True)
-    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    return said[-1] if done.returncode == 0 and said else (
-        f"not written ({said[-1] if said else f'exit status {done.returncode}'}); to try again: "
-        f"python evaluate.py --page {folder}")
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    last = lines[-1] if lines else f"exit status {done.returncode}"
+    return last if done.returncode == 0 else (
+        f"not written ({last}); to try again: python evaluate.py --page {folder}")
 
 
-def train_to_files(agent, config, folder):
-    """Run the training loop; one line a step to the screen, the numbers and rollouts to files."""
-    total = config.steps if config.method in METHODS else None
+def train_to_files(agent, folder):
+    """Run the training loop: lines to the screen, numbers and rollouts to files, saves.
+
+    A signal is obeyed at once while the weights are those of the last iteration in the files; in
+    the middle of updates it waits for the end of the iteration.
+    """
+    config, history, last_said = agent.config, [], {}
+    place = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
+    written = place()
+    settled = lambda: place() == written
     try:
-        with tools.stoppable(agent):
-            for m in tqdm(train(config, agent), total=total, initial=agent.step, unit="step",
-                          desc=config.method, disable=None):  # no bar where nobody watches
-                write_step(agent, m, folder)
-                agent.settled = True
-                if agent.stop:
-                    raise KeyboardInterrupt(agent.stop)
-                show_step(agent, m, config)
-                if config.save_every and m["step"] % config.save_every == 0:
+        with tools.stoppable(settled) as asked:
+            for m, batch in tqdm(train(agent), initial=agent.iteration, unit="iteration",
+                                 desc=config.method, disable=None):  # no bar where nobody watches
+                write_iteration(agent, m, batch, folder)
+                written = place()
+                if asked:
+                    raise KeyboardInterrupt(asked[0])
+                history.append(m)
+                show_iteration(m, batch, history, last_said, config)
+                stop_if_refused(history)
+                if config.save_every and m["iteration"] % config.save_every == 0:
                     save_run(agent, folder)
         save_run(agent, folder)
     except tools.WriteError:
         raise
     except BaseException:  # Ctrl-C or an error; in the middle of an update nothing can be saved
-        if agent.settled and agent.step:
+        if agent.iteration and settled():
             save_run(agent, folder)
-            print(f"saved {folder / 'saves' / f'step-{agent.step}'}", file=sys.stderr)
+            print(f"saved {folder / 'saves' / f'iteration-{agent.iteration}'}", file=sys.stderr)
         raise
 
 
-def show_step(agent, m, config):
-    """What of a step goes to the screen."""
-    if m["step"] == 1 and m["skipped"]:
-        tqdm.write(f"{m['skipped']} problems or demonstrations are too long and skipped: "
-                   f"max_prompt {config.max_prompt}, max_response {config.max_response}")
-    if agent.scored or m["not_taken"] or m["step"] % 20 == 0 or m["step"] == m["steps"]:
+def show_iteration(m, batch, history, last_said, config):
+    """Write to the screen: the line of an iteration, health, now and then a rollout."""
+    if batch or m["not_taken"] or m["iteration"] % 20 == 0 or m["iteration"] == m["iterations"]:
         tqdm.write(progress_line(m, config))
-    if m["step"] == 2 and agent.scored:  # now the optimiser's state exists
-        tqdm.write(memory_verdict(agent))
-    agent.history.append(m)
-    for sentence in news(agent.history, agent.told, config):
+    for sentence in news(history, last_said):
         tqdm.write(f"    health: {sentence}")
-    if agent.scored and config.show_every and (m["step"] - 1) % config.show_every == 0:
-        tqdm.write(show_rollout(agent.scored))
+    if batch and config.show_every and (m["iteration"] - 1) % config.show_every == 0:
+        tqdm.write(show_rollout(batch))
 
 
-def describe(agent, config):
-    """What was loaded."""
-    size = lambda model: f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    print(f"student {config.student}, {size(agent.student)}"
-          + (", random weights" if config.init == "random" else ""))
-    if agent.teacher is not None:
-        view = METHODS[config.method].view
-        name = config.teacher if view == "teacher" else f"the student's start, told the {view}"
-        print(f"teacher {name}, {size(agent.teacher)}")
-    data = config.demonstrations if config.method == "sft" else config.train_data
-    if config.method != "vanilla":
-        print(f"data    {data}")
+def stop_if_refused(history, most=3):
+    """Three iterations in a row in which an update could not be taken will not be followed by a
+    better one."""
+    if len(history) >= most and all(m["not_taken"] for m in history[-most:]):
+        raise ValueError(f"{most} iterations in a row had updates that could not be taken: a "
+                         "log-probability, the loss or the gradient was not finite. Begin anew "
+                         "with a lower --lr, or try --dtype float32")
 
 
-def eval_problems(agent, config):
+def eval_problems(tokenizer, config):
     """The held-out problems that fit the prompt budget, at most eval_problems of them."""
     if not config.eval_data and config.method == "vanilla":
         raise ValueError("method vanilla only measures, and there is nothing to measure on; name "
@@ -2870,18 +2359,36 @@ def eval_problems(agent, config):
     if not config.eval_data:
         return []
     problems = tools.load_problems(config.eval_data)[:config.eval_problems]
-    kept, skipped = fitting_prompts(agent, problems)
+    kept, skipped = fitting_prompts(problems, tokenizer, config)
     if skipped:
         print(f"{skipped} held-out prompts are longer than {config.max_prompt} tokens and skipped")
+    if os.path.realpath(config.eval_data) == os.path.realpath(config.train_data):
+        print("NOTE: the student is measured on the problems that it practises on")
     return [problem for problem, _ in kept]
 
 
+def prepare_output():
+    """Show each line as it comes, and never die of a character or of a closed screen."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
 def main(argv=None):
-    """Exit status: 0 done, 1 stopped with a sentence, 2 wrong options, 130 interrupted."""
-    config, preset = parse_config(argv)
-    transformers_logging.disable_progress_bar()  # a bar a file, for files read in milliseconds
+    """Exit status: 0 done, 1 stopped with a sentence, 2 wrong options, 128 and more by a signal."""
+    prepare_output()
     try:
-        run(config, preset)
+        config, preset = parse_config(argv)
+        transformers.utils.logging.disable_progress_bar()
+        with tools.stoppable(lambda: True):
+            run(config, preset)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
+        print("error: the reader of this output has gone, so the run stopped", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -2898,5 +2405,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     sys.exit(main())
