@@ -1,6 +1,7 @@
 """Make the embedded world from nothing: problems, demonstrations, tokenizer, teacher, student.
 
-    python data/make_world.py      about 13 minutes on two busy cores, seeded
+    python data/make_world.py                 about 13 minutes on two busy cores, seeded
+    python data/make_world.py --quick FOLDER  the same script with little of everything, to try it
 
 A problem is a chain of instructions ("Start with 19. Multiply by 7. Subtract it from 82."). The
 models here cannot do arithmetic, they can only copy: so every instruction takes one call of the
@@ -11,6 +12,7 @@ Python tool, and the answer is the last thing the tool printed.
     student   practised on clean demonstrations, then on noisy ones, whose tool may stay silent for
               several calls. It can do everything and is reliable at nothing.
 """
+import argparse
 import json
 import math
 import random
@@ -30,7 +32,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import sod_mini as sod
 import tools
 
-WORLD = ROOT / "world"
 SEED = 0
 NOISE = 0.35  # chance that a step of the student's demonstrations goes wrong
 LIMIT = 10_000  # no running value leaves (-LIMIT, LIMIT): at most four digits to copy
@@ -212,19 +213,23 @@ def make_model(tokenizer, width, layers, mlp):
         pad_token_id=tokenizer.pad_token_id))
 
 
-def practise(model, tokenizer, source, steps, batch, lr, label):
-    """Supervised steps on fresh demonstrations: 5% warm-up, then a cosine down to a twentieth."""
-    config = sod.Config(beta2=0.98)  # a short run: .999 would remember the first, wild steps
-    agent = sod.Agent(config, model.train(), None, tokenizer, None, None)
-    agent.optimizer, start = sod.Optimizer(model, lr, config), time.time()
-    for step in range(1, steps + 1):
-        pairs = [sod.encode_demonstration(tokenizer, *next(source)) for _ in range(batch)]
-        done = step / steps
-        scale = min(done / 0.05, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-        loss, _ = sod.imitation_step(agent, pairs, config, scale)
-        if step % 100 == 0 or step == steps:
-            print(f"{label} step {step}/{steps} loss {loss:.4f} {time.time() - start:.0f} s",
-                  flush=True)
+def practise(model, tokenizer, source, updates, batch, lr, label):
+    """Supervised updates on fresh demonstrations: 5% warm-up, then a cosine down to a twentieth."""
+    config = sod.Config(beta2=0.98)  # a short run: .999 would remember the first, wild updates
+    agent, start = sod.Agent(config, model.train(), None, tokenizer, None), time.time()
+
+    def learning_rate(n):
+        done = n / updates
+        return lr * min(done / 0.05, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+    agent.optimizer = sod.Optimizer(model, learning_rate, config)
+    for n in range(1, updates + 1):
+        rows = [sod.encode_demonstration(tokenizer, *next(source)) for _ in range(batch)]
+        loss, _ = sod.backpropagate(agent, sod.collate(rows, model.device))
+        agent.optimizer.step(loss)
+        if n % 100 == 0 or n == updates:
+            print(f"{label} {n}/{updates} loss {loss:.4f} {time.time() - start:.0f} s", flush=True)
+    agent.optimizer.detach()
 
 
 def save(model, tokenizer, folder):
@@ -238,21 +243,21 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_files():
+def make_files(world, scale):
     """Problems, demonstrations and the tokenizer; no held-out problem is practised on."""
     rng = random.Random(f"{SEED} files")
-    rows = {}
-    while len(rows) < 2400:
+    rows, heldout = {}, int(400 * scale)
+    while len(rows) < int(2400 * scale):
         problem = make_problem(rng)
         rows[problem["question"]] = {k: problem[k] for k in
                                      ("question", "answer", "hint", "difficulty")}
-    write_rows(WORLD / "heldout.jsonl", list(rows.values())[:400])
-    write_rows(WORLD / "train.jsonl", list(rows.values())[400:])
+    write_rows(world / "heldout.jsonl", list(rows.values())[:heldout])
+    write_rows(world / "train.jsonl", list(rows.values())[heldout:])
     with tools.PythonTool() as tool:
         source = noisy(rng, tool)
         shipped = [{"messages": [{"role": "user", "content": p.question}, *turns]}
-                   for p, turns in (next(source) for _ in range(3000))]
-    write_rows(WORLD / "demonstrations.jsonl", shipped)
+                   for p, turns in (next(source) for _ in range(int(3000 * scale)))]
+    write_rows(world / "demonstrations.jsonl", shipped)
     texts = [piece for row in shipped for m in row["messages"]
              for piece in re.split(r"</?tool_call>", m["content"]) if piece]
     frame = ["user\n", "assistant\n", "system\nTools: code_interpreter"]
@@ -264,34 +269,40 @@ def noisy(rng, tool):
     return demonstrations(rng, Bench(tool), noise=NOISE, rate=0.1, persist=0.5)
 
 
-def make_student(tokenizer):
+def make_student(tokenizer, world, scale):
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
     model = make_model(tokenizer, width=96, layers=3, mlp=256)
     rng = random.Random(f"{SEED} student")
     with tools.PythonTool() as tool:
         clean = demonstrations(rng, Bench(tool))
-        practise(model, tokenizer, clean, 1800, 24, 3e-3, "student, clean")
-        practise(model, tokenizer, noisy(rng, tool), 150, 24, 1e-3, "student, noisy")
-    save(model, tokenizer, WORLD / "student")
+        practise(model, tokenizer, clean, int(1800 * scale), 24, 3e-3, "student, clean")
+        practise(model, tokenizer, noisy(rng, tool), int(150 * scale), 24, 1e-3, "student, noisy")
+    save(model, tokenizer, world / "student")
 
 
-def make_teacher(tokenizer):
+def make_teacher(tokenizer, world, scale):
     torch.manual_seed(SEED + 1)
     torch.set_num_threads(1)
     model = make_model(tokenizer, width=128, layers=4, mlp=352)
     rng = random.Random(f"{SEED} teacher")
     with tools.PythonTool() as tool:
         clean, once = demonstrations(rng, Bench(tool)), demonstrations(rng, Bench(tool), rate=0.2)
-        practise(model, tokenizer, clean, 700, 32, 3e-3, "teacher, clean")
-        practise(model, tokenizer, once, 500, 32, 2e-3, "teacher, single time-outs")
-    save(model, tokenizer, WORLD / "teacher")
+        practise(model, tokenizer, clean, int(700 * scale), 32, 3e-3, "teacher, clean")
+        practise(model, tokenizer, once, int(500 * scale), 32, 2e-3, "teacher, single time-outs")
+    save(model, tokenizer, world / "teacher")
 
 
 def main():
-    WORLD.mkdir(exist_ok=True)
-    tokenizer = make_files()
-    makers = [torch.multiprocessing.get_context("spawn").Process(target=make, args=(tokenizer,))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--quick", metavar="FOLDER", type=Path,
+                        help="a fiftieth of everything, into a folder of its own")
+    quick = parser.parse_args().quick
+    world, scale = (quick, 0.02) if quick else (ROOT / "world", 1.0)
+    world.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_files(world, scale)
+    makers = [torch.multiprocessing.get_context("spawn").Process(target=make,
+                                                                 args=(tokenizer, world, scale))
               for make in (make_student, make_teacher)]
     for maker in makers:
         maker.start()
