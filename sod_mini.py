@@ -573,7 +573,10 @@ def view_question(problem, view):
 
 
 def encode_prompt(tokenizer, problem, system="", view=""):
-    """Ids up to and including the header of the first assistant turn."""
+    """Ids up to and including the header of the first assistant turn.
+
+    Differs from the authors' code: there row 0 decides for a whole file how prompts are made.
+    """
     messages = problem.messages or [{"role": "user", "content": problem.question}]
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
@@ -600,7 +603,10 @@ def render_tool_turn(tokenizer, text):
 
 
 def encode_tool_turn(tokenizer, text):
-    """Ids of everything between the student's end-of-turn token and its next turn."""
+    """Ids of everything between the student's end-of-turn token and its next turn.
+
+    Differs from the authors' code: there each tool turn loses two tokens.
+    """
     return encode(tokenizer, render_tool_turn(tokenizer, text).removeprefix(tokenizer.eos_token))
 
 
@@ -608,6 +614,8 @@ def encode_demonstration(tokenizer, problem, messages, system=""):
     """A finished conversation as a Rollout, put together exactly as a rollout grows.
 
     messages  the turns after the question: assistant, tool, assistant, ...
+
+    Differs from the authors' code: there the loss mask is off by one token.
     """
     turns = []
     for message in messages:
@@ -712,7 +720,7 @@ class Rollout:
 
     @property
     def step_id(self):
-        """k for a token sampled in step k, -1 for every other token."""
+            """k for a token sampled in step k, -1 for every other token."""
         marks = [-1] * len(self.prompt)
         for k, turn in enumerate(self.turns):
             marks += [k] * len(turn.ids) + [-1] * len(turn.answer_ids)
@@ -875,7 +883,11 @@ def grade_rollout(r, tool, config):
 
 
 def outcome_reward(rollout, verdict, config):
-    """+1 right, -1 wrong, wrong shaped by tool calls; less near the end of the token budget."""
+    """+1 right, -1 wrong, wrong shaped by tool calls; less near the end of the token budget.
+
+    Differs from the authors' code: there the shaping never reaches the reward, and every wrong
+    answer gets -1.1.
+    """
     if rollout.problem.kind == "program":
         reward = verdict.score  # share of tests passed; -1 without a program
     else:
@@ -2123,27 +2135,26 @@ def results_table(results):
     return "\n".join(lines)
 
 
+SHOWN = {"reward": "reward {reward:+.2f}", "right": "right {right:.0%}", "reverse_kl":
+         "kl {reverse_kl:.2f}", "d": "d {d:.2f}", "w": "w {w:.2f}", "tool_fail":
+         "tool fail {tool_fail:.0%}", "cut_budget": "cut {cut_budget:.0%}", "tokens":
+         "{tokens:,} tokens", "iterations": "loss {loss:.3f} nats | grad {grad_norm:.2f}"}
+TROUBLES = {"not_taken": "{not_taken} updates not taken",
+            "infrastructure": "{infrastructure} rollouts lost to the machine",
+            "tool_retries": "{tool_retries} tool calls tried again so far",
+            "out_of_memory": "{out_of_memory} times out of memory so far: rollout_batch "
+                             "{rollout_batch}, micro_batch_tokens {micro_batch_tokens}"}
+
+
 def progress_line(m, config):
-    """One dense line an iteration: each number that the method has, and what went wrong."""
-    seconds = sum(v for k, v in m.items() if k.startswith("seconds"))
-    shown = {
-        "reward": "{:+.2f}", "right": "{:.0%}", "reverse_kl": "kl {:.2f}", "d": "{:.2f}",
-        "w": "{:.2f}", "tool_fail": "tool fail {:.0%}", "cut_budget": "cut {:.0%}",
-    } if "reward" in m else {"loss": "{:.3f} nats", "grad_norm": "grad {:.2f}"}
-    parts = [form.format(m[k]) if " {" in form else f"{k} {form.format(m[k])}"
-             for k, form in shown.items() if k in m]
-    if "tokens" in m:
-        parts.append(f"{m['tokens'] / max(seconds, 1e-9):,.0f} tok/s")
-    parts.append(f"{seconds:.1f} s")
+    """One dense line an iteration: the numbers that its method has, and what went wrong."""
+    parts = [f"iteration {m['iteration']}/{m.get('iterations', config.iterations)}"]
+    parts += [text.format(**m) for name, text in SHOWN.items() if name in m]
+    parts.append(f"{sum(v for name, v in m.items() if name.startswith('seconds')):.1f} s")
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
-    troubles = {"updates not taken": m["not_taken"], "tool calls retried so far": m["tool_retries"],
-                "lost to the machine": m.get("infrastructure", 0),
-                f"times out of memory so far: rollout_batch {m['rollout_batch']}, "
-                f"micro_batch_tokens {m['micro_batch_tokens']}": m["out_of_memory"]}
-    parts += [f"{n} {words}" for words, n in troubles.items() if n]
-    return f"iteration {m['iteration']}/{m.get('iterations', config.iterations)} | " + " | ".join(
-        parts)
+    parts += [text.format(**m) for name, text in TROUBLES.items() if m.get(name)]
+    return " | ".join(parts)
 
 
 def show_rollout(batch):
