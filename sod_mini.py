@@ -720,7 +720,7 @@ class Rollout:
 
     @property
     def step_id(self):
-            """k for a token sampled in step k, -1 for every other token."""
+        """k for a token sampled in step k, -1 for every other token."""
         marks = [-1] * len(self.prompt)
         for k, turn in enumerate(self.turns):
             marks += [k] * len(turn.ids) + [-1] * len(turn.answer_ids)
