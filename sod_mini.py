@@ -135,7 +135,7 @@ class Config(Sampling):
 
     def __post_init__(self):
         check_values(self)
-        method = METHODS[self.method]
+        method, explores = METHODS[self.method], self.method not in ("sft", "vanilla")
         for wrong, sentence in [
             (Path(self.name).name != self.name or not self.name.isprintable(),
              f"name is {self.name!r}; needed one folder name, such as first-try (--out says where "
@@ -156,8 +156,12 @@ class Config(Sampling):
             (self.prompts % self.updates,
              f"prompts {self.prompts} does not divide into {self.updates} updates; choose a "
              "multiple"),
-            (self.overlong > self.max_response,
+            (explores and self.overlong > self.max_response,
              f"overlong {self.overlong} is more than max_response {self.max_response}: lower it"),
+            (self.method == "sft" and not self.demonstrations.strip(),
+             "method sft imitates demonstrations, and none are named: use --demonstrations FILE"),
+            (explores and not self.train_data.strip(),
+             f"method {self.method} needs problems to practise on: use --train_data FILE"),
         ]:
             if wrong:
                 raise ValueError(sentence)
@@ -171,7 +175,9 @@ def check_values(config):
                              f"{', '.join(allowed)}")
     for f in fields(config):
         value, (low, high) = getattr(config, f.name), BOUNDS.get(f.name, (0, math.inf))
-        if f.type in (int, float) and not (isinstance(value, (int, float)) and low <= value < high):
+        if type(value) not in ((int, float) if f.type is float else (f.type,)):
+            raise ValueError(f"{f.name} is {value!r}; needed {KINDS[f.type]}")
+        if f.type in (int, float) and not low <= value < high:
             raise ValueError(f"{f.name} is {value}; it must be at least {low} and below {high}")
 
 
@@ -182,6 +188,7 @@ def choices():
             "offload": ["none", "teacher", "all"], "dtype": ["auto", "float32", "bfloat16"]}
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 # What is not "at least 0 and finite": name -> (lowest, first value that is too high).
 TINY = 1e-12
 BOUNDS = {
@@ -1590,6 +1597,10 @@ def choose_device(config):
                            if dtype == torch.bfloat16 else "exact; bf16 is for GPUs")
 
 
+# Given to every call that loads: left out, transformers asks on the terminal, or runs the code.
+OWN_CODE = dict(trust_remote_code=False)
+
+
 def load_pretrained(read, path, **options):
     """read(path), such as from_pretrained, with one sentence in place of its traceback."""
     if Path(path).is_file():
@@ -1611,13 +1622,25 @@ def why_unreadable(path, message):
     if "trust_remote_code" in message or "custom code" in message:
         return ("it brings code of its own, which this project never runs; use a model whose "
                 "architecture is part of transformers")
-    if any(file.read_bytes()[:23] == b"version https://git-lfs"
-           for file in Path(path).glob("*.safetensors")):
-        return "its weights are Git LFS pointers, not the files; run git lfs pull in that folder"
+    for file in Path(path).glob("*"):
+        if file.is_file() and file.open("rb").read(23) == b"version https://git-lfs":
+            return (f"its {file.name} is a Git LFS pointer in place of the file; run git lfs pull "
+                    "in that folder")
     if (Path(path) / "adapter_config.json").exists():
         return "it holds an adapter; merge it into its base model first (peft: merge_and_unload)"
-    return (f"{first} A Hub id needs a machine that can reach the Hub; a folder must hold a "
-            "config, weights and a tokenizer.")
+    if "size mismatch" in message or "ignore_mismatched_sizes" in message:
+        return ("its weights have other sizes than its config.json says, such as another "
+                "vocabulary; load the folder again, or mend its config.json")
+    if lacks_tokenizer(path):
+        return "it holds no tokenizer; copy there the tokenizer that the model was trained with"
+    return (f"{first.rstrip(':.')}. A Hub id needs a machine that can reach the Hub; a folder must "
+            "hold a config, weights and a tokenizer")
+
+
+def lacks_tokenizer(path):
+    """Is it a folder without any file that a tokenizer could come from?"""
+    names = ("tokenizer.*", "vocab*", "*.tiktoken")
+    return Path(path).is_dir() and not any(file for n in names for file in Path(path).glob(n))
 
 
 def skeleton(path):
@@ -1625,18 +1648,18 @@ def skeleton(path):
     def read(path):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path, trust_remote_code=False))
+                AutoConfig.from_pretrained(path, **OWN_CODE), **OWN_CODE)
     return load_pretrained(read, path)
 
 
 def load_model(path, device, dtype, init="pretrained"):
     """A causal language model whose shipped sampling settings cannot reach our rollouts."""
     if init == "random":
-        shape = load_pretrained(AutoConfig.from_pretrained, path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        shape = load_pretrained(AutoConfig.from_pretrained, path, **OWN_CODE)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **OWN_CODE)
     else:
         model, read = load_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=dtype,
-                                      output_loading_info=True, trust_remote_code=False)
+                                      output_loading_info=True, **OWN_CODE)
         # transformers fills what a file lacks with random numbers, and only warns.
         for verb, names in (("lack", read["missing_keys"]), ("hold", read["unexpected_keys"])):
             if names:
@@ -1697,7 +1720,9 @@ PROBES = [
 
 def load_tokenizer(path):
     """The tokenizer, checked for what a conversation with a tool needs."""
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path, trust_remote_code=False)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path, **OWN_CODE)
+    if lacks_tokenizer(path):  # transformers has made an empty one
+        raise ValueError(f"cannot load {path}: {why_unreadable(path, 'no tokenizer')}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
@@ -1926,20 +1951,32 @@ def resumed_config(given):
     folder = Path(given["resume"])
     if not (folder / "config.json").exists():  # not a folder: the name of a run
         folder = Path(given.get("out", Config.out)) / folder
-    try:
-        stored = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    stored = stored_settings(folder)
+    if stored is None:
         raise ValueError(f"{given['resume']} holds no run to resume (no config.json that can be "
-                         "read); name its folder, such as runs/NAME") from None
-    stored.pop("versions", None)
+                         "read); name its folder, such as runs/NAME")
     if unknown := stored.keys() - {f.name for f in fields(Config)}:
         raise ValueError(f"{folder}/config.json has options unknown to this version: "
                          f"{', '.join(sorted(unknown))}")
-    before = Config(**stored)
+    try:
+        before = Config(**stored)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json cannot be used: {error}") from None
     for name, value in given.items():
         if name != "resume" and getattr(before, name) != value:
             print(f"changed: {name} {value!r}, was {getattr(before, name)!r}")
     return Config(**{**stored, **given, "resume": str(folder)})
+
+
+def stored_settings(folder):
+    """{option: value} from the config.json of a run, or None where there is none to read."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(stored, dict):
+        return None
+    return {name: value for name, value in stored.items() if name != "versions"}
 
 
 def write_iteration(agent, m, batch, folder):
