@@ -944,6 +944,9 @@ def collate(rollouts, device, prompts=None):
 
     A rollout that the machine failed has no tokens of the student's: nothing is learnt from it.
     """
+    if all(r.finish == "infrastructure" for r in rollouts):
+        raise ValueError("the sandbox failed a program of every rollout: see `python tools.py`, "
+                         "and whether the machine has memory and disk left")
     prompts = prompts or [r.prompt for r in rollouts]
     ids, step_ids = [], []
     for r, prompt in zip(rollouts, prompts):
@@ -1544,6 +1547,7 @@ def preflight(config):
         teacher = student
     if config.rollout_engine == "slots":
         check_slots(student)
+    check_disk(config, student, dtype)
     agent = Agent(config, None, None, tokenizer, None)
     agent.practice = load_practice(tokenizer, config)
     agent.tool, milliseconds = load_tool(config)
@@ -1827,6 +1831,19 @@ def check_memory(config, student, teacher, device, dtype):
                         for place, size in need.items())
 
 
+def check_disk(config, student, dtype):
+    """Are there bytes for the files of a run: two saves, and a third while it is written?"""
+    state = dtype.itemsize + 4 * (dtype != torch.float32) + 8  # weight, master, moments
+    size = 3 * state * count_weights(student)
+    out = Path(config.resume or config.out).resolve()
+    place = next(folder for folder in [out, *out.parents] if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < size and config.method != "vanilla" and config.preflight:
+        raise ValueError(f"{in_bytes(free)} are free in {place}, and the saves of a run take "
+                         f"{in_bytes(size)}; make room, choose another --out, or go on all the "
+                         "same: --preflight false")
+
+
 def count_weights(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -1926,8 +1943,8 @@ def open_run_folder(config):
         if not config.resume:
             write_config(config, folder)
     except FileExistsError:
-        raise ValueError(f"{folder} exists already; go on with it by --resume {folder}, or give "
-                         "this run another --name") from None
+        go_on = f"go on with it by --resume {folder}, or " * (stored_settings(folder) is not None)
+        raise ValueError(f"{folder} exists already; {go_on}give this run another --name") from None
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out"
                          ) from None
@@ -1991,6 +2008,9 @@ def write_iteration(agent, m, batch, folder):
             if batch else [])
     with tools.writing(folder):
         for name, new in zip(LOGS, rows):
+            if m["iteration"] > 1 and not (folder / name).exists():
+                tqdm.write(f"NOTE: {folder / name} is gone, and with it the lines of earlier "
+                           "iterations; it begins anew")
             tools.append_rows(folder / name, new)
 
 
@@ -2072,7 +2092,8 @@ def save_run(agent, folder):
         torch.save({
             "iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
             "practice": digest(agent.practice), "halvings": agent.halvings,
-            "sizes": [config.rollout_batch, config.micro_batch_tokens],
+            "sizes": {"rollout_batch": config.rollout_batch,
+                      "micro_batch_tokens": config.micro_batch_tokens},
             "lengths": {name: (folder / name).stat().st_size for name in LOGS
                         if (folder / name).exists()}}, aside / "state.pt")
     for old in tools.numbered(folder / "saves")[:-2]:
@@ -2101,12 +2122,10 @@ def take_over(agent, place):
     config = agent.config
     try:
         state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-        saved = load_model(place, "cpu", agent.student.dtype)
-        agent.student.load_state_dict(saved.state_dict())
+        saved = load_model(place, "cpu", agent.student.dtype).state_dict()
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{place} cannot be taken over ({str(error).splitlines()[-1].strip()}); "
-                         "remove that folder, and --resume goes on from the save before it"
-                         ) from error
+        raise ValueError(f"{place} cannot be read ({repr(error):.200}); remove that folder, and "
+                         "--resume goes on from the save before it") from error
     if state["practice"] != digest(agent.practice):
         raise ValueError("the training data are not those that this run began with; bring them "
                          f"back, or begin a new run with --student {place}")
@@ -2115,10 +2134,18 @@ def take_over(agent, place):
     if total < state["iteration"]:
         raise ValueError(f"{place} has done {state['iteration']} iterations and {total} are asked "
                          "for; ask for more, or leave the option out")
-    agent.optimizer = make_optimizer(agent, total)
-    agent.optimizer.load_state_dict(state["optimizer"])
+    try:
+        agent.student.load_state_dict(saved)
+        agent.optimizer = make_optimizer(agent, total)
+        agent.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{place} does not fit this run; resume with the --student, --dtype and "
+                         "--offload that it began with") from error
     agent.iteration, agent.halvings = state["iteration"], state["halvings"]
-    config.rollout_batch, config.micro_batch_tokens = state["sizes"]
+    before = stored_settings(place.parent.parent)
+    for name, size in state["sizes"].items():
+        if getattr(config, name) == before[name]:  # else the command line asks for another now
+            setattr(config, name, size)
     return state["lengths"]
 
 
@@ -2259,14 +2286,19 @@ def parse_config(argv=None):
 
 def unused(config):
     """The options that do nothing in this run."""
-    view, weights = METHODS[config.method].view, METHODS[config.method].weights
-    groups = [(config.method == "sft", ["demonstrations", "sft_epochs", "sft_batch", "sft_lr"]),
-              (config.method not in ("sft", "vanilla"), [
+    method, view, weights = config.method, METHODS[config.method].view, config.weights
+    scheme = METHODS[method].weights == "sod"  # does the option `weights` count?
+    groups = [(method == "sft", ["demonstrations", "sft_epochs", "sft_batch", "sft_lr"]),
+              (method not in ("sft", "vanilla"), [
                   "train_data", "iterations", "prompts", "group_size", "updates", "lr", "warmup",
-                  "clip_low", "clip_high", "clip_dual", "tool_shaping", "overlong", "temperature"]),
-              (view == "teacher", ["teacher"]), (view, ["opd_coef"]),
-              (weights == "sod", ["weights", "epsilon", "delta"]),
-              (config.weights == "floor", ["floor"]),
+                  "clip_low", "clip_high", "clip_dual", "tool_shaping", "overlong", "temperature",
+                  "show_every", "store_tokens"]),
+              (method != "vanilla", ["beta1", "beta2", "weight_decay", "grad_clip", "save_every",
+                                     "offload", "gradient_checkpointing"]),
+              (view == "teacher", ["teacher"]), (view, ["opd_coef"]), (scheme, ["weights"]),
+              (scheme and weights in ("sod", "floor", "unclipped"), ["epsilon"]),
+              (scheme and weights in ("sod", "floor"), ["delta"]),
+              (weights == "floor", ["floor"]), (config.silent_rate, ["silent_persist"]),
               (config.rollout_engine == "slots", ["look", "tool_wait"]),
               (config.eval_data, ["eval_problems", "eval_samples", "eval_temperature",
                                   "eval_top_p"])]
@@ -2281,18 +2313,21 @@ def run(config, preset):
         try:
             agent = preflight(config)
             problems = eval_problems(agent.tokenizer, config)
+            for note in data_notes(agent.tokenizer, agent.practice, problems):
+                print(note)
             load_agent(config, agent)
             results = read_results(folder)
             if config.resume:
                 restore(agent, folder)
         except BaseException:
-            if not config.resume:
-                shutil.rmtree(folder)  # nothing has been made yet, so nothing is left behind
+            if not config.resume:  # nothing has been made yet, so nothing is left behind
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
             measure_and_train(agent, folder, problems, results)
         except BaseException:
-            print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
+            if folder.exists():
+                print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
 
 
@@ -2304,7 +2339,8 @@ def measure_and_train(agent, folder, problems, results):
         if problems and name not in results:
             results[name] = evaluate(agent, model, problems)
             listed = {name: correct.tolist() for name, correct in results.items()}
-            tools.write_whole(folder / "results.json", json.dumps(listed) + "\n")
+            with tools.writing(folder):
+                tools.write_whole(folder / "results.json", json.dumps(listed) + "\n")
 
     if agent.iteration == 0:
         measure("student before", agent.student)
@@ -2328,8 +2364,12 @@ def measure_and_train(agent, folder, problems, results):
 def read_results(folder):
     """What an interrupted run has measured: {name: (problems, samples) array}."""
     path = folder / "results.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {name: np.array(correct) for name, correct in stored.items()}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {name: np.array(correct, float) for name, correct in stored.items()}
+    except (ValueError, AttributeError):
+        print(f"NOTE: {path} cannot be read; what it held is left out of the results")
+        return {}
 
 
 def page_of(folder):
@@ -2395,8 +2435,8 @@ def stop_if_refused(history, most=3):
     better one."""
     if len(history) >= most and all(m["not_taken"] for m in history[-most:]):
         raise ValueError(f"{most} iterations in a row had updates that could not be taken: a "
-                         "log-probability, the loss or the gradient was not finite. Begin anew "
-                         "with a lower --lr, or try --dtype float32")
+                         "log-probability, the loss or the gradient was not finite. Resume with a "
+                         "lower --lr, or begin anew with --dtype float32")
 
 
 def eval_problems(tokenizer, config):
@@ -2410,9 +2450,23 @@ def eval_problems(tokenizer, config):
     kept, skipped = fitting_prompts(problems, tokenizer, config)
     if skipped:
         print(f"{skipped} held-out prompts are longer than {config.max_prompt} tokens and skipped")
-    if os.path.realpath(config.eval_data) == os.path.realpath(config.train_data):
-        print("NOTE: the student is measured on the problems that it practises on")
     return [problem for problem, _ in kept]
+
+
+def data_notes(tokenizer, practice, held_out):
+    """What a reader of the results should know about the data.
+
+    practice  what the student learns from: [(Problem, ids), ...] or [Rollout, ...]
+    """
+    learnt = [item.problem if isinstance(item, Rollout) else item[0] for item in practice]
+    again = {problem.question for problem in learnt}
+    if shared := sum(problem.question in again for problem in held_out):
+        yield (f"NOTE: {shared} of the {len(held_out)} problems to measure on are also among those "
+               "to learn from, so the results say little about others")
+    texts = [problem.question for problem in [*learnt, *held_out]]
+    if control := sum(defuse(tokenizer, text) != text for text in texts):
+        yield (f"NOTE: {control} questions hold control strings such as {tokenizer.eos_token}; "
+               "they are spelled letter by letter and end no turn")
 
 
 def prepare_output():
