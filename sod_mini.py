@@ -1954,10 +1954,13 @@ def open_run_folder(config):
     return folder
 
 
+def settings(config):
+    """What a run was made with, as JSON can hold it; whether it was resumed makes no difference."""
+    return {**{k: v for k, v in asdict(config).items() if k != "resume"}, "versions": VERSIONS}
+
+
 def write_config(config, folder):
-    settings = {**asdict(config), "versions": VERSIONS}
-    del settings["resume"]
-    tools.write_whole(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    tools.write_whole(folder / "config.json", json.dumps(settings(config), indent=1) + "\n")
 
 
 def resumed_config(given):
@@ -2184,7 +2187,7 @@ def model_card(config, results):
         c=config, title=config.name or config.method, results=measured,
         teacher={"": "none", "teacher": config.teacher}.get(
             view, f"its own start, told the {view}"),
-        settings=json.dumps({**asdict(config), "versions": VERSIONS}))
+        settings=json.dumps(settings(config)))
 
 
 # --- The command ------------------------------------------------------------------------------
