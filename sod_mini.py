@@ -1732,10 +1732,11 @@ def load_tokenizer(path):
                          "use a chat model such as Qwen/Qwen3-0.6B")
     probe = "a tool's text"
     try:
+        told = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0]))
         shown = tokenizer.decode(encode_tool_turn(tokenizer, probe))
         after = render_tool_turn(tokenizer, probe)
     except Exception as error:  # a template may raise anything
-        shown, after = f"nothing ({error})", tokenizer.eos_token
+        told, shown, after = "", f"nothing ({error})", tokenizer.eos_token
     if probe not in shown:
         raise ValueError(f"the chat template of {path} does not show tool answers: it gave {shown};"
                          " use a model whose template knows the role tool")
@@ -1743,7 +1744,7 @@ def load_tokenizer(path):
         raise ValueError(f"the chat template of {path} ends a turn with {after[:12]!r} and its "
                          f"tokenizer with {tokenizer.eos_token!r}: a turn would hold both; set "
                          "eos_token in tokenizer_config.json to what the template writes")
-    if tools.TOOL_NAME not in tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])):
+    if tools.TOOL_NAME not in told:
         raise ValueError(f"the chat template of {path} does not tell the model of its tool, "
                          f"{tools.TOOL_NAME}; use a model whose template shows tools")
     return tokenizer
