@@ -219,9 +219,43 @@ def last_boxed(text, budget=20_000):
     return None
 
 
+def voted_answer(problem, final_turn):
+    """The answer of a final turn as a text that can vote; None without one.
+
+    A choice votes for its letter. Programs have no vote: no two are alike.
+    """
+    if problem.kind == "choice":
+        return chosen_letter(final_turn)
+    return last_boxed(final_turn) if problem.kind == "math" else None
+
+
+def group_answers(answers):
+    """For each answer the commonest spelling that the grader calls equal to it; None stays None.
+
+    The grader's equality is no equivalence (5 cm = 5 = 5 m), so the spellings go from the most
+    to the least frequent, and each joins the first group whose first spelling it equals.
+
+    >>> group_answers(["5", "x = 5", None, "7", "5 cm", "5"])
+    ['5', '5', None, '7', '5', '5']
+    """
+    times = collections.Counter(answer for answer in answers if answer is not None)
+    leaders, leader_of = [], {None: None}
+    for answer in sorted(times, key=lambda answer: (-times[answer], answer)):
+        leader_of[answer] = next((one for one in leaders if agree(one, answer)), answer)
+        if leader_of[answer] == answer:
+            leaders.append(answer)
+    return [leader_of[answer] for answer in answers]
+
+
+def agree(first, second):
+    """True if the grader of maths takes each of two answers where the other is the truth."""
+    return all(grade_math(f"\\boxed{{{one}}}", other).right
+               for one, other in ((first, second), (second, first)))
+
+
 # --- Mathematics ------------------------------------------------------------------------------
 
-# Longer answers are not compared. 600 digits stay below 640, the smallest limit on int(str)
+# Longer answers are compared as they are written. 600 digits stay below 640, the smallest limit on int(str)
 # that Python can be set to, and keep every pattern below in the microseconds.
 MAX_ANSWER = 600
 
@@ -253,7 +287,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
     (r"(\\[A-Za-z]+) (?=[0-9])", r"\1"),                        # \sqrt 2 = \sqrt2
     (r" ?([_^]) ?", r"\1"),
-    (r"([_^])\{ ?(-?[A-Za-z0-9]+) ?\}", r"\1\2"),               # x^{10} = x^10
+    (r"([_^])\{ ?\+?(-?[A-Za-z0-9]+) ?\}", r"\1\2"),            # x^{10} = x^10
     (r"\{ ?([A-Za-z0-9]) ?\}", r"\1"),                          # \sqrt{2} = \sqrt2
     (r"\b(?:or|and)\b", ", "),
     (r" +", " "),
@@ -268,7 +302,9 @@ NUMBER = re.compile(
     rf"\(?([+-]?{DECIMAL})\)?(?: ?/ ?\(?([+-]?{DECIMAL})\)?)?"         # top, bottom
     rf"(?: ?(?:\*|x) ?10 ?\^ ?([+-]?[0-9]{{1,3}})|[eE]([+-]?[0-9]{{1,3}}))?"  # power of ten
     rf"(?![0-9^.,]|/ ?[0-9(])(.*)")                                    # unit
-POWER = re.compile(r"([0-9]+) ?\^ ?([0-9]{1,3})")
+DIGITS = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+POWER = re.compile(rf"(-?) ?(?:({DIGITS})|\( ?(-?{DIGITS}(?:/[0-9]+)?) ?\))"  # sign, base
+                   r" ?\^(-?[0-9]{1,3})(?![0-9^.,/])(.*)")                     # exponent, unit
 UNIT = re.compile(r"( ?/? ?)([A-Za-z]+)(?:[ /.*'-]{1,3}[A-Za-z]+|\^-?[1-3])*")
 
 # First name of a row = every other name of the row. Two different rows are two different answers;
@@ -280,10 +316,19 @@ UNITS = {name: row.split()[0] for row in (
     "l liter litre", "s sec second",
     "min minute", "h hr hour", "day", "week", "month", "year yr", "degree deg", "rad radian",
     "dollar usd", "cent", "euro eur", "mph") for name in row.split()}
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-          "trillion": 10**12}
+SCALES = {word: Fraction(scale) for scale, row in {
+    "12": "dozen", "144": "gross", "1e2": "hundred", "1e3": "thousand", "1e5": "lakh",
+    "1e6": "million", "1e7": "crore", "1e9": "billion", "1e12": "trillion",
+    "1/2": "half halve", "1/3": "third", "1/4": "quarter fourth", "1/5": "fifth", "1/6": "sixth",
+    "1/7": "seventh", "1/8": "eighth", "1/9": "ninth", "1/10": "tenth", "1/12": "twelfth",
+    "1/20": "twentieth", "1e-2": "hundredth", "1e-3": "thousandth", "1e-6": "millionth",
+    "1e-9": "billionth"}.items() for word in row.split()}
+NUMBER_WORDS = set("zero one two three four five six seven eight nine ten eleven twelve thirteen "
+                   "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty "
+                   "sixty seventy eighty ninety".split())
 NOT_UNITS = set("mod sin cos tan cot log exp sqrt squared cubed factorial choose over times plus "
-                "minus divided than more less infinity".split())
+                "minus divided than more less infinity double doubled triple tripled twice thrice "
+                "negative below score point mil mln".split())
 
 
 @never_raises
@@ -292,10 +337,10 @@ def grade_math(final_turn, truth):
     answer = last_boxed(str(final_turn))
     if answer is None:
         return Verdict(False, "no boxed answer", 0.0)
-    truth = last_boxed(str(truth)) or str(truth)
-    if len(answer) > MAX_ANSWER or len(truth) > MAX_ANSWER:
+    truth = last_boxed(str(truth)) or str(truth).strip()
+    if answer != truth and max(len(answer), len(truth)) > MAX_ANSWER:
         return Verdict(False, "answer too long", 0.0)
-    right = same_answer(answer, truth)
+    right = answer == truth or same_answer(answer, truth)
     return Verdict(right, "right" if right else "wrong", float(right))
 
 
@@ -347,15 +392,14 @@ def number(text):
 
     The unit is "%", the first name of a row of UNITS, or "" for none and for other trailing text.
     """
-    power = POWER.fullmatch(text)
-    if power and len(power[1]) * int(power[2]) <= MAX_ANSWER:
-        return Fraction(int(power[1]) ** int(power[2])), ""
+    if power := POWER.fullmatch(text):
+        return read_power(*power.groups())
     match = NUMBER.fullmatch(text)
     if not match:
         return None
     sign, whole, top, bottom, times_ten, e_notation, tail = match.groups()
-    if sign and top[0] in "+-":
-        return None  # --5 is nothing
+    if sign and top[0] in "+-" and text[match.start(3) - 1] != "(":
+        return None  # --5 is nothing, -(-5) is 5
     top, bottom = (Fraction(re.sub("[, ]", "", part or "1")) for part in (top, bottom))
     unit = read_unit(tail)
     if unit is None or bottom == 0:
@@ -366,6 +410,16 @@ def number(text):
     return (-value if sign == "-" else value), name
 
 
+def read_power(sign, base, bracketed, exponent, tail):
+    """As `number`, for a power of a plain number; None where it is not defined or too large."""
+    base, exponent, unit = Fraction(base or bracketed), int(exponent), read_unit(tail)
+    size = len(str(base)) * abs(exponent)
+    if unit is None or size > MAX_ANSWER or base == 0 and exponent < 0:
+        return None
+    value = unit[0] * base ** exponent
+    return (-value if sign else value), unit[1]
+
+
 def read_unit(tail):
     """(scale, unit) of the text after a number; None if it is part of the expression, as in 5x."""
     if tail.strip() in ("%", "percent", ""):
@@ -374,20 +428,34 @@ def read_unit(tail):
     if not match:
         return None
     before, word = match[1], match[2].lower()
-    if word in SCALES:
+    if (scale := named_scale(word)) and "/" not in before:
         rest = read_unit(tail[match.end(2):])
-        return rest and (SCALES[word], rest[1])
+        return rest and (scale * rest[0], rest[1])
+    if counts(tail):
+        return None
     name = UNITS.get(word) or UNITS.get(word.rstrip("s"))
     if name and (before or len(word) > 1):  # 5cm is a length; 5m may be five times m
         return 1, name
     return (1, "") if " " in before and len(word) > 2 and word not in NOT_UNITS else None
 
 
+def named_scale(word):
+    return SCALES.get(word) or SCALES.get(word.removesuffix("s"))
+
+
+def counts(tail):
+    """True if words after a number change its value, as in "5 below zero"; "per dozen" does not."""
+    words = re.split(r"\bper\b", tail.lower())[0]
+    return any(word.removesuffix("s") in NUMBER_WORDS or named_scale(word)
+               for word in re.findall("[a-z]+", words))
+
+
 def canonical(text, depth=0):
     """A cleaned string as a value that can be compared with ==.
 
     A number becomes its Fraction; (1,2) and intervals keep order and brackets; a set or a bare
-    list loses its order; unions lose theirs; everything else is text without blanks.
+    list loses its order; unions lose theirs; a product keeps its number apart from its symbols;
+    everything else is text without blanks.
     """
     text = text.strip()
     if ", " in text:  # where commas with a blank separate, 1,000 without one is a number
@@ -404,7 +472,28 @@ def canonical(text, depth=0):
             return values[0]
         return (kind, *values) if kind else ("set", *sorted(values, key=repr))
     value = number(text)
-    return value[0] if value else without_blanks(text)
+    return value[0] if value else factors(without_blanks(text)) or without_blanks(text)
+
+
+# A number, then symbols or a bracket, then a divisor: 1/2\pi, 2\pi/3, (x+1)/2; not 1/(2x).
+SYMBOLIC = r"\\?[A-Za-z](?:[A-Za-z0-9\\_]|\^-?|\{[^{}]*\})*|\([^()]+\)"
+PRODUCT = re.compile(rf"([+-]?)(?:({DIGITS})(?:/([0-9]+))?\*?)?({SYMBOLIC})(?:/([0-9]+))?")
+BRACKETED = re.compile(rf"(^[+-]?|/)\(([+-]?)({DIGITS}(?:/[0-9]+)?)\)")  # (-1)/2x, x/(-2)
+
+
+def factors(text):
+    """(number, symbols) of a product, the same for 1/2\\pi and \\pi/2, or None."""
+    minus = sum(found[2] == "-" for found in BRACKETED.finditer(text))
+    match = PRODUCT.fullmatch(BRACKETED.sub(r"\1\3", text))
+    if not match:
+        return None
+    sign, factor, below, symbols, divisor = match.groups()
+    below = int(below or 1) * int(divisor or 1)
+    if below == 0:
+        return None
+    value = Fraction(factor or 1) / below * (-1) ** (minus + (sign == "-"))
+    inner = factors(symbols[1:-1]) if symbols[0] == "(" else None
+    return (value * inner[0], inner[1]) if inner else (value, symbols)
 
 
 def unwrap(text):
@@ -453,17 +542,22 @@ SAID = re.compile(r"answer(?: is)? ?:? ?[*(]{0,3}([A-Za-z])[*).]{0,4} ?$", re.IG
 @never_raises
 def grade_choice(final_turn, letter):
     """Compare the letter of the last box, or of the last line "Answer: C", with the right one."""
-    turn = str(final_turn)
+    chosen = chosen_letter(str(final_turn))
+    if chosen is None:
+        boxed = last_boxed(str(final_turn)) is not None
+        return Verdict(False, "boxed answer is no letter" if boxed else "no letter", 0.0)
+    right = chosen == str(letter).strip(" ().").upper()
+    return Verdict(right, "right" if right else "wrong", float(right))
+
+
+def chosen_letter(turn):
     boxed = last_boxed(turn)
     if boxed is not None:
         found = CHOICE.fullmatch(clean(boxed[:MAX_ANSWER]))
     else:
         lines = (re.sub(r"[ \t]+", " ", line) for line in turn[-MAX_ANSWER:].splitlines())
         found = next((said for line in reversed([*lines]) if (said := SAID.search(line))), None)
-    if not found:
-        return Verdict(False, "no letter" if boxed is None else "boxed answer is no letter", 0.0)
-    right = found[1].upper() == str(letter).strip(" ().").upper()
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return found[1].upper() if found else None
 
 
 # --- Programs ---------------------------------------------------------------------------------
@@ -527,13 +621,14 @@ def is_functional(test):
 
 def code_for_test(program, test):
     """The program as it is run for one test."""
-    prelude = "" if "from __future__" in program else PRELUDE  # which must be the first line
+    if "from __future__" in program:  # which must come first in what is compiled
+        program = f"exec(compile({program!r}, '<program>', 'exec', dont_inherit=True))\n"
     if not is_functional(test):
-        return prelude + program
+        return PRELUDE + program
     if not test["fn_name"].isidentifier():
         raise ValueError(f"{test['fn_name']!r} is not the name of a function")
     lines = [line for line in test["input"].split("\n") if line.strip()]
-    return prelude + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
+    return PRELUDE + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
 
 
 def failure(test, seen):
@@ -602,7 +697,7 @@ def read_problems(path, rows, read_row):
 
     read_row  row, column names in lower case -> Problem; ValueError says what is missing
     """
-    problems, repaired = [], []
+    problems, lines, repaired = [], [], []
     for line, row, mended in rows:
         row, restored = restore_latex(row)
         if mended or restored:
@@ -610,6 +705,7 @@ def read_problems(path, rows, read_row):
         row = {str(name).strip().lower(): value for name, value in row.items()}
         try:
             problem = read_row(row)
+            check_answer(problem)
         except ValueError as fault:
             raise ValueError(f"{path}, line {line}: {fault}") from fault
         except (TypeError, AttributeError, RecursionError) as fault:
@@ -618,12 +714,43 @@ def read_problems(path, rows, read_row):
         problem.source = problem.source or path.stem
         problem.id = problem.id or f"{path.stem}-{line}"
         problems.append(problem)
-    if repaired:
-        warnings.warn(f"{path}: backslashes restored in {len(repaired)} rows "
-                      f"(lines {', '.join(map(str, repaired))})", stacklevel=3)
+        lines.append(line)
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
+    long = [n for n, problem in zip(lines, problems) if len(problem.answer) > MAX_ANSWER]
+    for found, where in (("backslashes restored", repaired),
+                         ("another answer than before to the same question",
+                          contradictions(lines, problems)),
+                         (f"answers above {MAX_ANSWER} characters, right only where repeated "
+                          "to the letter,", long)):
+        if where:
+            warnings.warn(f"{path}: {found} in {len(where)} rows (lines "
+                          f"{', '.join(map(str, where))})", stacklevel=3)
     return problems
+
+
+def check_answer(problem):
+    """Refuse what a data frame writes where it holds nothing, and what nobody could get right."""
+    for name, text in (("question", problem.question), ("answer", problem.answer)):
+        if text.strip().lower() in ("nan", "<na>", "nat"):
+            raise ValueError(f"found the {name} {text.strip()!r}, which a data frame writes where "
+                             "it holds nothing; fill it in or delete the row.")
+    if problem.kind == "math" and not grade_math(f"\\boxed{{{problem.answer}}}",
+                                                 problem.answer).right:
+        raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is equal, "
+                         "not even itself; mend it.")
+
+
+def contradictions(lines, problems):
+    """The lines of problems whose question stood before with another answer.
+
+    They are told and not refused: large collections hold a few, and either answer may be right.
+    """
+    first = {}
+    return [line for line, problem in zip(lines, problems)
+            if not agree(first.setdefault((problem.question, str(problem.messages)),
+                                          problem).answer, problem.answer)
+            and problem.kind != "program"]
 
 
 def load_demonstrations(path):
@@ -677,6 +804,21 @@ def read_turn(message):
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes."""
     try:
+        text = read_bytes(path, suffixes).decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("zero bytes")
+    except UnicodeError as fault:
+        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
+                         "file; decompress it or save it as UTF-8.") from fault
+    return text
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def read_bytes(path, suffixes):
+    """The bytes of a file with one of these suffixes, or a sentence that says what it is."""
+    try:
         if path.is_dir():
             raise ValueError(f"{path} is a directory; give one of the files in it.")
         if not path.exists():
@@ -686,15 +828,15 @@ def read_text(path, suffixes=(".jsonl", ".json")):
         if path.suffix not in suffixes:
             raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise UnicodeError("zero bytes")
-    except UnicodeError as fault:
-        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
-                         "file; decompress it or save it as UTF-8.") from fault
+        held = path.read_bytes()
     except OSError as fault:
         raise ValueError(f"{path}: {fault.strerror}; needed a file that can be read.") from fault
-    return text
+    if held.startswith(POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer and not the file itself; fetch the file by "
+                         "`git lfs pull`.")
+    if not held.strip():
+        raise ValueError(f"{path} is empty; needed at least one row.")
+    return held
 
 
 def read_json(path, text):
@@ -772,10 +914,13 @@ def read_general(row):
 
 
 def first_text(row, *names):
-    """The first of these columns that holds text or a number, as text; "" if none does."""
+    """The first of these columns that holds text or a number, as text; "" if none does.
+
+    A data frame writes nan, which is no number, where it holds nothing.
+    """
     for name in names:
         value = row.get(name)
-        if isinstance(value, (str, int, float)) and str(value).strip():
+        if isinstance(value, (str, int, float)) and str(value).strip() and value == value:
             return str(value)
     return ""
 
@@ -1107,8 +1252,14 @@ class PythonTool:
 
     def guarantees(self):
         """Try what must not work, and tell for each whether it was refused."""
+        try:
+            return {name: seen.text == "refused\n" for name, seen in self._probe().items()}
+        except NoLocks:
+            return dict.fromkeys(self._attempts(), False)
+
+    def _attempts(self):
         probe = os.path.join(tempfile.gettempdir(), "python_tool_probe")
-        attempts = {
+        return {
             "reads no file": f"open({SELF!r}).read()",
             "writes no file": f"import os; open({probe!r}, 'w'); os.remove({probe!r})",
             "no network": "import socket; socket.socket()",
@@ -1116,15 +1267,14 @@ class PythonTool:
             "no signal to others": "import os; os.kill(os.getppid(), 0)",
             "bounded memory": f"bytearray({2 * self.limits.memory_mb} << 20)",
         }
-        programs = [f"try:\n    {attempt}\nexcept (PermissionError, MemoryError):\n"
-                    "    print('refused')" for attempt in attempts.values()]
+
+    def _probe(self):
+        """{guarantee: what came of the attempt to break it}."""
         if self._contained is None:
-            try:
-                self._idle.append(self._connect())
-            except OSError:  # it cannot even start; its own message says why
-                return dict.fromkeys(attempts, False)
-        seen = self._map(programs, None, raw=True)
-        return {name: one.text == "refused\n" for name, one in zip(attempts, seen)}
+            self._idle.append(self._connect())  # an error on the way says why it cannot start
+        programs = [f"try:\n    {attempt}\nexcept (PermissionError, MemoryError):\n"
+                    "    print('refused')" for attempt in self._attempts().values()]
+        return dict(zip(self._attempts(), self._map(programs, None, raw=True)))
 
     def close(self):
         """End every process of the sandbox; calls still under way come back as sandbox_error."""
@@ -1146,12 +1296,35 @@ class PythonTool:
             raise RuntimeError("This PythonTool is closed; make a new one.")
         with self._checking:  # once, however many threads arrive
             if self._contained is None:
-                missing = [name for name, held in self.guarantees().items() if not held]
-                if missing and not self.limits.unsafe:
-                    raise RuntimeError("This machine cannot contain a model's program (does not "
-                                       f"hold: {', '.join(missing)}): use Linux with seccomp, or "
-                                       "pass unsafe=True to run programs with limits only.")
-                self._contained = not missing
+                self._contained = self._is_contained()
+
+    def _is_contained(self):
+        """True where every lock holds; False where one is missing and unsafe=True allows it."""
+        try:
+            seen = self._probe()
+        except NoLocks as error:
+            missing = str(error)
+        except OSError as error:
+            raise RuntimeError(f"The sandbox does not start: {error}.") from error
+        else:
+            missing = ", ".join(name for name, one in seen.items()
+                                if one.outcome == "ok" and one.text != "refused\n")
+            self._check_probe(seen)
+        if missing and not self.limits.unsafe:
+            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
+                               ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
+                               "to run programs with limits only.")
+        return not missing
+
+    def _check_probe(self, seen):
+        """An attempt that ended otherwise says nothing about the locks: tell what was the matter."""
+        for name, one in seen.items():
+            if one.outcome != "ok":
+                raise RuntimeError(
+                    f"The sandbox could not be tried: the program for {name!r} ended with "
+                    f"{one.outcome}. Programs have {self.limits.timeout:g} s (timeout) and "
+                    f"{self.limits.memory_mb} MB (memory_mb): raise what is too small"
+                    f"{', or see the message above' if one.outcome == 'sandbox_error' else ''}.")
 
     def _map(self, codes, stdins, raw):
         codes = list(codes)
@@ -1285,6 +1458,10 @@ class Line:
         self.sock.close()
 
 
+class NoLocks(OSError):
+    """What this machine lacks to contain a program."""
+
+
 class Zygote:
     """The trainer's handle on the process from which every worker is forked."""
 
@@ -1299,7 +1476,13 @@ class Zygote:
         self.control, self.patience = Line(ours), limits.wall + 20
         self.close = weakref.finalize(self, end_zygote, self.control, self.process, os.getpid())
         ours.settimeout(180)  # it imports; on a busy machine that may take its time
-        self.control.receive()
+        try:
+            missing = self.control.receive()
+        except ConnectionError:
+            raise OSError(f"its process ended with status {self.process.wait()} before it was "
+                          "ready, and said why on stderr") from None
+        if missing:
+            raise NoLocks(missing)
 
     def new_worker(self):
         ours, theirs = socket.socketpair()
@@ -1338,9 +1521,9 @@ SKIPPED = re.compile(r"(^|\.)(__main__|tests?|testing|benchmarks|idlelib|turtle\
 def zygote(fd, limits):
     """Import once, give up rights once, then fork a worker for every socket that arrives."""
     trainer, control = os.getppid(), Line(socket.socket(fileno=fd))
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
-        raise SystemExit("tools.py: the sandbox needs Linux on x86_64 or aarch64.")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    if missing := missing_locks():
+        return control.send(missing)
+    set_limit("NOFILE", 64, 64)
     call(libc.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed worker's child comes to us
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, a program is killed and not the trainer
@@ -1348,7 +1531,7 @@ def zygote(fd, limits):
     cage = give_up_rights(limits)
     gc.collect()
     gc.freeze()  # children neither see nor touch what was imported
-    control.send("ready")
+    control.send("")  # no lock is missing
     herd(control, trainer, cage)
 
 
@@ -1777,6 +1960,14 @@ def give_up_rights(limits):
     return Cage(limits, baseline, seccomp_filter(confined), spare_copies())
 
 
+def missing_locks():
+    """What this machine lacks for the sandbox; "" where it has everything."""
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        return f"{platform.system()} on {platform.machine()} is not Linux on x86_64 or aarch64"
+    libc.prctl(PR_SET_SECCOMP, 2, None, 0, 0)  # a kernel with seccomp misses only the filter
+    return "" if ctypes.get_errno() == errno.EFAULT else "seccomp"
+
+
 def drop_capabilities():
     """Root without capabilities owns files and nothing more. The user id stays: Python may live
     in a folder that only this user can read."""
@@ -1969,5 +2160,11 @@ if __name__ == "__main__":
         zygote(int(sys.argv[2]), Limits(**json.loads(sys.argv[3])))
     elif sys.argv[1:2] == ["--plain"]:
         plain()
+    elif sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+    elif sys.argv[1:]:
+        print(f"tools.py takes no options but --help; found {' '.join(sys.argv[1:])}.",
+              file=sys.stderr)
+        sys.exit(2)
     else:
         main()
