@@ -1042,7 +1042,9 @@ def whole_folder(place):
     aside.mkdir(parents=True)
     try:
         yield aside
-        for path in [*aside.iterdir(), aside]:
+        for path in [*aside.rglob("*"), aside]:
+            if path.is_file():  # as open as the folder: some libraries write for their owner only
+                path.chmod(aside.stat().st_mode & 0o666)
             sync(path)
         if place.exists():  # a damaged one, or one of an earlier finish
             shutil.rmtree(place)
