@@ -1,12 +1,12 @@
-"""The world outside the model: a Python tool, the protocol to call it, graders, files.
+"""The world outside the model: the protocol to call a tool, graders, files, a Python sandbox.
 
-    python tools.py          what the sandbox guarantees here, a self-test, calls a second
+    python tools.py          what the sandbox guarantees on this machine
 
-    the sandbox      PythonTool: code in, text and outcome out; contained and honest
     the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
-    the graders      grade_math, grade_choice, grade_program: is this final turn right?
-    problem files    load_problems, load_demonstrations: whatever the benchmark calls its columns
+    the graders      grade: is this final turn right?
+    problem files    load_problems, load_demonstrations: whatever a benchmark calls its columns
     a run's files    whole_folder, append_rows, stoppable: on the disk as a whole, or not there
+    the sandbox      PythonTool: code in, text and outcome out; contained and honest
 
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
@@ -19,8 +19,8 @@ The way of a call through the sandbox, four processes that all run this file:
     worker    serve, attempt: forks a child, reads what it prints, stops it in time, judges
     child     enclose (limits, seccomp), perform: runs one program, once, and exits
 
-The child assumes nothing of the program, which may rewrite any Python object it can reach.
-So the worker judges by what the kernel says: exit status, CPU time, bytes on a pipe.
+The program may rewrite any Python object it can reach in the child. So the worker judges by what
+the kernel says: exit status, CPU time, bytes on a pipe.
 
 Outcomes
     ok, error          it ended with exit status 0, or with another one
@@ -42,7 +42,6 @@ from __future__ import annotations
 import __future__ as future
 import ast
 import atexit
-import builtins
 import collections
 import contextlib
 import ctypes
@@ -201,21 +200,25 @@ def last_boxed(text, budget=20_000):
     while budget > 0 and (end := text.rfind("\\boxed", 0, end)) >= 0:
         start = end + len("\\boxed")
         start += text[start:start + 1] == " "  # \boxed {5} is legal LaTeX
-        if text[start:start + 1] != "{":
-            budget -= 20  # a search costs about as much as looking at 20 characters
-            continue
-        depth, at = 0, start
-        while at < len(text) and budget > 0:
-            budget -= 1
-            if text[at] == "\\":
-                at += 1  # \{ and \} are printed braces, they do not nest
-            elif text[at] in "{}":
-                depth += 1 if text[at] == "{" else -1
-                if depth == 0:
-                    break
-            at += 1
-        if depth == 0 and text[start + 1:at].strip():
-            return text[start + 1:at].strip()
+        close = closing_brace(text, start, budget) if text.startswith("{", start) else start
+        if close is not None and text[start + 1:close].strip():
+            return text[start + 1:close].strip()
+        # The search for the next box costs about as much as looking at 20 characters.
+        budget -= 20 + (min(budget, len(text) - start) if close is None else close - start)
+    return None
+
+
+def closing_brace(text, start, budget):
+    """The index of the brace that closes the one at `start`; None if `budget` ends before."""
+    depth, index = 0, start
+    while index < min(len(text), start + budget):
+        if text[index] == "\\":
+            index += 1  # \{ and \} are printed braces, they do not nest
+        elif text[index] in "{}":
+            depth += 1 if text[index] == "{" else -1
+        if depth == 0:
+            return index
+        index += 1
     return None
 
 
@@ -255,8 +258,8 @@ def agree(first, second):
 
 # --- Mathematics ------------------------------------------------------------------------------
 
-# Longer answers are compared as they are written. 600 digits stay below 640, the smallest limit on int(str)
-# that Python can be set to, and keep every pattern below in the microseconds.
+# Longer answers are compared as they are written. 600 digits stay below 640, the smallest limit on
+# int(str) that Python can be set to, and keep every pattern below in the microseconds.
 MAX_ANSWER = 600
 
 SYMBOLS = str.maketrans({
@@ -411,7 +414,7 @@ def number(text):
 
 
 def read_power(sign, base, bracketed, exponent, tail):
-    """As `number`, for a power of a plain number; None where it is not defined or too large."""
+    """(exact value, unit) of a power; None where it is not defined or has too many digits."""
     base, exponent, unit = Fraction(base or bracketed), int(exponent), read_unit(tail)
     size = len(str(base)) * abs(exponent)
     if unit is None or size > MAX_ANSWER or base == 0 and exponent < 0:
@@ -502,11 +505,11 @@ def unwrap(text):
     The pair of a set is '' as well: a set and a bare list are the same answer.
     """
     depth = 0
-    for at, char in enumerate(text):
+    for index, char in enumerate(text):
         depth += (char in "([{⦃") - (char in ")]}⦄")
         if depth <= 0:
             break
-    if depth != 0 or len(text) < 2 or at != len(text) - 1:
+    if depth != 0 or len(text) < 2 or index != len(text) - 1:
         return "", text
     kind = text[0] + text[-1]
     return ("" if kind in ("{}", "⦃⦄") else kind), text[1:-1]
@@ -697,36 +700,40 @@ def read_problems(path, rows, read_row):
 
     read_row  row, column names in lower case -> Problem; ValueError says what is missing
     """
-    problems, lines, repaired = [], [], []
+    problems, repaired = {}, []
     for line, row, mended in rows:
         row, restored = restore_latex(row)
         if mended or restored:
             repaired.append(line)
-        row = {str(name).strip().lower(): value for name, value in row.items()}
-        try:
-            problem = read_row(row)
-            check_answer(problem)
-        except ValueError as fault:
-            raise ValueError(f"{path}, line {line}: {fault}") from fault
-        except (TypeError, AttributeError, RecursionError) as fault:
-            raise ValueError(f"{path}, line {line}: found a column that holds another kind of "
-                             f"value than its name promises ({fault}); mend it.") from fault
-        problem.source = problem.source or path.stem
-        problem.id = problem.id or f"{path.stem}-{line}"
-        problems.append(problem)
-        lines.append(line)
+        problems[line] = read_problem(path, line, row, read_row)
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
-    long = [n for n, problem in zip(lines, problems) if len(problem.answer) > MAX_ANSWER]
-    for found, where in (("backslashes restored", repaired),
-                         ("another answer than before to the same question",
-                          contradictions(lines, problems)),
-                         (f"answers above {MAX_ANSWER} characters, right only where repeated "
-                          "to the letter,", long)):
-        if where:
-            warnings.warn(f"{path}: {found} in {len(where)} rows (lines "
-                          f"{', '.join(map(str, where))})", stacklevel=3)
-    return problems
+    tell(path, "backslashes restored", repaired)
+    tell(path, "another answer than before to the same question", contradictions(problems))
+    tell(path, f"an answer above {MAX_ANSWER} characters, right only where repeated to the letter,",
+         [line for line, problem in problems.items() if len(problem.answer) > MAX_ANSWER])
+    return list(problems.values())
+
+
+def tell(path, found, lines):
+    if lines:
+        warnings.warn(f"{path}: {found} in {len(lines)} rows (lines {', '.join(map(str, lines))})",
+                      stacklevel=4)
+
+
+def read_problem(path, line, row, read_row):
+    row = {str(name).strip().lower(): value for name, value in row.items()}
+    try:
+        problem = read_row(row)
+        check_answer(problem)
+    except ValueError as fault:
+        raise ValueError(f"{path}, line {line}: {fault}") from fault
+    except (TypeError, AttributeError, RecursionError) as fault:
+        raise ValueError(f"{path}, line {line}: found a column that holds another kind of value "
+                         f"than its name promises ({fault}); mend it.") from fault
+    problem.source = problem.source or path.stem
+    problem.id = problem.id or f"{path.stem}-{line}"
+    return problem
 
 
 def check_answer(problem):
@@ -741,16 +748,17 @@ def check_answer(problem):
                          "not even itself; mend it.")
 
 
-def contradictions(lines, problems):
+def contradictions(problems):
     """The lines of problems whose question stood before with another answer.
 
     They are told and not refused: large collections hold a few, and either answer may be right.
     """
-    first = {}
-    return [line for line, problem in zip(lines, problems)
-            if not agree(first.setdefault((problem.question, str(problem.messages)),
-                                          problem).answer, problem.answer)
-            and problem.kind != "program"]
+    first, found = {}, []
+    for line, problem in problems.items():
+        before = first.setdefault((problem.question, str(problem.messages)), problem)
+        if problem.answer and not agree(before.answer, problem.answer):
+            found.append(line)
+    return found
 
 
 def load_demonstrations(path):
@@ -851,12 +859,9 @@ def read_json(path, text):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
-        for name, value in row.items():
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeError as fault:
-                raise ValueError(f"{path}, line {number}: found half a surrogate pair in {name}; "
-                                 "needed whole characters; mend or delete that line.") from fault
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+                             "characters; mend or delete that line.")
         yield number, row, mended
 
 
@@ -990,23 +995,24 @@ def read_tests(tests, function=""):
         function = tests.get("fn_name") or function
         tests = [{"input": given, "output": wanted, "type": "functional" if function else "stdin"}
                  for given, wanted in zip(tests.get("inputs", []), tests.get("outputs", []))]
-    read = []
-    for test in tests or []:
-        if not isinstance(test, dict) or "input" not in test or "output" not in test:
-            raise ValueError(f"found the test {test!r:.80}; needed "
-                             "{\"input\": \"...\", \"output\": \"...\"}.")
-        kind = test.get("testtype") or test.get("type") or "stdin"
-        name = test.get("fn_name") or function
-        if kind not in ("stdin", "functional") or kind == "functional" and not name:
-            raise ValueError(f"found a {kind} test for the function {name!r}; needed stdin, or "
-                             "functional with a function name (fn_name, metadata.func_name).")
-        given, wanted = test["input"], test["output"]
-        if not isinstance(given, str):  # arguments as values: one JSON text a line
-            given = "\n".join(json.dumps(argument) for argument in given)
-        wanted = wanted if isinstance(wanted, str) else json.dumps(wanted)
-        read.append({"input": given, "output": wanted, "type": kind,
-                     "fn_name": name if kind == "functional" else ""})
-    return read
+    return [read_test(test, function) for test in tests or []]
+
+
+def read_test(test, function):
+    if not isinstance(test, dict) or "input" not in test or "output" not in test:
+        raise ValueError(f"found the test {test!r:.80}; needed "
+                         "{\"input\": \"...\", \"output\": \"...\"}.")
+    kind = test.get("testtype") or test.get("type") or "stdin"
+    name = test.get("fn_name") or function
+    if kind not in ("stdin", "functional") or kind == "functional" and not name:
+        raise ValueError(f"found a {kind} test for the function {name!r}; needed stdin, or "
+                         "functional with a function name (fn_name, metadata.func_name).")
+    given, wanted = test["input"], test["output"]
+    if not isinstance(given, str):  # arguments as values: one JSON text a line
+        given = "\n".join(json.dumps(argument) for argument in given)
+    wanted = wanted if isinstance(wanted, str) else json.dumps(wanted)
+    return {"input": given, "output": wanted, "type": kind,
+            "fn_name": name if kind == "functional" else ""}
 
 
 # --- The files of a run: whole, or not there --------------------------------------------------
@@ -1031,13 +1037,13 @@ def write_whole(path, text):
 
 
 @contextlib.contextmanager
-def whole_folder(place):
-    """A folder to fill, which takes the name `place` once everything in it is on the disk.
+def whole_folder(folder):
+    """Yield a folder to fill, which takes the name `folder` once all of it is on the disk.
 
-    After an error nothing remains of it. After a kill or a power cut there may be a `place`.tmp,
-    which the next call clears away; `place` itself is never a half-written one.
+    After an error nothing remains of it. After a kill or a power cut there may be a `folder`.tmp,
+    which the next call clears away; `folder` itself is never a half-written one.
     """
-    aside = Path(f"{place}.tmp")
+    aside = Path(f"{folder}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -1046,10 +1052,10 @@ def whole_folder(place):
             if path.is_file():  # as open as the folder: some libraries write for their owner only
                 path.chmod(aside.stat().st_mode & 0o666)
             sync(path)
-        if place.exists():  # a damaged one, or one of an earlier finish
-            shutil.rmtree(place)
-        aside.rename(place)
-        sync(place.parent)
+        if folder.exists():  # one of an earlier finish
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -1072,24 +1078,23 @@ class WriteError(ValueError):
     """A file of the run could not be written; the message says why and what to do."""
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextlib.contextmanager
 def writing(folder):
-    """Turn whatever goes wrong while files are written into a WriteError: each library that
-    writes has a kind of error of its own."""
-    if not Path(folder).is_dir():
-        raise WriteError(f"cannot write to {folder}: this folder is gone; begin anew")
+    """Say in a sentence why files of a run cannot be written.
+
+    Each library that writes has a kind of error of its own, so every kind is taken.
+    """
     try:
+        os.stat(folder)
         yield
     except Exception as error:
-        if not Path(folder).is_dir():
-            raise WriteError(f"cannot write to {folder}: this folder is gone; begin anew") from error
-        full = not isinstance(error, OSError) or error.errno in NO_ROOM
-        raise WriteError(f"cannot write to {folder} ({error}); what was saved before is whole: "
-                         f"{'make room on the disk' if full else 'mend that'} and resume"
-                         ) from error
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT,
+                                                                 errno.EFBIG)
+        remedy = f"{'make room on the disk' if full else 'mend that'} and resume"
+        raise WriteError(
+            f"cannot write to {folder} ({error}); what was saved before is whole: {remedy}"
+            if Path(folder).is_dir() else
+            f"cannot write to {folder}: this folder is gone; begin anew") from error
 
 
 def append_rows(path, rows):
@@ -1190,7 +1195,19 @@ class Observation:
 
 
 PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
-MEMORY = 1000  # runs that are kept, to answer an equal call
+REMEMBERED = 1000  # runs that are kept, to answer an equal call
+
+
+SELF = os.path.abspath(__file__)
+PROBE = os.path.join(tempfile.gettempdir(), "python_tool_probe")
+ATTEMPTS = {  # guarantee: a program that must not succeed
+    "reads no file": f"open({SELF!r}).read()",
+    "writes no file": f"import os; open({PROBE!r}, 'w'); os.remove({PROBE!r})",
+    "no network": "import socket; socket.socket()",
+    "no new process": "import os; os.fork() or os._exit(0)",
+    "no signal to others": "import os; os.kill(os.getppid(), 0)",
+    "bounded memory": "bytearray({twice} << 20)",
+}
 
 
 class PythonTool:
@@ -1228,7 +1245,7 @@ class PythonTool:
         place  where in a run the call is made: (seed, purpose, iteration, number of the rollout,
                turn). It makes no difference here; a tool with randomness of its own draws from it.
 
-        Equal calls run once: the newest MEMORY runs are kept. A time-out or a fault of the sandbox
+        Equal calls run once: the newest runs are kept. A time-out or a fault of the sandbox
         is forgotten as soon as it is known, so whoever asks later starts another run; those who
         asked for the same program while that run was under way share its time-out.
         """
@@ -1238,7 +1255,7 @@ class PythonTool:
         with self._memo_lock:
             if call not in self._memo:
                 self._memo[call] = self._pool.submit(self._answer, call)
-            if len(self._memo) > MEMORY:
+            if len(self._memo) > REMEMBERED:
                 del self._memo[next(iter(self._memo))]
             return self._memo[call]
 
@@ -1257,26 +1274,16 @@ class PythonTool:
         try:
             return {name: seen.text == "refused\n" for name, seen in self._probe().items()}
         except NoLocks:
-            return dict.fromkeys(self._attempts(), False)
-
-    def _attempts(self):
-        probe = os.path.join(tempfile.gettempdir(), "python_tool_probe")
-        return {
-            "reads no file": f"open({SELF!r}).read()",
-            "writes no file": f"import os; open({probe!r}, 'w'); os.remove({probe!r})",
-            "no network": "import socket; socket.socket()",
-            "no new process": "import os; os.fork() or os._exit(0)",
-            "no signal to others": "import os; os.kill(os.getppid(), 0)",
-            "bounded memory": f"bytearray({2 * self.limits.memory_mb} << 20)",
-        }
+            return dict.fromkeys(ATTEMPTS, False)
 
     def _probe(self):
         """{guarantee: what came of the attempt to break it}."""
         if self._contained is None:
             self._idle.append(self._connect())  # an error on the way says why it cannot start
-        programs = [f"try:\n    {attempt}\nexcept (PermissionError, MemoryError):\n"
-                    "    print('refused')" for attempt in self._attempts().values()]
-        return dict(zip(self._attempts(), self._map(programs, None, raw=True)))
+        programs = [f"try:\n    {attempt.format(twice=2 * self.limits.memory_mb)}\n"
+                    "except (PermissionError, MemoryError):\n    print('refused')"
+                    for attempt in ATTEMPTS.values()]
+        return dict(zip(ATTEMPTS, self._map(programs, None, raw=True)))
 
     def close(self):
         """End every process of the sandbox; calls still under way come back as sandbox_error."""
@@ -1309,9 +1316,8 @@ class PythonTool:
         except OSError as error:
             raise RuntimeError(f"The sandbox does not start: {error}.") from error
         else:
-            missing = ", ".join(name for name, one in seen.items()
-                                if one.outcome == "ok" and one.text != "refused\n")
             self._check_probe(seen)
+            missing = ", ".join(name for name, one in seen.items() if one.text != "refused\n")
         if missing and not self.limits.unsafe:
             raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
                                ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
@@ -1319,14 +1325,14 @@ class PythonTool:
         return not missing
 
     def _check_probe(self, seen):
-        """An attempt that ended otherwise says nothing about the locks: tell what was the matter."""
+        """A program that was stopped says nothing about the locks, so tell what stopped it."""
         for name, one in seen.items():
-            if one.outcome != "ok":
+            if one.outcome not in ("ok", "error"):
                 raise RuntimeError(
-                    f"The sandbox could not be tried: the program for {name!r} ended with "
+                    f"The sandbox cannot be tried: the program for {name!r} ended with "
                     f"{one.outcome}. Programs have {self.limits.timeout:g} s (timeout) and "
-                    f"{self.limits.memory_mb} MB (memory_mb): raise what is too small"
-                    f"{', or see the message above' if one.outcome == 'sandbox_error' else ''}.")
+                    f"{self.limits.memory_mb} MB (memory_mb): raise what is too small; for a "
+                    "sandbox_error the reason stands above.")
 
     def _map(self, codes, stdins, raw):
         codes = list(codes)
@@ -1429,7 +1435,6 @@ def noting_ignored(call, seen):
 
 # --- The sandbox: the trainer's ends of the lines -------------------------------------------
 
-SELF = os.path.abspath(__file__)
 PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
 ENVIRONMENT = {  # all a program sees of the trainer's: nothing
     "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
@@ -1644,7 +1649,8 @@ def attempt(line, code, stdin, raw, cage):
     os.close(out)
     seconds, code = time.monotonic() - started, os.waitstatus_to_exitcode(status)
     if output[:1] != READY:
-        print("sandbox:", output.decode("utf-8", "replace") or status, file=sys.stderr)
+        why = output.decode("utf-8", "replace") or stopped or f"status {status}"
+        print("sandbox: no program was begun:", why, file=sys.stderr)
         return "", "sandbox_error", seconds
     out_of_time = used.ru_utime + used.ru_stime > cage.limits.timeout
     outcome = stopped or judge(code, out_of_time)
@@ -1730,14 +1736,14 @@ def child(worker, fds, code, raw, cage):
         os.closerange(3, 64)
         enclose(cage)
         os.write(1, READY)
-        status = perform(code, raw, cage.spares)
+        status = perform(code, raw)
     except BaseException as error:
         os.write(1, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
     finally:
         leave(status)
 
 
-def perform(code, raw, spares):
+def perform(code, raw):
     """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
@@ -1752,22 +1758,7 @@ def perform(code, raw, spares):
     settrace(None)
     setprofile(None)
     del main
-    try:
-        return finish(error)
-    except:  # noqa: E722, what finish needs was rewritten: put it back and try again
-        for names, spare in spares:
-            names.update(spare)
-        return finish(error)
-
-
-def spare_copies():
-    """Copies of what finish needs, for a program may rewrite every module. Made once, and put
-    back only when finish has failed: to touch all these objects costs a child 5 ms."""
-    modules = (builtins, os, sys, io, threading, traceback, linecache, resource, atexit, gc)
-    spares = [(names, dict(names)) for names in (*map(vars, modules), globals(), sys.modules)]
-    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
-        del spares[modules.index(sys)][1][name]
-    return spares
+    return finish(error)
 
 
 def stream(fd):
@@ -1794,9 +1785,7 @@ def compiled(code, raw):
 
 
 FENCED = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-FUTURES = 0
-for _name in future.all_feature_names:
-    FUTURES |= getattr(future, _name).compiler_flag
+FUTURES = sum({getattr(future, name).compiler_flag for name in future.all_feature_names})
 
 
 def parses(code):
@@ -1811,9 +1800,9 @@ def finish(error):
     flush()
     status = 0 if error is None else exit_status(error)
     sys.modules.pop("__main__", None)
-    for step in (threading._shutdown, atexit._run_exitfuncs, functools.partial(gc.collect, 1)):
+    for task in (threading._shutdown, atexit._run_exitfuncs, functools.partial(gc.collect, 1)):
         with contextlib.suppress(BaseException):
-            step()  # the last one runs the destructors, while the program's globals are whole
+            task()  # the last one runs the destructors, while the program's globals are whole
     flush()
     return status
 
@@ -1928,7 +1917,6 @@ class Cage:
     limits: Limits
     baseline: int   # bytes of address space a child has before its program asks for any
     seccomp: bytes  # the filter, with OWN_PID for the child's own id
-    spares: list    # see spare_copies
 
 
 def call(function, *arguments):
@@ -1959,7 +1947,7 @@ def give_up_rights(limits):
     if confined:
         read_only_from(python_folders())
     drop_capabilities()
-    return Cage(limits, baseline, seccomp_filter(confined), spare_copies())
+    return Cage(limits, baseline, seccomp_filter(confined))
 
 
 def missing_locks():
@@ -2133,40 +2121,28 @@ def plain():
     if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
         set_limit("AS", (limits.memory_mb + 512) << 20, (limits.memory_mb + 512 + 64) << 20)
     random.seed(0)
-    os._exit(perform(code, raw, spare_copies()))
+    os._exit(perform(code, raw))
 
 
-# --- The sandbox: self-test -----------------------------------------------------------------
-
-SELF_TEST = [("6 * 7", "ok"), ("1 / 0", "error"), ("import os\nos.abort()", "crashed"),
-             ("bytearray(10**12)", "memory"), ("print('x' * 9**7)", "output_truncated"),
-             ("print('before')\nwhile True: pass", "timeout")]
+# --- The command line ---------------------------------------------------------------------------
 
 
-def main():
-    with PythonTool(timeout=1, unsafe=True) as tool:
-        for name, held in tool.guarantees().items():
-            print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
-        seen = tool.run([code for code, _ in SELF_TEST])
-        for (code, expected), one in zip(SELF_TEST, seen):
-            verdict = "as it should" if one.outcome == expected else f"SHOULD BE {expected}"
-            print(f"{code!r:40}{one.outcome:18}{1000 * one.seconds:7.1f} ms  {verdict}")
-        started = time.monotonic()
-        tool.run(["import numpy\nnumpy.arange(4).sum()"] * 128)
-        print(f"{128 / (time.monotonic() - started):.0f} calls a second with numpy at hand, "
-              f"{tool.limits.workers} at once")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--zygote"]:
-        zygote(int(sys.argv[2]), Limits(**json.loads(sys.argv[3])))
-    elif sys.argv[1:2] == ["--plain"]:
+def main(arguments):
+    if arguments[:1] == ["--zygote"]:
+        zygote(int(arguments[1]), Limits(**json.loads(arguments[2])))
+    elif arguments == ["--plain"]:
         plain()
-    elif sys.argv[1:] in (["-h"], ["--help"]):
+    elif arguments in (["-h"], ["--help"]):
         print(__doc__)
-    elif sys.argv[1:]:
-        print(f"tools.py takes no options but --help; found {' '.join(sys.argv[1:])}.",
+    elif arguments:
+        print(f"tools.py takes no options but --help; found {' '.join(arguments)}.",
               file=sys.stderr)
         sys.exit(2)
     else:
-        main()
+        with PythonTool(unsafe=True) as tool:
+            for name, held in tool.guarantees().items():
+                print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

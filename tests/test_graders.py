@@ -1,6 +1,5 @@
 """Graders: pairs of answer and truth with the right verdict, hostile input, real references."""
 
-import ast
 import doctest
 import json
 import re
@@ -125,7 +124,8 @@ def test_two_answers_that_look_alike_are_not_equal(answer, truth):
     ("no box, 42", None), (r"put it in \boxed{}", None), (r"\boxed{3}, not \boxed{ }", "3"),
     (r"\boxed{a\}}", r"a\}"), ("", None), (r"\boxed{\boxed{5}}", "5"), (r"\boxed", None),
     (r"\boxed{", None), (r"\boxed{\\}", r"\\"), ("\\boxed{\\", None),
-    (r"<think>\boxed{9}</think> so \boxed{8}", "8"),
+    (r"<think>\boxed{9}</think> so \boxed{8}", "8"), (r"\boxed{1} " + r"\boxed 2 " * 900, "1"),
+    (r"\boxed{1} \boxed\{2\}", "1"), (r"\boxed{1}" + " " * 19_000 + r"\boxed{2", "1"),
 ])
 def test_last_balanced_box_is_found(text, content):
     assert last_boxed(text) == content
@@ -173,7 +173,8 @@ HOSTILE = [
         r"\frac{" * 80 + "1" + "}" * 80, r"\frac11" * 80, r"\text{" * 80 + "}" * 80, "a" * 599,
         "a " * 299, "5 " + "ab " * 190, "5 " + "a.-*" * 140, "-" * 599, "=" * 599, "x=" * 299,
         "x(" * 299, "x_" * 299, r"\cup" * 140, r"1\cup" * 110, r"\{1\}," * 80, "^" * 599,
-        "1^" * 299, "1.1" * 199, "/" * 599, "1/" * 299, "5" + " million" * 74, r"\left" * 115, "~" * 599,
+        "1^" * 299, "1.1" * 199, "/" * 599, "1/" * 299, "5" + " million" * 74, r"\left" * 115,
+        "~" * 599,
         r"\," * 299, "or " * 199, "{a}" * 199, "{ a " * 149, "\x00" * 599, "5" + " thousand" * 66,
         "\ud800", "٣", "²" * 599, "½", r"\in" * 190, "a" * 20 + " " * 500 + "=",
         ("a" * 22 + "=") * 20, "(" + "1/" * 290 + "2)",

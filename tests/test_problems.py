@@ -197,7 +197,7 @@ def test_two_answers_to_one_question_are_told(tmp_path):
 
 def test_an_answer_that_only_its_own_text_equals_is_told(tmp_path):
     (note,) = told(write(tmp_path, GOOD, {"question": "b", "answer": "7" * 5000}))
-    assert "answers above 600 characters" in note and "(lines 2)" in note
+    assert "an answer above 600 characters" in note and "(lines 2)" in note
 
 
 def test_a_hint_that_a_data_frame_left_out_is_none(tmp_path):
