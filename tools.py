@@ -330,8 +330,8 @@ NUMBER_WORDS = set("zero one two three four five six seven eight nine ten eleven
                    "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty "
                    "sixty seventy eighty ninety".split())
 NOT_UNITS = set("mod sin cos tan cot log exp sqrt squared cubed factorial choose over times plus "
-                "minus divided than more less infinity double doubled triple tripled twice thrice "
-                "negative below score point mil mln".split())
+                "minus divided than more less infinity doubled tripled twice thrice negative below "
+                "score mil mln".split())
 
 
 @never_raises
@@ -430,9 +430,9 @@ def read_unit(tail):
     match = UNIT.fullmatch(tail)
     if not match:
         return None
-    before, word = match[1], match[2].lower()
-    if (scale := named_scale(word)) and "/" not in before:
-        rest = read_unit(tail[match.end(2):])
+    before, word, after = match[1], match[2].lower(), tail[match.end(2):]
+    if (scale := named_scale(word)) and "/" not in before and after[:1] != "-":
+        rest = read_unit(after)
         return rest and (scale * rest[0], rest[1])
     if counts(tail):
         return None
@@ -447,10 +447,12 @@ def named_scale(word):
 
 
 def counts(tail):
-    """True if words after a number change its value, as in "5 below zero"; "per dozen" does not."""
-    words = re.split(r"\bper\b", tail.lower())[0]
-    return any(word.removesuffix("s") in NUMBER_WORDS or named_scale(word)
-               for word in re.findall("[a-z]+", words))
+    """True if words after a number change its value, as in "5 below zero".
+
+    The words of "5 per dozen" and "5 ten-dollar bills" do not.
+    """
+    words = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b", tail.lower())[0])
+    return any(word.removesuffix("s") in NUMBER_WORDS or named_scale(word) for word in words)
 
 
 def canonical(text, depth=0):
@@ -492,7 +494,7 @@ def factors(text):
         return None
     sign, factor, below, symbols, divisor = match.groups()
     below = int(below or 1) * int(divisor or 1)
-    if below == 0:
+    if below == 0 or (factor, below) == ("1", 1) and symbols.isalnum():  # 1a: a name, base 16
         return None
     value = Fraction(factor or 1) / below * (-1) ** (minus + (sign == "-"))
     inner = factors(symbols[1:-1]) if symbols[0] == "(" else None
