@@ -81,10 +81,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from functools import wraps
 from pathlib import Path
 
-# --- The protocol: Hermes tool calls ---------------------------------------------------------
+# --- The protocol: Hermes tool calls ------------------------------------------------------------
 
 TOOL_NAME = "code_interpreter"
 TIMEOUT_TEXT = "[no answer in time]"  # a tool that is silent: see Config.silent_rate
@@ -159,14 +158,8 @@ def _fault(kind, found):
     return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as {form}")
 
 
-def grade(problem, final_turn, tool):
-    """The verdict on a final turn, by the kind of its problem."""
-    if problem.kind == "program":
-        return grade_program(final_turn, problem.tests, tool)
-    return {"math": grade_math, "choice": grade_choice}[problem.kind](final_turn, problem.answer)
+# --- Graders: verdicts and votes ----------------------------------------------------------------
 
-
-# --- Verdicts ---------------------------------------------------------------------------------
 
 @dataclass
 class Verdict:
@@ -176,9 +169,16 @@ class Verdict:
     score: float  # 1 right, 0 wrong; programs: fraction of tests passed, -1 without a program
 
 
+def grade(problem, final_turn, tool):
+    """The verdict on a final turn, by the kind of its problem."""
+    if problem.kind == "program":
+        return grade_program(final_turn, problem.tests, tool)
+    return {"math": grade_math, "choice": grade_choice}[problem.kind](final_turn, problem.answer)
+
+
 def never_raises(grader):
     """A fault of the grader becomes a wrong verdict that names the exception, to be counted."""
-    @wraps(grader)
+    @functools.wraps(grader)
     def guarded(*args, **kwargs):
         try:
             return grader(*args, **kwargs)
@@ -256,7 +256,7 @@ def agree(first, second):
                for one, other in ((first, second), (second, first)))
 
 
-# --- Mathematics ------------------------------------------------------------------------------
+# --- Graders: mathematics -----------------------------------------------------------------------
 
 # Longer answers are compared as they are written. 600 digits stay below 640, the smallest limit on
 # int(str) that Python can be set to, and keep every pattern below in the microseconds.
@@ -536,7 +536,7 @@ def without_blanks(text):
     return text.lower() if len(text) > 1 and text.isalpha() else text
 
 
-# --- Multiple choice --------------------------------------------------------------------------
+# --- Graders: multiple choice -------------------------------------------------------------------
 
 # "C", "(C)", "C) 5 cm", "option C"; not "A, C" and not "(A) (C)".
 CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
@@ -565,7 +565,7 @@ def chosen_letter(turn):
     return found[1].upper() if found else None
 
 
-# --- Programs ---------------------------------------------------------------------------------
+# --- Graders: programs --------------------------------------------------------------------------
 
 # LiveCodeBench runs every program behind these imports: its starter code says List[int] and
 # imports nothing. builtins comes last because math and others hide names such as pow.
@@ -663,7 +663,7 @@ def same_numbers(ours, theirs):
         return False
 
 
-# --- Problem files ----------------------------------------------------------------------------
+# --- Problem files ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1017,7 +1017,7 @@ def read_test(test, function):
             "fn_name": name if kind == "functional" else ""}
 
 
-# --- The files of a run: whole, or not there --------------------------------------------------
+# --- The files of a run: whole, or not there ----------------------------------------------------
 
 
 def sync(path):
@@ -1163,7 +1163,7 @@ def locked(folder):
         os.close(fd)
 
 
-# --- The sandbox: what goes in and what comes out -------------------------------------------
+# --- The sandbox: what goes in and what comes out -----------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1435,7 +1435,7 @@ def noting_ignored(call, seen):
     return replace(seen, text=seen.text + note) if call.ignored else seen
 
 
-# --- The sandbox: the trainer's ends of the lines -------------------------------------------
+# --- The sandbox: the trainer's ends of the lines -----------------------------------------------
 
 PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
 ENVIRONMENT = {  # all a program sees of the trainer's: nothing
@@ -1515,7 +1515,7 @@ def end_zygote(control, process, owner):
         process.wait()
 
 
-# --- The sandbox: zygote --------------------------------------------------------------------
+# --- The sandbox: zygote ------------------------------------------------------------------------
 
 WARM_UP = {  # the first use of a library is slow; every child inherits the second
     "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.default_rng(0)",
@@ -1603,7 +1603,7 @@ def python_folders():
     return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
 
 
-# --- The sandbox: worker --------------------------------------------------------------------
+# --- The sandbox: worker ------------------------------------------------------------------------
 
 READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
 MEMORY = 201     # exit status of a child whose program ended on a MemoryError
@@ -1722,7 +1722,7 @@ def shorten(text, limits):
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 
-# --- The sandbox: child ---------------------------------------------------------------------
+# --- The sandbox: child -------------------------------------------------------------------------
 
 
 def child(worker, fds, code, raw, cage):
@@ -1849,7 +1849,7 @@ def report_of_thread(failed):
         report(failed.exc_value)
 
 
-# --- The sandbox: locks ---------------------------------------------------------------------
+# --- The sandbox: locks -------------------------------------------------------------------------
 
 # Denied to every program. Numbers: x86_64/aarch64, - where there is no such call.
 DENIED = """
@@ -2084,7 +2084,7 @@ def install(program):
     call(libc.prctl, PR_SET_SECCOMP, 2, head, 0, 0)
 
 
-# --- The sandbox: without locks, with unsafe=True only --------------------------------------
+# --- The sandbox: without locks, with unsafe=True only ------------------------------------------
 
 
 def run_plain(code, stdin, raw, limits):
