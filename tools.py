@@ -1988,7 +1988,9 @@ def enclose(cage):
     """What each child gives up: resources, then almost every way of asking the kernel."""
     limits, space = cage.limits, cage.baseline + (cage.limits.memory_mb << 20)
     set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
-    set_limit("CPU", *[math.ceil(limits.timeout) + 1] * 2)  # should the worker come too late
+    # Should the worker come too late. Twice the time, for the kernel counts this one in ticks and
+    # so roughly; a program that it ends before its time would be taken for a crashed one.
+    set_limit("CPU", *[2 * math.ceil(limits.timeout) + 1] * 2)
     set_limit("FSIZE", 0, 0)
     install(cage.seccomp.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid())))
 
