@@ -2246,13 +2246,19 @@ def as_bool(text):
     return text.lower() == "true"
 
 
+@functools.lru_cache
+def field_comments(kind):
+    """{field: its comment} from the source of a dataclass and of those it comes from."""
+    source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
+    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
+
+
 def add_options(parser, kind, words):
     """An option for each field of a dataclass; its comment in the source is the help.
 
     words  {field: [allowed, ...]} for those that take one of a few
     """
-    source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
+    comments = field_comments(kind)
     order = list(comments)  # the fields of `kind` itself come before those that it inherits
     for f in sorted(fields(kind), key=lambda f: order.index(f.name)):
         parser.add_argument(f"--{f.name}", type=as_bool if f.type is bool else f.type,
