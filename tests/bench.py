@@ -9,8 +9,8 @@ imported (pip install trl==1.16.0); the project does not need it.
 How it is measured. What is compared takes turns, so that both sides meet the same machine; ratios
 are medians of the ratios of neighbours. Torch has one thread. Arithmetic on the CPU is timed by the
 CPU seconds of the process, which other programs change less than the clock on the wall; rollouts
-and whole iterations, where tools are waited for, by the wall. Peaks of memory are counted on tensors
-without data, see tests/memory.py.
+and whole iterations, where tools are waited for, by the wall. Peaks of memory are counted on
+tensors without data, see tests/memory.py.
 """
 import argparse
 import contextlib
@@ -129,20 +129,6 @@ def steps():
     torch.testing.assert_close(tensors(*batch, rows=rows), torch.stack(looped))
     what = f"step boundaries, d, w and advantages, {B} x {T:,} tokens"
     yield Row(what, show(seconds), f"{loop:.1f} s, a loop with .item() ({rows} rows, scaled)",
-              loop / float(np.median(seconds)), ">= 100")
-    if not CUDA:
-        yield no_gpu(what)
-        return
-    batch = [x.cuda() for x in batch]
-    torch.cuda.set_sync_debug_mode("error")  # an error where anything waits for the GPU
-    tensors(*batch)
-    torch.cuda.set_sync_debug_mode("default")
-    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9, gpu_clock)["tensors"]
-    started = gpu_clock()
-    loop_over_tokens(*(part[0, :2048] if part.dim() > 1 else part[0] for part in batch))
-    loop = (gpu_clock() - started) * B * T / 2048
-    yield Row(f"{what}, GPU, no wait for the device", show(seconds),
-              f"{loop:.0f} s, a loop with .item() (2,048 tokens, scaled)",
               loop / float(np.median(seconds)), ">= 100")
 
 

@@ -256,6 +256,17 @@ def test_padding_with_an_end_id_does_not_spoil_the_batch():
     assert together[0] == alone[0] and len(alone[0]) > 1
 
 
+def test_each_token_of_a_turn_is_picked_by_its_own_number():
+    model, ids = tiny(vocab_size=500), [5, 6]
+    model.shipped_generation = GenerationConfig(eos_token_id=None)
+    noise = torch.tensor(sod.random_numbers(0, "test", 0).random((1, 6)))
+    for t, token in enumerate(turn_after(model, [[5, 6]], 6)[0]):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[:, -1]
+        assert token == sod.pick_tokens(logits, noise[:, t])
+        ids.append(token)
+
+
 def test_sampling_from_a_model_in_training_mode_is_refused():
     with pytest.raises(AssertionError, match="eval"):
         turn_after(tiny().train(), [[5]], 2)
