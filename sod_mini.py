@@ -1996,7 +1996,8 @@ def check_memory(config, student, teacher, device, dtype):
     Activations and caches come on top; they shrink by themselves (see `phase`).
     """
     N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
-    masters = 4 * N * (dtype != torch.float32)
+    apart = dtype != torch.float32 or config.offload == "all" and device.type != "cpu"
+    masters = 4 * N * apart
     training = 0 if config.method == "vanilla" else masters + 8 * N + 4 * N  # moments, gradient
     need = Counter({device: dtype.itemsize * (N + M)})
     need[torch.device("cpu") if config.offload == "all" else device] += training
