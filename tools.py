@@ -1,12 +1,12 @@
-"""The world outside the model: a Python tool, the protocol to call it, graders, files.
+"""The world outside the model: the protocol to call a tool, graders, files, a Python sandbox.
 
-    python tools.py          what the sandbox guarantees here, a self-test, calls a second
+    python tools.py          what the sandbox guarantees on this machine
 
-    the sandbox      PythonTool: code in, text and outcome out; contained and honest
     the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
-    the graders      grade_math, grade_choice, grade_program: is this final turn right?
-    problem files    load_problems, load_demonstrations: whatever the benchmark calls its columns
+    the graders      grade: is this final turn right?
+    problem files    load_problems, load_demonstrations: whatever a benchmark calls its columns
     a run's files    whole_folder, append_rows, stoppable: on the disk as a whole, or not there
+    the sandbox      PythonTool: code in, text and outcome out; contained and honest
 
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
@@ -19,8 +19,8 @@ The way of a call through the sandbox, four processes that all run this file:
     worker    serve, attempt: forks a child, reads what it prints, stops it in time, judges
     child     enclose (limits, seccomp), perform: runs one program, once, and exits
 
-The child assumes nothing of the program, which may rewrite any Python object it can reach.
-So the worker judges by what the kernel says: exit status, CPU time, bytes on a pipe.
+The program may rewrite any Python object it can reach in the child. So the worker judges by what
+the kernel says: exit status, CPU time, bytes on a pipe.
 
 Outcomes
     ok, error          it ended with exit status 0, or with another one
@@ -42,7 +42,6 @@ from __future__ import annotations
 import __future__ as future
 import ast
 import atexit
-import builtins
 import collections
 import contextlib
 import ctypes
@@ -82,10 +81,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from functools import wraps
 from pathlib import Path
 
-# --- The protocol: Hermes tool calls ---------------------------------------------------------
+# --- The protocol: Hermes tool calls ------------------------------------------------------------
 
 TOOL_NAME = "code_interpreter"
 TIMEOUT_TEXT = "[no answer in time]"  # a tool that is silent: see Config.silent_rate
@@ -160,14 +158,8 @@ def _fault(kind, found):
     return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as {form}")
 
 
-def grade(problem, final_turn, tool):
-    """The verdict on a final turn, by the kind of its problem."""
-    if problem.kind == "program":
-        return grade_program(final_turn, problem.tests, tool)
-    return {"math": grade_math, "choice": grade_choice}[problem.kind](final_turn, problem.answer)
+# --- Graders: verdicts and votes ----------------------------------------------------------------
 
-
-# --- Verdicts ---------------------------------------------------------------------------------
 
 @dataclass
 class Verdict:
@@ -177,9 +169,16 @@ class Verdict:
     score: float  # 1 right, 0 wrong; programs: fraction of tests passed, -1 without a program
 
 
+def grade(problem, final_turn, tool):
+    """The verdict on a final turn, by the kind of its problem."""
+    if problem.kind == "program":
+        return grade_program(final_turn, problem.tests, tool)
+    return {"math": grade_math, "choice": grade_choice}[problem.kind](final_turn, problem.answer)
+
+
 def never_raises(grader):
     """A fault of the grader becomes a wrong verdict that names the exception, to be counted."""
-    @wraps(grader)
+    @functools.wraps(grader)
     def guarded(*args, **kwargs):
         try:
             return grader(*args, **kwargs)
@@ -201,28 +200,66 @@ def last_boxed(text, budget=20_000):
     while budget > 0 and (end := text.rfind("\\boxed", 0, end)) >= 0:
         start = end + len("\\boxed")
         start += text[start:start + 1] == " "  # \boxed {5} is legal LaTeX
-        if text[start:start + 1] != "{":
-            budget -= 20  # a search costs about as much as looking at 20 characters
-            continue
-        depth, at = 0, start
-        while at < len(text) and budget > 0:
-            budget -= 1
-            if text[at] == "\\":
-                at += 1  # \{ and \} are printed braces, they do not nest
-            elif text[at] in "{}":
-                depth += 1 if text[at] == "{" else -1
-                if depth == 0:
-                    break
-            at += 1
-        if depth == 0 and text[start + 1:at].strip():
-            return text[start + 1:at].strip()
+        close = closing_brace(text, start, budget) if text.startswith("{", start) else start
+        if close is not None and text[start + 1:close].strip():
+            return text[start + 1:close].strip()
+        # The search for the next box costs about as much as looking at 20 characters.
+        budget -= 20 + (min(budget, len(text) - start) if close is None else close - start)
     return None
 
 
-# --- Mathematics ------------------------------------------------------------------------------
+def closing_brace(text, start, budget):
+    """The index of the brace that closes the one at `start`; None if `budget` ends before."""
+    depth, index = 0, start
+    while index < min(len(text), start + budget):
+        if text[index] == "\\":
+            index += 1  # \{ and \} are printed braces, they do not nest
+        elif text[index] in "{}":
+            depth += 1 if text[index] == "{" else -1
+        if depth == 0:
+            return index
+        index += 1
+    return None
 
-# Longer answers are not compared. 600 digits stay below 640, the smallest limit on int(str)
-# that Python can be set to, and keep every pattern below in the microseconds.
+
+def voted_answer(problem, final_turn):
+    """The answer of a final turn as a text that can vote; None without one.
+
+    A choice votes for its letter. Programs have no vote: no two are alike.
+    """
+    if problem.kind == "choice":
+        return chosen_letter(final_turn)
+    return last_boxed(final_turn) if problem.kind == "math" else None
+
+
+def group_answers(answers):
+    """For each answer the commonest spelling that the grader calls equal to it; None stays None.
+
+    The grader's equality is no equivalence (5 cm = 5 = 5 m), so the spellings go from the most
+    to the least frequent, and each joins the first group whose first spelling it equals.
+
+    >>> group_answers(["5", "x = 5", None, "7", "5 cm", "5"])
+    ['5', '5', None, '7', '5', '5']
+    """
+    times = collections.Counter(answer for answer in answers if answer is not None)
+    leaders, leader_of = [], {None: None}
+    for answer in sorted(times, key=lambda answer: (-times[answer], answer)):
+        leader_of[answer] = next((one for one in leaders if agree(one, answer)), answer)
+        if leader_of[answer] == answer:
+            leaders.append(answer)
+    return [leader_of[answer] for answer in answers]
+
+
+def agree(first, second):
+    """True if the grader of maths takes each of two answers where the other is the truth."""
+    return all(grade_math(f"\\boxed{{{one}}}", other).right
+               for one, other in ((first, second), (second, first)))
+
+
+# --- Graders: mathematics -----------------------------------------------------------------------
+
+# Longer answers are compared as they are written. 600 digits stay below 640, the smallest limit on
+# int(str) that Python can be set to, and keep every pattern below in the microseconds.
 MAX_ANSWER = 600
 
 SYMBOLS = str.maketrans({
@@ -253,7 +290,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
     (r"(\\[A-Za-z]+) (?=[0-9])", r"\1"),                        # \sqrt 2 = \sqrt2
     (r" ?([_^]) ?", r"\1"),
-    (r"([_^])\{ ?(-?[A-Za-z0-9]+) ?\}", r"\1\2"),               # x^{10} = x^10
+    (r"([_^])\{ ?\+?(-?[A-Za-z0-9]+) ?\}", r"\1\2"),            # x^{10} = x^10
     (r"\{ ?([A-Za-z0-9]) ?\}", r"\1"),                          # \sqrt{2} = \sqrt2
     (r"\b(?:or|and)\b", ", "),
     (r" +", " "),
@@ -268,7 +305,9 @@ NUMBER = re.compile(
     rf"\(?([+-]?{DECIMAL})\)?(?: ?/ ?\(?([+-]?{DECIMAL})\)?)?"         # top, bottom
     rf"(?: ?(?:\*|x) ?10 ?\^ ?([+-]?[0-9]{{1,3}})|[eE]([+-]?[0-9]{{1,3}}))?"  # power of ten
     rf"(?![0-9^.,]|/ ?[0-9(])(.*)")                                    # unit
-POWER = re.compile(r"([0-9]+) ?\^ ?([0-9]{1,3})")
+DIGITS = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+POWER = re.compile(rf"(-?) ?(?:({DIGITS})|\( ?(-?{DIGITS}(?:/[0-9]+)?) ?\))"  # sign, base
+                   r" ?\^(-?[0-9]{1,3})(?![0-9^.,/])(.*)")                     # exponent, unit
 UNIT = re.compile(r"( ?/? ?)([A-Za-z]+)(?:[ /.*'-]{1,3}[A-Za-z]+|\^-?[1-3])*")
 
 # First name of a row = every other name of the row. Two different rows are two different answers;
@@ -280,10 +319,19 @@ UNITS = {name: row.split()[0] for row in (
     "l liter litre", "s sec second",
     "min minute", "h hr hour", "day", "week", "month", "year yr", "degree deg", "rad radian",
     "dollar usd", "cent", "euro eur", "mph") for name in row.split()}
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-          "trillion": 10**12}
+SCALES = {word: Fraction(scale) for scale, row in {
+    "12": "dozen", "144": "gross", "1e2": "hundred", "1e3": "thousand", "1e5": "lakh",
+    "1e6": "million", "1e7": "crore", "1e9": "billion", "1e12": "trillion",
+    "1/2": "half halve", "1/3": "third", "1/4": "quarter fourth", "1/5": "fifth", "1/6": "sixth",
+    "1/7": "seventh", "1/8": "eighth", "1/9": "ninth", "1/10": "tenth", "1/12": "twelfth",
+    "1/20": "twentieth", "1e-2": "hundredth", "1e-3": "thousandth", "1e-6": "millionth",
+    "1e-9": "billionth"}.items() for word in row.split()}
+NUMBER_WORDS = set("zero one two three four five six seven eight nine ten eleven twelve thirteen "
+                   "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty "
+                   "sixty seventy eighty ninety".split())
 NOT_UNITS = set("mod sin cos tan cot log exp sqrt squared cubed factorial choose over times plus "
-                "minus divided than more less infinity".split())
+                "minus divided than more less infinity doubled tripled twice thrice negative below "
+                "score mil mln".split())
 
 
 @never_raises
@@ -292,10 +340,10 @@ def grade_math(final_turn, truth):
     answer = last_boxed(str(final_turn))
     if answer is None:
         return Verdict(False, "no boxed answer", 0.0)
-    truth = last_boxed(str(truth)) or str(truth)
-    if len(answer) > MAX_ANSWER or len(truth) > MAX_ANSWER:
+    truth = last_boxed(str(truth)) or str(truth).strip()
+    if answer != truth and max(len(answer), len(truth)) > MAX_ANSWER:
         return Verdict(False, "answer too long", 0.0)
-    right = same_answer(answer, truth)
+    right = answer == truth or same_answer(answer, truth)
     return Verdict(right, "right" if right else "wrong", float(right))
 
 
@@ -347,15 +395,14 @@ def number(text):
 
     The unit is "%", the first name of a row of UNITS, or "" for none and for other trailing text.
     """
-    power = POWER.fullmatch(text)
-    if power and len(power[1]) * int(power[2]) <= MAX_ANSWER:
-        return Fraction(int(power[1]) ** int(power[2])), ""
+    if power := POWER.fullmatch(text):
+        return read_power(*power.groups())
     match = NUMBER.fullmatch(text)
     if not match:
         return None
     sign, whole, top, bottom, times_ten, e_notation, tail = match.groups()
-    if sign and top[0] in "+-":
-        return None  # --5 is nothing
+    if sign and top[0] in "+-" and text[match.start(3) - 1] != "(":
+        return None  # --5 is nothing, -(-5) is 5
     top, bottom = (Fraction(re.sub("[, ]", "", part or "1")) for part in (top, bottom))
     unit = read_unit(tail)
     if unit is None or bottom == 0:
@@ -366,6 +413,16 @@ def number(text):
     return (-value if sign == "-" else value), name
 
 
+def read_power(sign, base, bracketed, exponent, tail):
+    """(exact value, unit) of a power; None where it is not defined or has too many digits."""
+    base, exponent, unit = Fraction(base or bracketed), int(exponent), read_unit(tail)
+    size = len(str(base)) * abs(exponent)
+    if unit is None or size > MAX_ANSWER or base == 0 and exponent < 0:
+        return None
+    value = unit[0] * base ** exponent
+    return (-value if sign else value), unit[1]
+
+
 def read_unit(tail):
     """(scale, unit) of the text after a number; None if it is part of the expression, as in 5x."""
     if tail.strip() in ("%", "percent", ""):
@@ -373,21 +430,37 @@ def read_unit(tail):
     match = UNIT.fullmatch(tail)
     if not match:
         return None
-    before, word = match[1], match[2].lower()
-    if word in SCALES:
-        rest = read_unit(tail[match.end(2):])
-        return rest and (SCALES[word], rest[1])
+    before, word, after = match[1], match[2].lower(), tail[match.end(2):]
+    if (scale := named_scale(word)) and "/" not in before and after[:1] != "-":
+        rest = read_unit(after)
+        return rest and (scale * rest[0], rest[1])
+    if counts(tail):
+        return None
     name = UNITS.get(word) or UNITS.get(word.rstrip("s"))
     if name and (before or len(word) > 1):  # 5cm is a length; 5m may be five times m
         return 1, name
     return (1, "") if " " in before and len(word) > 2 and word not in NOT_UNITS else None
 
 
+def named_scale(word):
+    return SCALES.get(word) or SCALES.get(word.removesuffix("s"))
+
+
+def counts(tail):
+    """True if words after a number change its value, as in "5 below zero".
+
+    The words of "5 per dozen" and "5 ten-dollar bills" do not.
+    """
+    words = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b", tail.lower())[0])
+    return any(word.removesuffix("s") in NUMBER_WORDS or named_scale(word) for word in words)
+
+
 def canonical(text, depth=0):
     """A cleaned string as a value that can be compared with ==.
 
     A number becomes its Fraction; (1,2) and intervals keep order and brackets; a set or a bare
-    list loses its order; unions lose theirs; everything else is text without blanks.
+    list loses its order; unions lose theirs; a product keeps its number apart from its symbols;
+    everything else is text without blanks.
     """
     text = text.strip()
     if ", " in text:  # where commas with a blank separate, 1,000 without one is a number
@@ -404,7 +477,28 @@ def canonical(text, depth=0):
             return values[0]
         return (kind, *values) if kind else ("set", *sorted(values, key=repr))
     value = number(text)
-    return value[0] if value else without_blanks(text)
+    return value[0] if value else factors(without_blanks(text)) or without_blanks(text)
+
+
+# A number, then symbols or a bracket, then a divisor: 1/2\pi, 2\pi/3, (x+1)/2; not 1/(2x).
+SYMBOLIC = r"\\?[A-Za-z](?:[A-Za-z0-9\\_]|\^-?|\{[^{}]*\})*|\([^()]+\)"
+PRODUCT = re.compile(rf"([+-]?)(?:({DIGITS})(?:/([0-9]+))?\*?)?({SYMBOLIC})(?:/([0-9]+))?")
+BRACKETED = re.compile(rf"(^[+-]?|/)\(([+-]?)({DIGITS}(?:/[0-9]+)?)\)")  # (-1)/2x, x/(-2)
+
+
+def factors(text):
+    """(number, symbols) of a product, the same for 1/2\\pi and \\pi/2, or None."""
+    minus = sum(found[2] == "-" for found in BRACKETED.finditer(text))
+    match = PRODUCT.fullmatch(BRACKETED.sub(r"\1\3", text))
+    if not match:
+        return None
+    sign, factor, below, symbols, divisor = match.groups()
+    below = int(below or 1) * int(divisor or 1)
+    if below == 0 or (factor, below) == ("1", 1) and symbols.isalnum():  # 1a: a name, base 16
+        return None
+    value = Fraction(factor or 1) / below * (-1) ** (minus + (sign == "-"))
+    inner = factors(symbols[1:-1]) if symbols[0] == "(" else None
+    return (value * inner[0], inner[1]) if inner else (value, symbols)
 
 
 def unwrap(text):
@@ -413,11 +507,11 @@ def unwrap(text):
     The pair of a set is '' as well: a set and a bare list are the same answer.
     """
     depth = 0
-    for at, char in enumerate(text):
+    for index, char in enumerate(text):
         depth += (char in "([{⦃") - (char in ")]}⦄")
         if depth <= 0:
             break
-    if depth != 0 or len(text) < 2 or at != len(text) - 1:
+    if depth != 0 or len(text) < 2 or index != len(text) - 1:
         return "", text
     kind = text[0] + text[-1]
     return ("" if kind in ("{}", "⦃⦄") else kind), text[1:-1]
@@ -442,7 +536,7 @@ def without_blanks(text):
     return text.lower() if len(text) > 1 and text.isalpha() else text
 
 
-# --- Multiple choice --------------------------------------------------------------------------
+# --- Graders: multiple choice -------------------------------------------------------------------
 
 # "C", "(C)", "C) 5 cm", "option C"; not "A, C" and not "(A) (C)".
 CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
@@ -453,20 +547,25 @@ SAID = re.compile(r"answer(?: is)? ?:? ?[*(]{0,3}([A-Za-z])[*).]{0,4} ?$", re.IG
 @never_raises
 def grade_choice(final_turn, letter):
     """Compare the letter of the last box, or of the last line "Answer: C", with the right one."""
-    turn = str(final_turn)
+    chosen = chosen_letter(str(final_turn))
+    if chosen is None:
+        boxed = last_boxed(str(final_turn)) is not None
+        return Verdict(False, "boxed answer is no letter" if boxed else "no letter", 0.0)
+    right = chosen == str(letter).strip(" ().").upper()
+    return Verdict(right, "right" if right else "wrong", float(right))
+
+
+def chosen_letter(turn):
     boxed = last_boxed(turn)
     if boxed is not None:
         found = CHOICE.fullmatch(clean(boxed[:MAX_ANSWER]))
     else:
         lines = (re.sub(r"[ \t]+", " ", line) for line in turn[-MAX_ANSWER:].splitlines())
         found = next((said for line in reversed([*lines]) if (said := SAID.search(line))), None)
-    if not found:
-        return Verdict(False, "no letter" if boxed is None else "boxed answer is no letter", 0.0)
-    right = found[1].upper() == str(letter).strip(" ().").upper()
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return found[1].upper() if found else None
 
 
-# --- Programs ---------------------------------------------------------------------------------
+# --- Graders: programs --------------------------------------------------------------------------
 
 # LiveCodeBench runs every program behind these imports: its starter code says List[int] and
 # imports nothing. builtins comes last because math and others hide names such as pow.
@@ -527,13 +626,14 @@ def is_functional(test):
 
 def code_for_test(program, test):
     """The program as it is run for one test."""
-    prelude = "" if "from __future__" in program else PRELUDE  # which must be the first line
+    if "from __future__" in program:  # which must come first in what is compiled
+        program = f"exec(compile({program!r}, '<program>', 'exec', dont_inherit=True))\n"
     if not is_functional(test):
-        return prelude + program
+        return PRELUDE + program
     if not test["fn_name"].isidentifier():
         raise ValueError(f"{test['fn_name']!r} is not the name of a function")
     lines = [line for line in test["input"].split("\n") if line.strip()]
-    return prelude + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
+    return PRELUDE + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
 
 
 def failure(test, seen):
@@ -563,7 +663,7 @@ def same_numbers(ours, theirs):
         return False
 
 
-# --- Problem files ----------------------------------------------------------------------------
+# --- Problem files ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -602,28 +702,65 @@ def read_problems(path, rows, read_row):
 
     read_row  row, column names in lower case -> Problem; ValueError says what is missing
     """
-    problems, repaired = [], []
+    problems, repaired = {}, []
     for line, row, mended in rows:
         row, restored = restore_latex(row)
         if mended or restored:
             repaired.append(line)
-        row = {str(name).strip().lower(): value for name, value in row.items()}
-        try:
-            problem = read_row(row)
-        except ValueError as fault:
-            raise ValueError(f"{path}, line {line}: {fault}") from fault
-        except (TypeError, AttributeError, RecursionError) as fault:
-            raise ValueError(f"{path}, line {line}: found a column that holds another kind of "
-                             f"value than its name promises ({fault}); mend it.") from fault
-        problem.source = problem.source or path.stem
-        problem.id = problem.id or f"{path.stem}-{line}"
-        problems.append(problem)
-    if repaired:
-        warnings.warn(f"{path}: backslashes restored in {len(repaired)} rows "
-                      f"(lines {', '.join(map(str, repaired))})", stacklevel=3)
+        problems[line] = read_problem(path, line, row, read_row)
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
-    return problems
+    tell(path, "backslashes restored", repaired)
+    tell(path, "another answer than before to the same question", contradictions(problems))
+    tell(path, f"an answer above {MAX_ANSWER} characters, right only where repeated to the letter,",
+         [line for line, problem in problems.items() if len(problem.answer) > MAX_ANSWER])
+    return list(problems.values())
+
+
+def tell(path, found, lines):
+    if lines:
+        warnings.warn(f"{path}: {found} in {len(lines)} rows (lines {', '.join(map(str, lines))})",
+                      stacklevel=4)
+
+
+def read_problem(path, line, row, read_row):
+    row = {str(name).strip().lower(): value for name, value in row.items()}
+    try:
+        problem = read_row(row)
+        check_answer(problem)
+    except ValueError as fault:
+        raise ValueError(f"{path}, line {line}: {fault}") from fault
+    except (TypeError, AttributeError, RecursionError) as fault:
+        raise ValueError(f"{path}, line {line}: found a column that holds another kind of value "
+                         f"than its name promises ({fault}); mend it.") from fault
+    problem.source = problem.source or path.stem
+    problem.id = problem.id or f"{path.stem}-{line}"
+    return problem
+
+
+def check_answer(problem):
+    """Refuse what a data frame writes where it holds nothing, and what nobody could get right."""
+    for name, text in (("question", problem.question), ("answer", problem.answer)):
+        if text.strip().lower() in ("nan", "<na>", "nat"):
+            raise ValueError(f"found the {name} {text.strip()!r}, which a data frame writes where "
+                             "it holds nothing; fill it in or delete the row.")
+    if problem.kind == "math" and not grade_math(f"\\boxed{{{problem.answer}}}",
+                                                 problem.answer).right:
+        raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is equal, "
+                         "not even itself; mend it.")
+
+
+def contradictions(problems):
+    """The lines of problems whose question stood before with another answer.
+
+    They are told and not refused: large collections hold a few, and either answer may be right.
+    """
+    first, found = {}, []
+    for line, problem in problems.items():
+        before = first.setdefault((problem.question, str(problem.messages)), problem)
+        if problem.answer and not agree(before.answer, problem.answer):
+            found.append(line)
+    return found
 
 
 def load_demonstrations(path):
@@ -677,6 +814,21 @@ def read_turn(message):
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes."""
     try:
+        text = read_bytes(path, suffixes).decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("zero bytes")
+    except UnicodeError as fault:
+        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
+                         "file; decompress it or save it as UTF-8.") from fault
+    return text
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def read_bytes(path, suffixes):
+    """The bytes of a file with one of these suffixes, or a sentence that says what it is."""
+    try:
         if path.is_dir():
             raise ValueError(f"{path} is a directory; give one of the files in it.")
         if not path.exists():
@@ -686,15 +838,15 @@ def read_text(path, suffixes=(".jsonl", ".json")):
         if path.suffix not in suffixes:
             raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise UnicodeError("zero bytes")
-    except UnicodeError as fault:
-        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
-                         "file; decompress it or save it as UTF-8.") from fault
+        held = path.read_bytes()
     except OSError as fault:
         raise ValueError(f"{path}: {fault.strerror}; needed a file that can be read.") from fault
-    return text
+    if held.startswith(POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer and not the file itself; fetch the file by "
+                         "`git lfs pull`.")
+    if not held.strip():
+        raise ValueError(f"{path} is empty; needed at least one row.")
+    return held
 
 
 def read_json(path, text):
@@ -709,12 +861,9 @@ def read_json(path, text):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
-        for name, value in row.items():
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeError as fault:
-                raise ValueError(f"{path}, line {number}: found half a surrogate pair in {name}; "
-                                 "needed whole characters; mend or delete that line.") from fault
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+                             "characters; mend or delete that line.")
         yield number, row, mended
 
 
@@ -772,10 +921,13 @@ def read_general(row):
 
 
 def first_text(row, *names):
-    """The first of these columns that holds text or a number, as text; "" if none does."""
+    """The first of these columns that holds text or a number, as text; "" if none does.
+
+    A data frame writes nan, which is no number, where it holds nothing.
+    """
     for name in names:
         value = row.get(name)
-        if isinstance(value, (str, int, float)) and str(value).strip():
+        if isinstance(value, (str, int, float)) and str(value).strip() and value == value:
             return str(value)
     return ""
 
@@ -845,26 +997,27 @@ def read_tests(tests, function=""):
         function = tests.get("fn_name") or function
         tests = [{"input": given, "output": wanted, "type": "functional" if function else "stdin"}
                  for given, wanted in zip(tests.get("inputs", []), tests.get("outputs", []))]
-    read = []
-    for test in tests or []:
-        if not isinstance(test, dict) or "input" not in test or "output" not in test:
-            raise ValueError(f"found the test {test!r:.80}; needed "
-                             "{\"input\": \"...\", \"output\": \"...\"}.")
-        kind = test.get("testtype") or test.get("type") or "stdin"
-        name = test.get("fn_name") or function
-        if kind not in ("stdin", "functional") or kind == "functional" and not name:
-            raise ValueError(f"found a {kind} test for the function {name!r}; needed stdin, or "
-                             "functional with a function name (fn_name, metadata.func_name).")
-        given, wanted = test["input"], test["output"]
-        if not isinstance(given, str):  # arguments as values: one JSON text a line
-            given = "\n".join(json.dumps(argument) for argument in given)
-        wanted = wanted if isinstance(wanted, str) else json.dumps(wanted)
-        read.append({"input": given, "output": wanted, "type": kind,
-                     "fn_name": name if kind == "functional" else ""})
-    return read
+    return [read_test(test, function) for test in tests or []]
 
 
-# --- The files of a run: whole, or not there --------------------------------------------------
+def read_test(test, function):
+    if not isinstance(test, dict) or "input" not in test or "output" not in test:
+        raise ValueError(f"found the test {test!r:.80}; needed "
+                         "{\"input\": \"...\", \"output\": \"...\"}.")
+    kind = test.get("testtype") or test.get("type") or "stdin"
+    name = test.get("fn_name") or function
+    if kind not in ("stdin", "functional") or kind == "functional" and not name:
+        raise ValueError(f"found a {kind} test for the function {name!r}; needed stdin, or "
+                         "functional with a function name (fn_name, metadata.func_name).")
+    given, wanted = test["input"], test["output"]
+    if not isinstance(given, str):  # arguments as values: one JSON text a line
+        given = "\n".join(json.dumps(argument) for argument in given)
+    wanted = wanted if isinstance(wanted, str) else json.dumps(wanted)
+    return {"input": given, "output": wanted, "type": kind,
+            "fn_name": name if kind == "functional" else ""}
+
+
+# --- The files of a run: whole, or not there ----------------------------------------------------
 
 
 def sync(path):
@@ -886,23 +1039,25 @@ def write_whole(path, text):
 
 
 @contextlib.contextmanager
-def whole_folder(place):
-    """A folder to fill, which takes the name `place` once everything in it is on the disk.
+def whole_folder(folder):
+    """Yield a folder to fill, which takes the name `folder` once all of it is on the disk.
 
-    After an error nothing remains of it. After a kill or a power cut there may be a `place`.tmp,
-    which the next call clears away; `place` itself is never a half-written one.
+    After an error nothing remains of it. After a kill or a power cut there may be a `folder`.tmp,
+    which the next call clears away; `folder` itself is never a half-written one.
     """
-    aside = Path(f"{place}.tmp")
+    aside = Path(f"{folder}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
-        for path in [*aside.iterdir(), aside]:
+        for path in [*aside.rglob("*"), aside]:
+            if path.is_file():  # as open as the folder: some libraries write for their owner only
+                path.chmod(aside.stat().st_mode & 0o666)
             sync(path)
-        if place.exists():  # a damaged one, or one of an earlier finish
-            shutil.rmtree(place)
-        aside.rename(place)
-        sync(place.parent)
+        if folder.exists():  # one of an earlier finish
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -925,24 +1080,23 @@ class WriteError(ValueError):
     """A file of the run could not be written; the message says why and what to do."""
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextlib.contextmanager
 def writing(folder):
-    """Turn whatever goes wrong while files are written into a WriteError: each library that
-    writes has a kind of error of its own."""
-    if not Path(folder).is_dir():
-        raise WriteError(f"cannot write to {folder}: this folder is gone; begin anew")
+    """Say in a sentence why files of a run cannot be written.
+
+    Each library that writes has a kind of error of its own, so every kind is taken.
+    """
     try:
+        os.stat(folder)
         yield
     except Exception as error:
-        if not Path(folder).is_dir():
-            raise WriteError(f"cannot write to {folder}: this folder is gone; begin anew") from error
-        full = not isinstance(error, OSError) or error.errno in NO_ROOM
-        raise WriteError(f"cannot write to {folder} ({error}); what was saved before is whole: "
-                         f"{'make room on the disk' if full else 'mend that'} and resume"
-                         ) from error
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT,
+                                                                 errno.EFBIG)
+        remedy = f"{'make room on the disk' if full else 'mend that'} and resume"
+        raise WriteError(
+            f"cannot write to {folder} ({error}); what was saved before is whole: {remedy}"
+            if Path(folder).is_dir() else
+            f"cannot write to {folder}: this folder is gone; begin anew") from error
 
 
 def append_rows(path, rows):
@@ -1009,7 +1163,7 @@ def locked(folder):
         os.close(fd)
 
 
-# --- The sandbox: what goes in and what comes out -------------------------------------------
+# --- The sandbox: what goes in and what comes out -----------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1043,7 +1197,19 @@ class Observation:
 
 
 PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
-MEMORY = 1000  # runs that are kept, to answer an equal call
+REMEMBERED = 1000  # runs that are kept, to answer an equal call
+
+
+SELF = os.path.abspath(__file__)
+PROBE = os.path.join(tempfile.gettempdir(), "python_tool_probe")
+ATTEMPTS = {  # guarantee: a program that must not succeed
+    "reads no file": f"open({SELF!r}).read()",
+    "writes no file": f"import os; open({PROBE!r}, 'w'); os.remove({PROBE!r})",
+    "no network": "import socket; socket.socket()",
+    "no new process": "import os; os.fork() or os._exit(0)",
+    "no signal to others": "import os; os.kill(os.getppid(), 0)",
+    "bounded memory": "bytearray({twice} << 20)",
+}
 
 
 class PythonTool:
@@ -1081,7 +1247,7 @@ class PythonTool:
         place  where in a run the call is made: (seed, purpose, iteration, number of the rollout,
                turn). It makes no difference here; a tool with randomness of its own draws from it.
 
-        Equal calls run once: the newest MEMORY runs are kept. A time-out or a fault of the sandbox
+        Equal calls run once: the newest runs are kept. A time-out or a fault of the sandbox
         is forgotten as soon as it is known, so whoever asks later starts another run; those who
         asked for the same program while that run was under way share its time-out.
         """
@@ -1091,7 +1257,7 @@ class PythonTool:
         with self._memo_lock:
             if call not in self._memo:
                 self._memo[call] = self._pool.submit(self._answer, call)
-            if len(self._memo) > MEMORY:
+            if len(self._memo) > REMEMBERED:
                 del self._memo[next(iter(self._memo))]
             return self._memo[call]
 
@@ -1107,24 +1273,19 @@ class PythonTool:
 
     def guarantees(self):
         """Try what must not work, and tell for each whether it was refused."""
-        probe = os.path.join(tempfile.gettempdir(), "python_tool_probe")
-        attempts = {
-            "reads no file": f"open({SELF!r}).read()",
-            "writes no file": f"import os; open({probe!r}, 'w'); os.remove({probe!r})",
-            "no network": "import socket; socket.socket()",
-            "no new process": "import os; os.fork() or os._exit(0)",
-            "no signal to others": "import os; os.kill(os.getppid(), 0)",
-            "bounded memory": f"bytearray({2 * self.limits.memory_mb} << 20)",
-        }
-        programs = [f"try:\n    {attempt}\nexcept (PermissionError, MemoryError):\n"
-                    "    print('refused')" for attempt in attempts.values()]
+        try:
+            return {name: seen.text == "refused\n" for name, seen in self._probe().items()}
+        except NoLocks:
+            return dict.fromkeys(ATTEMPTS, False)
+
+    def _probe(self):
+        """{guarantee: what came of the attempt to break it}."""
         if self._contained is None:
-            try:
-                self._idle.append(self._connect())
-            except OSError:  # it cannot even start; its own message says why
-                return dict.fromkeys(attempts, False)
-        seen = self._map(programs, None, raw=True)
-        return {name: one.text == "refused\n" for name, one in zip(attempts, seen)}
+            self._idle.append(self._connect())  # an error on the way says why it cannot start
+        programs = [f"try:\n    {attempt.format(twice=2 * self.limits.memory_mb)}\n"
+                    "except (PermissionError, MemoryError):\n    print('refused')"
+                    for attempt in ATTEMPTS.values()]
+        return dict(zip(ATTEMPTS, self._map(programs, None, raw=True)))
 
     def close(self):
         """End every process of the sandbox; calls still under way come back as sandbox_error."""
@@ -1146,12 +1307,34 @@ class PythonTool:
             raise RuntimeError("This PythonTool is closed; make a new one.")
         with self._checking:  # once, however many threads arrive
             if self._contained is None:
-                missing = [name for name, held in self.guarantees().items() if not held]
-                if missing and not self.limits.unsafe:
-                    raise RuntimeError("This machine cannot contain a model's program (does not "
-                                       f"hold: {', '.join(missing)}): use Linux with seccomp, or "
-                                       "pass unsafe=True to run programs with limits only.")
-                self._contained = not missing
+                self._contained = self._is_contained()
+
+    def _is_contained(self):
+        """True where every lock holds; False where one is missing and unsafe=True allows it."""
+        try:
+            seen = self._probe()
+        except NoLocks as error:
+            missing = str(error)
+        except OSError as error:
+            raise RuntimeError(f"The sandbox does not start: {error}.") from error
+        else:
+            self._check_probe(seen)
+            missing = ", ".join(name for name, one in seen.items() if one.text != "refused\n")
+        if missing and not self.limits.unsafe:
+            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
+                               ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
+                               "to run programs with limits only.")
+        return not missing
+
+    def _check_probe(self, seen):
+        """A program that was stopped says nothing about the locks, so tell what stopped it."""
+        for name, one in seen.items():
+            if one.outcome not in ("ok", "error"):
+                raise RuntimeError(
+                    f"The sandbox cannot be tried: the program for {name!r} ended with "
+                    f"{one.outcome}. Programs have {self.limits.timeout:g} s (timeout) and "
+                    f"{self.limits.memory_mb} MB (memory_mb): raise what is too small; for a "
+                    "sandbox_error the reason stands above.")
 
     def _map(self, codes, stdins, raw):
         codes = list(codes)
@@ -1252,9 +1435,8 @@ def noting_ignored(call, seen):
     return replace(seen, text=seen.text + note) if call.ignored else seen
 
 
-# --- The sandbox: the trainer's ends of the lines -------------------------------------------
+# --- The sandbox: the trainer's ends of the lines -----------------------------------------------
 
-SELF = os.path.abspath(__file__)
 PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
 ENVIRONMENT = {  # all a program sees of the trainer's: nothing
     "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
@@ -1285,6 +1467,10 @@ class Line:
         self.sock.close()
 
 
+class NoLocks(OSError):
+    """What this machine lacks to contain a program."""
+
+
 class Zygote:
     """The trainer's handle on the process from which every worker is forked."""
 
@@ -1299,7 +1485,13 @@ class Zygote:
         self.control, self.patience = Line(ours), limits.wall + 20
         self.close = weakref.finalize(self, end_zygote, self.control, self.process, os.getpid())
         ours.settimeout(180)  # it imports; on a busy machine that may take its time
-        self.control.receive()
+        try:
+            missing = self.control.receive()
+        except ConnectionError:
+            raise OSError(f"its process ended with status {self.process.wait()} before it was "
+                          "ready, and said why on stderr") from None
+        if missing:
+            raise NoLocks(missing)
 
     def new_worker(self):
         ours, theirs = socket.socketpair()
@@ -1323,7 +1515,7 @@ def end_zygote(control, process, owner):
         process.wait()
 
 
-# --- The sandbox: zygote --------------------------------------------------------------------
+# --- The sandbox: zygote ------------------------------------------------------------------------
 
 WARM_UP = {  # the first use of a library is slow; every child inherits the second
     "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.default_rng(0)",
@@ -1338,9 +1530,9 @@ SKIPPED = re.compile(r"(^|\.)(__main__|tests?|testing|benchmarks|idlelib|turtle\
 def zygote(fd, limits):
     """Import once, give up rights once, then fork a worker for every socket that arrives."""
     trainer, control = os.getppid(), Line(socket.socket(fileno=fd))
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
-        raise SystemExit("tools.py: the sandbox needs Linux on x86_64 or aarch64.")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    if missing := missing_locks():
+        return control.send(missing)
+    set_limit("NOFILE", 64, 64)
     call(libc.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed worker's child comes to us
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, a program is killed and not the trainer
@@ -1348,7 +1540,7 @@ def zygote(fd, limits):
     cage = give_up_rights(limits)
     gc.collect()
     gc.freeze()  # children neither see nor touch what was imported
-    control.send("ready")
+    control.send("")  # no lock is missing
     herd(control, trainer, cage)
 
 
@@ -1411,7 +1603,7 @@ def python_folders():
     return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
 
 
-# --- The sandbox: worker --------------------------------------------------------------------
+# --- The sandbox: worker ------------------------------------------------------------------------
 
 READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
 MEMORY = 201     # exit status of a child whose program ended on a MemoryError
@@ -1459,7 +1651,8 @@ def attempt(line, code, stdin, raw, cage):
     os.close(out)
     seconds, code = time.monotonic() - started, os.waitstatus_to_exitcode(status)
     if output[:1] != READY:
-        print("sandbox:", output.decode("utf-8", "replace") or status, file=sys.stderr)
+        why = output.decode("utf-8", "replace") or stopped or f"status {status}"
+        print("sandbox: no program was begun:", why, file=sys.stderr)
         return "", "sandbox_error", seconds
     out_of_time = used.ru_utime + used.ru_stime > cage.limits.timeout
     outcome = stopped or judge(code, out_of_time)
@@ -1529,7 +1722,7 @@ def shorten(text, limits):
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 
-# --- The sandbox: child ---------------------------------------------------------------------
+# --- The sandbox: child -------------------------------------------------------------------------
 
 
 def child(worker, fds, code, raw, cage):
@@ -1545,14 +1738,14 @@ def child(worker, fds, code, raw, cage):
         os.closerange(3, 64)
         enclose(cage)
         os.write(1, READY)
-        status = perform(code, raw, cage.spares)
+        status = perform(code, raw)
     except BaseException as error:
         os.write(1, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
     finally:
         leave(status)
 
 
-def perform(code, raw, spares):
+def perform(code, raw):
     """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
@@ -1567,22 +1760,7 @@ def perform(code, raw, spares):
     settrace(None)
     setprofile(None)
     del main
-    try:
-        return finish(error)
-    except:  # noqa: E722, what finish needs was rewritten: put it back and try again
-        for names, spare in spares:
-            names.update(spare)
-        return finish(error)
-
-
-def spare_copies():
-    """Copies of what finish needs, for a program may rewrite every module. Made once, and put
-    back only when finish has failed: to touch all these objects costs a child 5 ms."""
-    modules = (builtins, os, sys, io, threading, traceback, linecache, resource, atexit, gc)
-    spares = [(names, dict(names)) for names in (*map(vars, modules), globals(), sys.modules)]
-    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
-        del spares[modules.index(sys)][1][name]
-    return spares
+    return finish(error)
 
 
 def stream(fd):
@@ -1609,9 +1787,7 @@ def compiled(code, raw):
 
 
 FENCED = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-FUTURES = 0
-for _name in future.all_feature_names:
-    FUTURES |= getattr(future, _name).compiler_flag
+FUTURES = sum({getattr(future, name).compiler_flag for name in future.all_feature_names})
 
 
 def parses(code):
@@ -1626,9 +1802,9 @@ def finish(error):
     flush()
     status = 0 if error is None else exit_status(error)
     sys.modules.pop("__main__", None)
-    for step in (threading._shutdown, atexit._run_exitfuncs, functools.partial(gc.collect, 1)):
+    for task in (threading._shutdown, atexit._run_exitfuncs, functools.partial(gc.collect, 1)):
         with contextlib.suppress(BaseException):
-            step()  # the last one runs the destructors, while the program's globals are whole
+            task()  # the last one runs the destructors, while the program's globals are whole
     flush()
     return status
 
@@ -1673,7 +1849,7 @@ def report_of_thread(failed):
         report(failed.exc_value)
 
 
-# --- The sandbox: locks ---------------------------------------------------------------------
+# --- The sandbox: locks -------------------------------------------------------------------------
 
 # Denied to every program. Numbers: x86_64/aarch64, - where there is no such call.
 DENIED = """
@@ -1743,7 +1919,6 @@ class Cage:
     limits: Limits
     baseline: int   # bytes of address space a child has before its program asks for any
     seccomp: bytes  # the filter, with OWN_PID for the child's own id
-    spares: list    # see spare_copies
 
 
 def call(function, *arguments):
@@ -1774,7 +1949,15 @@ def give_up_rights(limits):
     if confined:
         read_only_from(python_folders())
     drop_capabilities()
-    return Cage(limits, baseline, seccomp_filter(confined), spare_copies())
+    return Cage(limits, baseline, seccomp_filter(confined))
+
+
+def missing_locks():
+    """What this machine lacks for the sandbox; "" where it has everything."""
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        return f"{platform.system()} on {platform.machine()} is not Linux on x86_64 or aarch64"
+    libc.prctl(PR_SET_SECCOMP, 2, None, 0, 0)  # a kernel with seccomp misses only the filter
+    return "" if ctypes.get_errno() == errno.EFAULT else "seccomp"
 
 
 def drop_capabilities():
@@ -1901,7 +2084,7 @@ def install(program):
     call(libc.prctl, PR_SET_SECCOMP, 2, head, 0, 0)
 
 
-# --- The sandbox: without locks, with unsafe=True only --------------------------------------
+# --- The sandbox: without locks, with unsafe=True only ------------------------------------------
 
 
 def run_plain(code, stdin, raw, limits):
@@ -1940,34 +2123,28 @@ def plain():
     if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
         set_limit("AS", (limits.memory_mb + 512) << 20, (limits.memory_mb + 512 + 64) << 20)
     random.seed(0)
-    os._exit(perform(code, raw, spare_copies()))
+    os._exit(perform(code, raw))
 
 
-# --- The sandbox: self-test -----------------------------------------------------------------
-
-SELF_TEST = [("6 * 7", "ok"), ("1 / 0", "error"), ("import os\nos.abort()", "crashed"),
-             ("bytearray(10**12)", "memory"), ("print('x' * 9**7)", "output_truncated"),
-             ("print('before')\nwhile True: pass", "timeout")]
+# --- The command line ---------------------------------------------------------------------------
 
 
-def main():
-    with PythonTool(timeout=1, unsafe=True) as tool:
-        for name, held in tool.guarantees().items():
-            print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
-        seen = tool.run([code for code, _ in SELF_TEST])
-        for (code, expected), one in zip(SELF_TEST, seen):
-            verdict = "as it should" if one.outcome == expected else f"SHOULD BE {expected}"
-            print(f"{code!r:40}{one.outcome:18}{1000 * one.seconds:7.1f} ms  {verdict}")
-        started = time.monotonic()
-        tool.run(["import numpy\nnumpy.arange(4).sum()"] * 128)
-        print(f"{128 / (time.monotonic() - started):.0f} calls a second with numpy at hand, "
-              f"{tool.limits.workers} at once")
+def main(arguments):
+    if arguments[:1] == ["--zygote"]:
+        zygote(int(arguments[1]), Limits(**json.loads(arguments[2])))
+    elif arguments == ["--plain"]:
+        plain()
+    elif arguments in (["-h"], ["--help"]):
+        print(__doc__)
+    elif arguments:
+        print(f"tools.py takes no options but --help; found {' '.join(arguments)}.",
+              file=sys.stderr)
+        sys.exit(2)
+    else:
+        with PythonTool(unsafe=True) as tool:
+            for name, held in tool.guarantees().items():
+                print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--zygote"]:
-        zygote(int(sys.argv[2]), Limits(**json.loads(sys.argv[3])))
-    elif sys.argv[1:2] == ["--plain"]:
-        plain()
-    else:
-        main()
+    main(sys.argv[1:])

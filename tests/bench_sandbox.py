@@ -1,4 +1,4 @@
-"""How fast the sandbox is, beside a subprocess that imports numpy, and what each lock costs.
+"""How fast the sandbox is, beside a subprocess that imports numpy.
 
     python tests/bench_sandbox.py              about a minute
     python tests/bench_sandbox.py sympy        the same with sympy beside it
@@ -48,49 +48,5 @@ def side_by_side(library):
           f"ratio {ours / theirs:.0f}x ({CALLS} calls at once, medians of {ROUNDS})")
 
 
-def timed_child(step):
-    """Milliseconds of one fork whose child does `step` and exits."""
-    started = time.perf_counter()
-    pid = os.fork()
-    if pid == 0:
-        step()
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    assert status == 0, status
-    return 1000 * (time.perf_counter() - started)
-
-
-def cost_of_each_lock():
-    program = tools.seccomp_filter(confined=True)
-
-    def no_new_privileges():
-        tools.call(tools.libc.prctl, tools.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-
-    def seccomp():
-        no_new_privileges()
-        tools.install(program)
-
-    def landlock():
-        no_new_privileges()
-        tools.read_only_from(tools.python_folders())
-
-    def resource_limits():
-        for name in ("CPU", "STACK", "FSIZE", "CORE", "MEMLOCK", "MSGQUEUE"):
-            tools.set_limit(name, 1 << 30, 1 << 30)
-
-    steps = {"a bare fork": lambda: None, "resource limits": resource_limits, "seccomp": seccomp,
-             "landlock (once, in the zygote)": landlock,
-             "capabilities (once, in the zygote)": tools.drop_capabilities}
-    found = {name: [] for name in steps}
-    for _ in range(200):
-        for name, step in steps.items():
-            found[name].append(timed_child(step))
-    base = statistics.median(found.pop("a bare fork"))
-    print(f"a bare fork of this process {base:.2f} ms; on top of it, medians of 200:")
-    for name, times in found.items():
-        print(f"  {statistics.median(times) - base:+6.2f} ms  {name}")
-
-
 if __name__ == "__main__":
     side_by_side(sys.argv[1] if sys.argv[1:] else "numpy")
-    cost_of_each_lock()

@@ -1,6 +1,5 @@
 """Graders: pairs of answer and truth with the right verdict, hostile input, real references."""
 
-import ast
 import doctest
 import json
 import re
@@ -29,93 +28,81 @@ EQUAL = [  # (answer, truth)
     (r"\frac{ 1 }{ 2 }", ".5"), (r"-\frac{3}{4}", "-0.75"), (r"\frac{-3}{4}", "-3/4"),
     (r"\frac{3}{-4}", "-3/4"), (r"3\frac{1}{2}", "3.5"), ("3 1/2", "7/2"), (r"-3\frac12", "-3.5"),
     (r"\frac{1,000}{3}", "1000/3"), (r"\frac{0.5}{2}", "1/4"), ("10/5", "2"),
-    ("⁄".join("12"), "1/2"),
-    ("−5", "-5"), ("–5", "-5"), ("—5", "-5"), ("﹣5", "-5"), ("- 5", "-5"), ("$-5$", "-5"),
-    ("5%", "5"), (r"5\%", "5"), (r"50\%", "0.5"), ("0.5", "50%"), ("50", r"50\%"),
-    ("50 percent", "50%"),
-    ("12.5%", "1/8"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), ("90°", "90"),
-    ("90 degrees", "90"),
-    (r"90^\circ", "90 degrees"), ("$18", "18"), (r"\$18", "18"), (r"\$1,800.00", "1800"),
-    ("€20", "20"), ("£20", "20"), ("18 dollars", "18"), ("$18", "18 dollars"), ("-$5", "-5"),
-    (r"\$5/\text{hour}", "5"), (r"1\frac{1}{2}\text{ cups}", "1.5"),
-    (r"\frac{3}{4}\text{ cup}", ".75"),
-    ("72 clips", "72"), ("3 bolts of fabric", "3"), ("5 cm", "5"), ("5cm", "5"),
-    (r"5\text{ cm}", "5"),
+    ("⁄".join("12"), "1/2"), ("−5", "-5"), ("–5", "-5"), ("—5", "-5"), ("﹣5", "-5"), ("- 5", "-5"),
+    ("$-5$", "-5"), ("5%", "5"), (r"5\%", "5"), (r"50\%", "0.5"), ("0.5", "50%"), ("50", r"50\%"),
+    ("50 percent", "50%"), ("12.5%", "1/8"), (r"90^\circ", "90"), (r"90^{\circ}", "90"),
+    ("90°", "90"), ("90 degrees", "90"), (r"90^\circ", "90 degrees"), ("$18", "18"),
+    (r"\$18", "18"), (r"\$1,800.00", "1800"), ("€20", "20"), ("£20", "20"), ("18 dollars", "18"),
+    ("$18", "18 dollars"), ("-$5", "-5"), (r"\$5/\text{hour}", "5"),
+    (r"1\frac{1}{2}\text{ cups}", "1.5"), (r"\frac{3}{4}\text{ cup}", ".75"), ("72 clips", "72"),
+    ("3 bolts of fabric", "3"), ("5 cm", "5"), ("5cm", "5"), (r"5\text{ cm}", "5"),
     (r"5\,\text{cm}^2", "5"), (r"5~\mathrm{km/h}", "5"), ("60 miles per hour", "60"), ("5 m", "5"),
     ("5 inches", "5 in"), ("2 hours", "2 hrs"), ("5 million", "5000000"), ("2.5 thousand", "2500"),
     (r"3 \times 10^6", "3000000"), (r"1.5 \cdot 10^{-3}", "0.0015"), ("1.5e3", "1500"),
-    ("2E2", "200"),
-    ("10^6", "1000000"), ("2^{10}", "1024"), (r"2^{10}", "2^10"), ("x^{2}", "x^2"), ("５", "5"),
-    ("1, 2", "2, 1"), ("1,2", r"\{1,2\}"), (r"\{ 2, 1 \}", r"\{1,2\}"),
-    (r"\left\{1,2\right\}", "2,1"),
-    ("(1,2)", "(1, 2)"), (r"\left(1,2\right)", "(1,2)"), (r"(\frac12, 3)", "(0.5, 3)"),
-    ("(5)", "5"),
-    ("100,200", "100, 200"), ("1,000, 2,000", "1000, 2000"), ("1 or 2", "2, 1"),
-    (r"1\text{ and }2", "1,2"),
-    ("[0,1)", r"\left[0,1\right)"), (r"(-\infty, 5]", r"(-\infty,5]"),
-    ("(−∞, 5]", r"(-\infty,5]"),
+    ("2E2", "200"), ("10^6", "1000000"), ("2^{10}", "1024"), (r"2^{10}", "2^10"), ("x^{2}", "x^2"),
+    ("５", "5"), ("1, 2", "2, 1"), ("1,2", r"\{1,2\}"), (r"\{ 2, 1 \}", r"\{1,2\}"),
+    (r"\left\{1,2\right\}", "2,1"), ("(1,2)", "(1, 2)"), (r"\left(1,2\right)", "(1,2)"),
+    (r"(\frac12, 3)", "(0.5, 3)"), ("(5)", "5"), ("100,200", "100, 200"),
+    ("1,000, 2,000", "1000, 2000"), ("1 or 2", "2, 1"), (r"1\text{ and }2", "1,2"),
+    ("[0,1)", r"\left[0,1\right)"), (r"(-\infty, 5]", r"(-\infty,5]"), ("(−∞, 5]", r"(-\infty,5]"),
     (r"[2,3] \cup [0,1]", r"[0,1]\cup[2,3]"), ("[0,1]U[2,3]", r"[0,1] \cup [2,3]"),
-    ("{1,2}", r"\{1,2\}"),
-    ("(1,2), (3,4)", "(3,4),(1,2)"), ("x=5", "5"), ("x = 5", "5"), ("5", "n=5"),
-    ("m+n = 113", "113"),
-    (r"\theta = 30^\circ", "30"), ("x = 1 or x = 2", "1, 2"), (r"x \in [0,1]", "[0,1]"),
-    ("f(x)=5", "5"),
-    (r"\text{Evelyn}", "Evelyn"), ("evelyn", r"\text{Evelyn}"), (r"\textbf{even}", "even"),
-    ("Yes.", "yes"),
+    ("{1,2}", r"\{1,2\}"), ("(1,2), (3,4)", "(3,4),(1,2)"), ("x=5", "5"), ("x = 5", "5"),
+    ("5", "n=5"), ("m+n = 113", "113"), (r"\theta = 30^\circ", "30"), ("x = 1 or x = 2", "1, 2"),
+    (r"x \in [0,1]", "[0,1]"), ("f(x)=5", "5"), (r"\text{Evelyn}", "Evelyn"),
+    ("evelyn", r"\text{Evelyn}"), (r"\textbf{even}", "even"), ("Yes.", "yes"),
     (r"\sqrt{2}", r"\sqrt2"), (r"\sqrt 2", r"\sqrt{2}"), (r"2 \sqrt{3}", r"2\sqrt{3}"),
-    (r"2*\sqrt3", r"2\sqrt{3}"),
-    (r"\frac{\sqrt{3}}{2}", r"\sqrt3/2"), (r"\dfrac{\sqrt 3}{2}", r"\frac{\sqrt{3}}{2}"),
-    (r"\frac{x}{2}", "x/2"),
-    (r"2\pi", r"2 \pi"), ("2π", r"2\pi"), (r"\frac{\pi}{4}", r"\pi/4"), (r"x \leq 5", r"x\le 5"),
-    ("x ≤ 5", r"x \le 5"),
+    (r"2*\sqrt3", r"2\sqrt{3}"), (r"\frac{\sqrt{3}}{2}", r"\sqrt3/2"),
+    (r"\dfrac{\sqrt 3}{2}", r"\frac{\sqrt{3}}{2}"), (r"\frac{x}{2}", "x/2"), (r"2\pi", r"2 \pi"),
+    ("2π", r"2\pi"), (r"\frac{\pi}{4}", r"\pi/4"), (r"x \leq 5", r"x\le 5"), ("x ≤ 5", r"x \le 5"),
     ("y = 2x + 3", "y=2x+3"), (r"1010_{2}", "1010_2"), (r"\displaystyle\frac12", "1/2"),
-    (r"\mathbf{42}", "42"),
-    (r"\(42\)", "42"), (r"\boxed{42}", "42"), ("42", r"\boxed{42}"),
-    (r"\frac{\frac12}{3}", r"\frac{1/2}{3}"),
-    ("9" * 599, "9" * 599), (r"\frac{x+1}{2}", "(x+1)/2"), ("3,-3", "-3,3"), ("0.10", "0.1"),
-    ("5 ducks", "5"),
+    (r"\mathbf{42}", "42"), (r"\(42\)", "42"), (r"\boxed{42}", "42"), ("42", r"\boxed{42}"),
+    (r"\frac{\frac12}{3}", r"\frac{1/2}{3}"), ("9" * 599, "9" * 599), (r"\frac{x+1}{2}", "(x+1)/2"),
+    ("3,-3", "-3,3"), ("0.10", "0.1"), ("5 ducks", "5"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ("10^{-2}", ".01"), ("2^{-1}", "1/2"), ("10^{+2}", "100"), ("(-2)^{3}", "-8"), ("-2^2", "-4"),
+    (r"\left(\frac{1}{2}\right)^{3}", "1/8"), ("1.5^2", "2.25"), ("10^6 dollars", "1000000"),
+    (r"\frac{1}{2}\pi", r"\frac{\pi}{2}"), (r"\frac{2 \pi}{3}", r"\frac{2}{3}\pi"),
+    (r"0.5\pi", r"\frac{\pi}{2}"), (r"\frac12 x", "x/2"),
+    (r"\frac{1}{2}\sqrt{3}", r"\frac{\sqrt 3}{2}"), (r"\frac{3\sqrt{2}}{4}", r"\frac34\sqrt2"),
+    (r"-\frac{\pi}{2}", r"\frac{-1}{2}\pi"), (r"-\frac{-\pi}{2}", r"\frac{\pi}{2}"),
+    (r"\frac{\pi}{-2}", r"-\frac12\pi"), (r"\frac{1}{2}(x+1)", r"\frac{x+1}{2}"),
+    (r"\frac{1}{3}x^2", r"\frac{x^2}{3}"), (r"\frac{1}{2}e^{-x}", r"\frac{e^{-x}}{2}"),
+    (r"-\frac{-1}{2}", "1/2"), ("-(-5)", "5"), ("3 dozen", "36"), ("3 dozen eggs", "36"),
+    ("7 tenths", ".7"), ("5 halves", "2.5"), ("3 millions", "3000000"),
+    ("1 point", "1"), ("5 double rooms", "5"), ("3 ten-dollar bills", "3"),
+    ("3 half-gallon jugs", "3"), ("5 dollars per dozen", "5"), ("9" * 601, "9" * 601), ("7" * 5000, "7" * 5000),
 ]
 DIFFERENT = [
     ("42", "43"), ("42", "-42"), ("42", "4.2"), ("4 2", "42"), ("1,000", "1"), ("1.000", "1000"),
-    ("1{,}5", "15"),
-    ("1/2", "2"), ("1/2", "12"), (r"\frac12", "12"), (r"\frac12", "2/1"),
-    (r"\frac{1}{23}", r"\frac123"),
-    ("31/2", "3 1/2"), (r"3\frac{1}{2}", "1.5"), ("0.333", "1/3"), ("0.33333333", "1/3"),
-    ("3.14", r"\pi"),
-    ("50%", "5"), ("50", "0.5"), ("0.5%", "50%"), ("0.5%", "0.5e1"), ("5x", "5"), ("5 xy", "5"),
-    ("5m", "5"),
-    (r"5\pi", "5"), ("5 pi", "5"), (r"2\sqrt{3}", "2"), ("5!", "5"), ("5i", "5"), ("5^2", "5"),
-    ("10^6", "10"),
-    ("5 or 6", "5"), ("5 and 6", "5"), ("5, 6", "5"), ("5", "5, 6"), ("5 million", "5"),
-    ("5 squared", "5"),
+    ("1{,}5", "15"), ("1/2", "2"), ("1/2", "12"), (r"\frac12", "12"), (r"\frac12", "2/1"),
+    (r"\frac{1}{23}", r"\frac123"), ("31/2", "3 1/2"), (r"3\frac{1}{2}", "1.5"), ("0.333", "1/3"),
+    ("0.33333333", "1/3"), ("3.14", r"\pi"), ("50%", "5"), ("50", "0.5"), ("0.5%", "50%"),
+    ("0.5%", "0.5e1"), ("5x", "5"), ("5 xy", "5"), ("5m", "5"), (r"5\pi", "5"), ("5 pi", "5"),
+    (r"2\sqrt{3}", "2"), ("5!", "5"), ("5i", "5"), ("5^2", "5"), ("10^6", "10"), ("5 or 6", "5"),
+    ("5 and 6", "5"), ("5, 6", "5"), ("5", "5, 6"), ("5 million", "5"), ("5 squared", "5"),
     ("5 cm", "5 m"), ("5 cm", "5 km"), ("30 minutes", "30 hours"), ("1 radian", "1 degree"),
-    ("12:30", "12"),
-    ("(1,2)", "(2,1)"), ("[0,1]", "(0,1)"), ("[0,1)", "[0,1]"), ("(0,1]", "[0,1)"),
-    ("(1,2)", "12"), ("(1,2,3)", "(1,2)"),
-    (r"\{1,2\}", "(1,2)"), (r"\{1,2\}", r"\{1,3\}"), (r"\{1,2\}", r"\{1,2,3\}"), ("1,2", "12"),
-    ("1,2", "1.2"),
-    (r"[0,1]\cup[2,3]", "[0,3]"), (r"(-\infty,5]", r"(-\infty,5)"), (r"(-\infty,5)", r"(\infty,5)"),
-    (r"\sqrt{2}3", r"\sqrt{23}"), (r"\sqrt{2}", "2"), ("2*3", "23"),
-    (r"\frac{1}{2x}", r"\frac{1}{2}x"),
+    ("12:30", "12"), ("(1,2)", "(2,1)"), ("[0,1]", "(0,1)"), ("[0,1)", "[0,1]"), ("(0,1]", "[0,1)"),
+    ("(1,2)", "12"), ("(1,2,3)", "(1,2)"), (r"\{1,2\}", "(1,2)"), (r"\{1,2\}", r"\{1,3\}"),
+    (r"\{1,2\}", r"\{1,2,3\}"), ("1,2", "12"), ("1,2", "1.2"), (r"[0,1]\cup[2,3]", "[0,3]"),
+    (r"(-\infty,5]", r"(-\infty,5)"), (r"(-\infty,5)", r"(\infty,5)"), (r"\sqrt{2}3", r"\sqrt{23}"),
+    (r"\sqrt{2}", "2"), ("2*3", "23"), (r"\frac{1}{2x}", r"\frac{1}{2}x"),
     (r"\frac{x+1}{2}", "x+1/2"), ("x=5", "y=5"), ("x^2=5", "5"), ("x-1=5", "5"), ("2x=5", "5"),
-    ("x<5", "5"), ("x", "X"),
-    ("1010_2", "1010"), ("10^2", "102"), ("10²", "102"), ("x^{10}", "x^{1}0+"), ("-(5)", "5"),
-    ("even", "odd"), ("Yes", "No"),
-    ("$ $", r"\left"), ("1/0", "1/0 + 1"), ("1/0", "0"), ("1e400", "1e401"), ("1e999999999", "1"),
-    ("2^{999999999}", "2"), ("", "0"),
-    ("5 mod 7", "5"), ("5 sin x", "5"), ("5.0.0", "5"), ("--5", "5"), ("5-", "5"), ("1 2", "12"),
-    ("(1+2)(3)", "1+2"),
-    (r"\{\}", "0"), (r"\text{none}", "0"), ("nan", "0"), ("inf", "1e999"), ("True", "1"),
-    ("0x10", "16"), ("1_000", "1000"),
-    ("9" * 599, "9" * 598 + "8"), ("4/9/2", "2/9"), ("5/x", "5"), ("5/abc", "5"), ("5/(2)", "5"),
-    ("1/2/3", "1/2"), ("5 of 6", "5/6"),
-    ("5 infinity", "5"), (r"5\infty", "5"),
+    ("x<5", "5"), ("x", "X"), ("1010_2", "1010"), ("10^2", "102"), ("10²", "102"),
+    ("x^{10}", "x^{1}0+"), ("-(5)", "5"), ("even", "odd"), ("Yes", "No"), ("$ $", r"\left"),
+    ("1/0", "1/0 + 1"), ("1/0", "0"), ("1e400", "1e401"), ("1e999999999", "1"),
+    ("2^{999999999}", "2"), ("", "0"), ("5 mod 7", "5"), ("5 sin x", "5"), ("5.0.0", "5"),
+    ("--5", "5"), ("5-", "5"), ("1 2", "12"), ("(1+2)(3)", "1+2"), (r"\{\}", "0"),
+    (r"\text{none}", "0"), ("nan", "0"), ("inf", "1e999"), ("True", "1"), ("0x10", "16"),
+    ("1_000", "1000"), ("9" * 599, "9" * 598 + "8"), ("4/9/2", "2/9"), ("5/x", "5"), ("5/abc", "5"),
+    ("5/(2)", "5"), ("1/2/3", "1/2"), ("5 of 6", "5/6"), ("5 infinity", "5"), (r"5\infty", "5"),
+    ("3 dozen", "3"), ("2 thirds", "2"), ("5 halves", "5"), ("3 quarters", "3"), ("7 tenths", "7"),
+    ("5 hundredths", "5"), ("5 millions", "5"), ("3 gross", "3"), ("5 below zero", "5"),
+    ("5 degrees below zero", "5"), ("5/dozen", "60"), ("5 / million", "5000000"),
+    ("5 million five hundred thousand", "5000000"), ("5 twos", "5"), ("5 doubled", "5"),
+    ("2^{-1}", "2"), ("10^{-2}", "100"), ("0^{-1}", "0"), ("2^3/4", "8"), ("3 10^2", "3100"),
+    (r"\frac{1}{2x}", r"\frac{x}{2}"), ("2x", "3x"), ("x/2", "x/3"), ("x/0", "x"), ("-x", "x"),
+    ("1a", "a"), ("--x", "x"), ("x^{1/2}", "x/2"), (r"\frac{1}{2}(x+1)", r"\frac{x}{2}+1"), ("(-x)^2", "-x^2"),
 ]
-
-
-def test_there_are_enough_pairs():
-    assert len(EQUAL) + len(DIFFERENT) >= 120 and len(DIFFERENT) >= 60
 
 
 @pytest.mark.parametrize("answer, truth", EQUAL)
@@ -135,12 +122,11 @@ def test_two_answers_that_look_alike_are_not_equal(answer, truth):
 @pytest.mark.parametrize("text, content", [
     (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} cut \boxed{2", "1"), (r"\boxed {7}", "7"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-    ("no box, 42", None),
-    (r"put it in \boxed{}", None), (r"\boxed{3}, not \boxed{ }", "3"), (r"\boxed{a\}}", r"a\}"),
-    ("", None),
-    (r"\boxed{\boxed{5}}", "5"), (r"\boxed", None), (r"\boxed{", None), (r"\boxed{\\}", r"\\"),
-    ("\\boxed{\\", None),
-    (r"<think>\boxed{9}</think> so \boxed{8}", "8"),
+    ("no box, 42", None), (r"put it in \boxed{}", None), (r"\boxed{3}, not \boxed{ }", "3"),
+    (r"\boxed{a\}}", r"a\}"), ("", None), (r"\boxed{\boxed{5}}", "5"), (r"\boxed", None),
+    (r"\boxed{", None), (r"\boxed{\\}", r"\\"), ("\\boxed{\\", None),
+    (r"<think>\boxed{9}</think> so \boxed{8}", "8"), (r"\boxed{1} " + r"\boxed 2 " * 900, "1"),
+    (r"\boxed{1} \boxed\{2\}", "1"), (r"\boxed{1}" + " " * 19_000 + r"\boxed{2", "1"),
 ])
 def test_last_balanced_box_is_found(text, content):
     assert last_boxed(text) == content
@@ -148,41 +134,61 @@ def test_last_balanced_box_is_found(text, content):
 
 def test_an_answer_without_a_box_is_wrong_and_says_so():
     assert grade_math("The answer is 42.", "42") == tools.Verdict(False, "no boxed answer", 0.0)
-    assert grade_math(r"\boxed{" + "1" * 5000 + "}", "1" * 5000).reason == "answer too long"
+    assert grade_math(r"\boxed{" + "1" * 5000 + "}", "1" * 4999).reason == "answer too long"
+
+
+@pytest.mark.parametrize("answers, groups", [
+    (["5 cm", "5", "x = 5", "5 dollars", "5"], ["5"] * 5),
+    (["50%", "50", "50"], ["50"] * 3), (["y = x^2", "x^2"], ["x^2"] * 2),
+    (["5 cm", "5 m", "5", "5 cm"], ["5 cm", "5 m", "5 cm", "5 cm"]),  # 5 goes with the commonest
+    ([None, "(1,2)", "(2,1)", None], [None, "(1,2)", "(2,1)", None]),
+    ([r"\{1,2\}", "2, 1", "[0,1)"], ["2, 1", "2, 1", "[0,1)"]),
+    (["A", "B", "A"], ["A", "B", "A"]), (["7" * 700, "7" * 700, "("], ["7" * 700] * 2 + ["("]),
+])
+def test_votes_are_grouped_by_the_equality_of_the_grader(answers, groups):
+    assert tools.group_answers(answers) == groups
+    backwards = tools.group_answers(answers[::-1])[::-1]
+    assert [groups.count(one) for one in groups] == [backwards.count(one) for one in backwards]
+
+
+@pytest.mark.parametrize("kind, turn, vote", [
+    ("math", r"so \boxed{\{1, 2\}}", r"\{1, 2\}"), ("math", "5", None),
+    ("choice", r"\boxed{(c)}", "C"), ("choice", "Answer: B", "B"), ("choice", r"\boxed{5}", None),
+    ("program", "```python\n1\n```", None),
+])
+def test_a_vote_is_text(kind, turn, vote):
+    assert tools.voted_answer(tools.Problem("?", kind=kind), turn) == vote
 
 
 MEGA = 1_000_000
 HOSTILE = [
     "{" * MEGA, "}" * MEGA, "\\boxed{" * (MEGA // 7), "\\boxed{" + "{" * MEGA,
-    "\\boxed" * (MEGA // 6),
-    "\\boxed{" + "{}" * (MEGA // 2), "\\boxed{" + "\\" * MEGA, "\\boxed{1" + "}" * MEGA,
-    "\\" * MEGA,
-    "\\boxed{" + "9" * MEGA + "}", "\\boxed{" + "9" * 25_000 + "}", " " * MEGA + r"\boxed{1}",
-    "\n" * MEGA,
+    "\\boxed" * (MEGA // 6), "\\boxed{" + "{}" * (MEGA // 2), "\\boxed{" + "\\" * MEGA,
+    "\\boxed{1" + "}" * MEGA, "\\" * MEGA, "\\boxed{" + "9" * MEGA + "}",
+    "\\boxed{" + "9" * 25_000 + "}", " " * MEGA + r"\boxed{1}", "\n" * MEGA,
     *(f"\\boxed{{{inner}}}" for inner in [
         "9" * 599, "1e" + "9" * 500, "10^{" + "9" * 500 + "}", "9" * 300 + "^{" + "9" * 200 + "}",
-        "2^{999}",
-        "9e999", "(" * 599, "(" * 299 + ")" * 299, r"\{" * 200, "[" * 200 + "," * 200 + "]" * 200,
-        "," * 599,
-        "1," * 299, "1, " * 199, "1,000" * 100, " " * 598 + "x", "1" + " " * 598, "1 " * 299,
-        "1 000" * 100,
-        r"\frac" * 100, r"\frac{" * 80 + "1" + "}" * 80, r"\frac11" * 80, r"\text{" * 80 + "}" * 80,
-        "a" * 599,
+        "2^{999}", "9e999", "(" * 599, "(" * 299 + ")" * 299, r"\{" * 200,
+        "[" * 200 + "," * 200 + "]" * 200, "," * 599, "1," * 299, "1, " * 199, "1,000" * 100,
+        " " * 598 + "x", "1" + " " * 598, "1 " * 299, "1 000" * 100, r"\frac" * 100,
+        r"\frac{" * 80 + "1" + "}" * 80, r"\frac11" * 80, r"\text{" * 80 + "}" * 80, "a" * 599,
         "a " * 299, "5 " + "ab " * 190, "5 " + "a.-*" * 140, "-" * 599, "=" * 599, "x=" * 299,
-        "x(" * 299, "x_" * 299,
-        r"\cup" * 140, r"1\cup" * 110, r"\{1\}," * 80, "^" * 599, "1^" * 299, "1.1" * 199,
-        "/" * 599, "1/" * 299,
-        "5" + " million" * 74, r"\left" * 115, "~" * 599, r"\," * 299, "or " * 199, "{a}" * 199,
-        "{ a " * 149, "\x00" * 599,
-        "5" + " thousand" * 66, "\ud800", "٣", "²" * 599, "½", r"\in" * 190,
-        "a" * 20 + " " * 500 + "=", ("a" * 22 + "=") * 20,
+        "x(" * 299, "x_" * 299, r"\cup" * 140, r"1\cup" * 110, r"\{1\}," * 80, "^" * 599,
+        "1^" * 299, "1.1" * 199, "/" * 599, "1/" * 299, "5" + " million" * 74, r"\left" * 115,
+        "~" * 599,
+        r"\," * 299, "or " * 199, "{a}" * 199, "{ a " * 149, "\x00" * 599, "5" + " thousand" * 66,
+        "\ud800", "٣", "²" * 599, "½", r"\in" * 190, "a" * 20 + " " * 500 + "=",
+        ("a" * 22 + "=") * 20, "(" + "1/" * 290 + "2)",
+        "1/2" + "x" * 590, "1/2" + r"\pi" * 190, "1/2(" + "x" * 500, "(-1)" * 149, "x^-" * 199,
+        "5 " + "dozen " * 99, "2^-999", "1/2" + "{a}" * 190 + "x/", "((1/2" + "x)/3" * 110,
     ]),
 ]
 
 
 @pytest.mark.parametrize("turn", HOSTILE, ids=range(len(HOSTILE)))
 def test_no_input_makes_grading_slow_or_raise(turn):
-    for grade, truth in ((grade_math, "1"), (grade_choice, "A"), (grade_math, turn[7:-1][:600])):
+    near = turn[7:-1][:599] + "1"
+    for grade, truth in ((grade_math, "1"), (grade_choice, "A"), (grade_math, near)):
         seconds = min(timed(grade, turn, truth) for _ in range(3))
         assert seconds < 0.03, "a few milliseconds, with room for a busy machine"
 
@@ -198,7 +204,7 @@ def test_grading_holds_under_the_smallest_limit_on_integer_strings():
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(640)
     try:
-        assert grade_math("\\boxed{" + "9" * 600 + "}", "9" * 600).right
+        assert grade_math("\\boxed{+" + "9" * 599 + "}", "9" * 599).right
         assert not grade_math(r"\boxed{2^{999}}", "1").right
     finally:
         sys.set_int_max_str_digits(before)
@@ -206,10 +212,9 @@ def test_grading_holds_under_the_smallest_limit_on_integer_strings():
 
 @pytest.mark.parametrize("turn", [None, 42, b"\\boxed{1}", [], "\ud800 \\boxed{\ud800}"])
 def test_a_grader_never_raises(turn):
-    for grade, truth in ((grade_math, None), (grade_math, 3), (grade_choice, None),
-    (grade_program, None)):
-        assert not (grade(turn, truth, None) if grade is grade_program else grade(turn,
-                                                                                  truth)).right
+    assert not grade_program(turn, None, tool=None).right
+    for grade, truth in ((grade_math, None), (grade_math, 3), (grade_choice, None)):
+        assert not grade(turn, truth).right
 
 
 def test_a_fault_of_the_grader_is_named_not_hidden():
@@ -249,19 +254,14 @@ def test_aime_answers_are_right_with_and_without_leading_zeros():
 
 @pytest.mark.parametrize("turn, letter, right", [
     (r"\boxed{C}", "C", True), (r"\boxed{(C)}", "C", True), (r"\boxed{\text{C}}", "C", True),
-    (r"\boxed{c}", "C", True),
-    (r"\boxed{\textbf{(C)}}", "C", True), (r"\boxed{C.}", "C", True),
-    (r"\boxed{C) 5 cm}", "C", True),
-    (r"\boxed{\text{(C) } 5}", "C", True), (r"\boxed{Option C}", "(C)", True),
-    ("Answer: C", "C", True),
-    ("**Answer: C**", "C", True), ("so the answer is (C).\n", "C", True),
-    ("Answer: A\nAnswer: C", "C", True),
+    (r"\boxed{c}", "C", True), (r"\boxed{\textbf{(C)}}", "C", True), (r"\boxed{C.}", "C", True),
+    (r"\boxed{C) 5 cm}", "C", True), (r"\boxed{\text{(C) } 5}", "C", True),
+    (r"\boxed{Option C}", "(C)", True), ("Answer: C", "C", True), ("**Answer: C**", "C", True),
+    ("so the answer is (C).\n", "C", True), ("Answer: A\nAnswer: C", "C", True),
     (r"\boxed{C}", "B", False), (r"\boxed{A, C}", "A", False), (r"\boxed{A and C}", "A", False),
-    ("(C)", "C", False),
-    (r"\boxed{Carbon}", "C", False), (r"\boxed{(A), (C)}", "A", False), (r"\boxed{}", "C", False),
-    ("", "C", False),
-    ("The answer is a number", "A", False), ("Answer: C\nwait \\boxed{A}", "C", False),
-    (r"\boxed{5}", "C", False),
+    ("(C)", "C", False), (r"\boxed{Carbon}", "C", False), (r"\boxed{(A), (C)}", "A", False),
+    (r"\boxed{}", "C", False), ("", "C", False), ("The answer is a number", "A", False),
+    ("Answer: C\nwait \\boxed{A}", "C", False), (r"\boxed{5}", "C", False),
 ])
 def test_letters(turn, letter, right):
     verdict = grade_choice(turn, letter)
@@ -320,7 +320,10 @@ FIRST = [{"input": "[1, 2]\n3", "output": "[1, 3]", "type": "functional", "fn_na
     ("def first(xs, y):\n    return {xs[0]}", FIRST, "failed tests: error", 0.0),
     ("raise SystemExit(0)", FIRST, "failed tests: no value", 0.0),
     ("from __future__ import annotations\ndef first(xs: List[int], y):\n"
-     "    return [xs[0], y]", FIRST, "right", 1.0),
+     "    return [xs[0], gcd(y, 6)]", FIRST, "right", 1.0),
+    ("s = 'from __future__'\nprint(comb(3, 1))", [{"input": "", "output": "3"}], "right", 1.0),
+    ("from __future__ import annotations\nif __name__ == '__main__':\n"
+     "    print(sum(map(int, input().split())))", SUM, "right", 1.0),
     ("def f():\n    return 7\nf()", [{"input": "", "output": "", "type": "stdin"}], "right", 1.0),
     ("print(pow(2, 5, 7), gcd(4, 6), deque([1])[0])", [{"input": "", "output": "4 2 1"}], "right",
      1.0),
@@ -354,11 +357,9 @@ def test_a_tool_that_loses_an_observation_is_a_fault_not_a_pass():
 @pytest.mark.parametrize("text, program", [
     (fenced("a") + "\n" + fenced("b"), "b\n"), (fenced("a") + "\nIt prints\n```\n7\n```", "a\n"),
     (fenced("a", ""), "a\n"), (fenced("a", "Python3"), "a\n"),
-    (fenced("a") + "\n```python\ncut", "a\n"),
-    ("```\nleft open\n```python\nb\n```", "b\n"),
-    ("```python\n    s = '\\n'\n\n```", "    s = '\\n'\n\n"),
-    (fenced("a", "cpp"), None), ("  ```py\nx\n  ```", "x\n"),
-    ("<think>\n```python\na\n```\n</think>", "a\n"),
+    (fenced("a") + "\n```python\ncut", "a\n"), ("```\nleft open\n```python\nb\n```", "b\n"),
+    ("```python\n    s = '\\n'\n\n```", "    s = '\\n'\n\n"), (fenced("a", "cpp"), None),
+    ("  ```py\nx\n  ```", "x\n"), ("<think>\n```python\na\n```\n</think>", "a\n"),
 ])
 def test_the_last_fenced_program_is_found_unchanged(text, program):
     assert last_program(text) == program
@@ -366,11 +367,9 @@ def test_the_last_fenced_program_is_found_unchanged(text, program):
 
 @pytest.mark.parametrize("printed, expected, equal", [
     ("1\n2\n", "1\n2", True), (" 1 \n2", "1\n2", True), ("1.0 2", "1 2.00", True),
-    ("1  2", "1 2", True), ("1e3", "1000", True),
-    ("1\n\n2", "1\n2", False), ("1 2", "12", False), ("1", "1\n2", False), ("yes", "YES", False),
-    ("a  b", "a b", False),
-    ("nan", "inf", False), ("1e999999999", "1e999999998", False), ("", "", True),
-    ("sNaN", "1", False), ("", "0", False),
+    ("1  2", "1 2", True), ("1e3", "1000", True), ("1\n\n2", "1\n2", False), ("1 2", "12", False),
+    ("1", "1\n2", False), ("yes", "YES", False), ("a  b", "a b", False), ("nan", "inf", False),
+    ("1e999999999", "1e999999998", False), ("", "", True), ("sNaN", "1", False), ("", "0", False),
 ])
 def test_output_is_compared_by_line(printed, expected, equal):
     assert same_output(printed, expected) == equal
@@ -385,4 +384,4 @@ def test_a_megabyte_of_output_is_compared_in_time():
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=3)
+    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=4)

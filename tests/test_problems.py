@@ -1,6 +1,10 @@
-"""Problem files: every benchmark's columns, repairs that are counted, faults that are named."""
+"""Files: problems of every benchmark, repairs that are counted, a run's own files."""
 
+import errno
 import json
+import math
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -102,12 +106,12 @@ def test_the_shared_aime_files_load_as_they_are(name, lines):
     path = SHARED / "aime" / f"{name}.jsonl"
     if not path.exists():
         pytest.skip("shared/aime is not here")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         loaded = load_problems(path)
     assert len(loaded) == 30
-    told = f"3 rows (lines {', '.join(map(str, lines))})"
-    assert [told in str(one.message) for one in caught] == [True] * bool(lines)
+    wanted = f"3 rows (lines {', '.join(map(str, lines))})"
+    assert [wanted in note for note in told(path)] == [True] * bool(lines)
     assert not any(char in p.question for p in loaded for char in "\f\b\t\r")
     assert all(grade_math(f"\\boxed{{{p.answer}}}", p.answer).right for p in loaded)
 
@@ -147,6 +151,13 @@ GOOD = {"question": "a", "answer": "1"}
     ([{"question": "a", "tests": [{"input": "", "output": "", "type": "functional"}]}], "fn_name"),
     ([{"messages": [{"role": "system", "content": "s"}], "answer": "1"}], "without a user turn"),
     ([{"messages": ["s"], "answer": "1"}], "found the message 's'; needed"),
+    ([GOOD, {"question": "b", "answer": "nan"}], "line 2: found the answer 'nan'.*data frame"),
+    ([GOOD, {"question": "b", "answer": math.nan}], "line 2: found no answer"),
+    ([{"question": "a", "reward_model": {"ground_truth": math.nan}}], "line 1: found the answer"),
+    ([{"question": "NaN", "answer": "1"}], "line 1: found the question 'NaN'"),
+    ([GOOD, {"question": "b", "answer": "}"}], "line 2: found the answer '}', to which no answer"),
+    ([GOOD, {"question": "b", "answer": "7" * 30_000}], "line 2: .*to which no answer is equal"),
+    ([tools.POINTER.decode() + "v1\noid sha256:4d7a2\nsize 9\n"], "LFS pointer.*`git lfs pull`"),
     (["[" * 100_000], "broken JSON"), (['[{"question": "a",\n"answer": }]'], "line 2"),
 ])
 def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
@@ -156,19 +167,41 @@ def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-def test_wrong_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="is a directory"):
-        load_problems(tmp_path)
-    with pytest.raises(ValueError, match="does not exist"):
-        load_problems(tmp_path / "none.jsonl")
-    (tmp_path / "zip.jsonl").write_bytes(b"\x1f\x8b\x08\xff\xfe")
-    with pytest.raises(ValueError, match="no UTF-8 text.*decompress"):
-        load_problems(tmp_path / "zip.jsonl")
-    (tmp_path / "nul.jsonl").write_bytes(b"\0\0\0")
-    with pytest.raises(ValueError, match="zero bytes"):
-        load_problems(tmp_path / "nul.jsonl")
-    with pytest.raises(ValueError, match="found a .txt file; needed .jsonl"):
-        load_problems(write(tmp_path, GOOD, name="set.txt"))
+@pytest.mark.parametrize("name, held, message", [
+    (".", None, "is a directory"), ("none.jsonl", None, "does not exist"),
+    ("zip.jsonl", b"\x1f\x8b\x08\xff\xfe", "no UTF-8 text.*decompress"),
+    ("nul.jsonl", b"\0\0\0", "zero bytes"), ("set.txt", b"1", "found a .txt file; needed .jsonl"),
+    ("set.jsonl", b"", "is empty; needed"), ("set.json", b"[]", "is empty; needed"),
+])
+def test_wrong_files_are_named(tmp_path, name, held, message):
+    if held is not None:
+        (tmp_path / name).write_bytes(held)
+    with pytest.raises(ValueError, match=message):
+        load_problems(tmp_path / name)
+
+
+def told(path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_problems(path)
+    return [str(one.message) for one in caught]
+
+
+def test_two_answers_to_one_question_are_told(tmp_path):
+    rows = [GOOD, {"question": "a", "answer": "1.0"}, {"question": "b", "answer": "1"},
+            {"question": "a", "answer": "2"}, {"question": "b", "answer": "x"}]
+    assert told(write(tmp_path, *rows[:3])) == []
+    (note,) = told(write(tmp_path, *rows))
+    assert "another answer than before to the same question in 2 rows (lines 4, 5)" in note
+
+
+def test_an_answer_that_only_its_own_text_equals_is_told(tmp_path):
+    (note,) = told(write(tmp_path, GOOD, {"question": "b", "answer": "7" * 5000}))
+    assert "an answer above 600 characters" in note and "(lines 2)" in note
+
+
+def test_a_hint_that_a_data_frame_left_out_is_none(tmp_path):
+    assert load_one(tmp_path, {**GOOD, "hint": math.nan, "id": math.nan}).hint == ""
 
 
 def test_tests_may_stand_in_the_ground_truth(tmp_path):
@@ -204,3 +237,109 @@ def test_demonstrations_keep_the_opening_and_spell_out_tool_calls(tmp_path):
 def test_a_broken_demonstration_is_one_sentence(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         load_demonstrations(write(tmp_path, row))
+
+
+# --- The files of a run -------------------------------------------------------------------------
+
+
+def test_a_folder_that_fails_while_it_is_filled_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), tools.whole_folder(tmp_path / "a") as place:
+        (place / "x").write_text("1")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_killed_while_it_is_filled_does_not_get_its_name(tmp_path):
+    if not os.fork():
+        with tools.whole_folder(tmp_path / "a") as place:
+            (place / "x").write_text("1")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tmp"]
+    with tools.whole_folder(tmp_path / "a") as place:
+        assert not list(place.iterdir())  # what the killed one left is gone
+        (place / "y").write_text("2")
+    assert [p.name for p in tmp_path.rglob("*")] == ["a", "y"]
+
+
+def test_files_of_a_whole_folder_are_as_open_as_the_folder(tmp_path):
+    with tools.whole_folder(tmp_path / "a") as place:
+        (place / "x").touch(0o600)  # as some libraries write them
+    assert (tmp_path / "a/x").stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o666
+
+
+def test_saves_are_found_by_number_not_by_letter(tmp_path):
+    for name in ("iteration-9", "iteration-10", "iteration-11.tmp", "iteration-x", "step-12"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in tools.numbered(tmp_path)] == ["iteration-9", "iteration-10"]
+    tools.remove(tmp_path / "iteration-9")
+    assert [p.name for p in tools.numbered(tmp_path)] == ["iteration-10"]
+
+
+@pytest.mark.parametrize("held, size, left, note", [
+    ("a\nb\nc\n", 4, "a\nb\n", ""), ("a\nb\n", 4, "a\nb\n", ""), (None, 0, "", ""),
+    (None, 4, "", "had 4 bytes when its run was saved and 0 are left: earlier lines are missing"),
+    ("a\nb", 4, "a\n", "and 2 are left"), ("a\nbcde\n", 4, "a\n", "and 2 are left"),
+])
+def test_a_log_is_cut_back_or_goes_on_with_a_note(tmp_path, held, size, left, note):
+    path = tmp_path / "metrics.jsonl"
+    if held is not None:
+        path.write_text(held)
+    said = tools.cut_back(path, size)
+    assert note in said and bool(note) == bool(said)
+    assert path.read_text() == left
+
+
+@pytest.mark.parametrize("error, advice", [
+    (OSError(errno.ENOSPC, "No space left on device"), "No space.*make room on the disk and res"),
+    (RuntimeError("unexpected pos"), "make room on the disk and resume"),  # torch on a full disk
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.*mend that and resume"),
+])
+def test_what_stops_writing_is_told_with_what_to_do(tmp_path, error, advice):
+    with pytest.raises(tools.WriteError, match=advice), tools.writing(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_run_whose_folder_was_deleted_says_so(tmp_path, when):
+    folder = tmp_path / "run"
+    if when == "meanwhile":
+        folder.mkdir()
+    with pytest.raises(tools.WriteError, match="this folder is gone"), tools.writing(folder):
+        folder.rmdir()
+        tools.append_rows(folder / "metrics.jsonl", [{}])
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_stops_at_once_where_all_is_settled_and_else_waits(number):
+    before = [signal.getsignal(one) for one in SIGNALS]
+    with pytest.raises(KeyboardInterrupt) as stop, tools.stoppable(lambda: True):
+        signal.raise_signal(number)
+    assert stop.value.args == (number,)
+    with pytest.raises(KeyboardInterrupt), tools.stoppable(lambda: False) as asked:
+        signal.raise_signal(number)
+        assert asked == [number]  # noted; what is being changed goes on
+        signal.raise_signal(signal.SIGTERM)
+    assert asked == [number, signal.SIGTERM]
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with tools.stoppable(lambda: True) as asked:
+            signal.raise_signal(signal.SIGHUP)
+        assert asked == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_folder_is_locked_for_one_process(tmp_path):
+    with tools.locked(tmp_path):
+        with pytest.raises(ValueError, match="in use by another process"), tools.locked(tmp_path):
+            pass
+    with tools.locked(tmp_path):
+        pass

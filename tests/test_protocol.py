@@ -35,13 +35,10 @@ CALL = {"name": "code_interpreter", "arguments": {"code": "1"}}
     ("<tool_call>\n" + json.dumps(CALL), "unclosed"),
     ("</tool_call>", "unopened"),
     (json.dumps(CALL) + "\n</tool_call><tool_call>", "unopened"),
-    (wrap("print(1)"), "not_json"),
-    (wrap(json.dumps(CALL)[:-1]), "not_json"),
-    (wrap("[" * 100_000), "not_json"),
-    (wrap("9" * 100_000), "not_json"),
+    (wrap("print(1)"), "not_json"), (wrap(json.dumps(CALL)[:-1]), "not_json"),
+    (wrap("[" * 100_000), "not_json"), (wrap("9" * 100_000), "not_json"),
     (wrap('{"name": "code_interpreter", "arguments": {"code": "a\nb"}}'), "not_json"),
-    (wrap("[]"), "unknown_tool"),
-    (wrap("null"), "unknown_tool"),
+    (wrap("[]"), "unknown_tool"), (wrap("null"), "unknown_tool"),
     (wrap('{"name": "python", "arguments": {"code": "1"}}'), "unknown_tool"),
     (wrap('{"name": ["code_interpreter"]}'), "unknown_tool"),
     (wrap('{"name": "code_interpreter"}'), "bad_arguments"),
@@ -61,17 +58,13 @@ def test_a_turn_without_a_call_is_an_answer():
         assert parse_tool_call(text) is None
 
 
-def test_thoughts_do_not_call():
+def test_thoughts_do_not_call_but_a_program_may_hold_their_tag():
     thought = f"<think>\nPerhaps {wrap(json.dumps(CALL))}?\n</think>\n\n"
     assert parse_tool_call(thought + "\\boxed{42}") is None
     assert parse_tool_call(thought + render_tool_call("2")).code == "2"
-
-
-def test_a_program_may_hold_the_tag_that_ends_thoughts():
-    text = render_tool_call("print('</think>')")
-    assert parse_tool_call(text).code == "print('</think>')"
-    assert parse_tool_call("<think>\nHm.\n</think>\n" + text).code == "print('</think>')"
-    assert parse_tool_call("Hm.\n</think>\n" + text).code == "print('</think>')"
+    for before in ("", "<think>\nHm.\n</think>\n", "Hm.\n</think>\n"):
+        call = parse_tool_call(before + render_tool_call("print('</think>')"))
+        assert call.code == "print('</think>')"
 
 
 def test_further_calls_are_counted():
@@ -81,8 +74,9 @@ def test_further_calls_are_counted():
 
 
 PIECES = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>",
-          "{", "}", "[", '"', "\\", "\n", '"name": ', '"code_interpreter"', '"arguments": ', '"code": ', "print(1)",
-          "\0", "\ud83d", "é", "<|im_end|>", ":", ",", "1e999", "NaN", json.dumps(CALL)]
+          "{", "}", "[", '"', "\\", "\n", '"name": ', '"code_interpreter"', '"arguments": ',
+          '"code": ', "print(1)", "\0", "\ud83d", "é", "<|im_end|>", ":", ",", "1e999", "NaN",
+          json.dumps(CALL)]
 
 
 def test_no_model_text_makes_it_raise():
