@@ -1201,14 +1201,13 @@ REMEMBERED = 1000  # runs that are kept, to answer an equal call
 
 
 SELF = os.path.abspath(__file__)
-PROBE = os.path.join(tempfile.gettempdir(), "python_tool_probe")
 ATTEMPTS = {  # guarantee: a program that must not succeed
     "reads no file": f"open({SELF!r}).read()",
-    "writes no file": f"import os; open({PROBE!r}, 'w'); os.remove({PROBE!r})",
+    "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
     "no network": "import socket; socket.socket()",
     "no new process": "import os; os.fork() or os._exit(0)",
     "no signal to others": "import os; os.kill(os.getppid(), 0)",
-    "bounded memory": "bytearray({twice} << 20)",
+    "bounded memory": "bytearray(TWICE << 20)",
 }
 
 
@@ -1282,7 +1281,7 @@ class PythonTool:
         """{guarantee: what came of the attempt to break it}."""
         if self._contained is None:
             self._idle.append(self._connect())  # an error on the way says why it cannot start
-        programs = [f"try:\n    {attempt.format(twice=2 * self.limits.memory_mb)}\n"
+        programs = [f"TWICE = {2 * self.limits.memory_mb}\ntry:\n    {attempt}\n"
                     "except (PermissionError, MemoryError):\n    print('refused')"
                     for attempt in ATTEMPTS.values()]
         return dict(zip(ATTEMPTS, self._map(programs, None, raw=True)))
@@ -1989,7 +1988,9 @@ def enclose(cage):
     """What each child gives up: resources, then almost every way of asking the kernel."""
     limits, space = cage.limits, cage.baseline + (cage.limits.memory_mb << 20)
     set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
-    set_limit("CPU", *[math.ceil(limits.timeout) + 1] * 2)  # should the worker come too late
+    # Should the worker come too late. Twice the time, for the kernel counts this one in ticks and
+    # so roughly; a program that it ends before its time would be taken for a crashed one.
+    set_limit("CPU", *[2 * math.ceil(limits.timeout) + 1] * 2)
     set_limit("FSIZE", 0, 0)
     install(cage.seccomp.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid())))
 

@@ -1,8 +1,125 @@
-"""Shared settings of the tests."""
+"""What the tests share: settings, stand-ins for models and tools, batches of the embedded world."""
 import os
+import sys
+from concurrent.futures import Future
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its import: no test waits for a network
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer, GenerationConfig
+
+import sod_mini as sod
+import tools
+
+WORLD = ROOT / "data" / "world"
+QWEN = ROOT.parent / "shared" / "qwen3-tokenizer"
+SMALL = dict(student=str(WORLD / "student"), teacher=str(WORLD / "teacher"), iterations=2,
+             train_data=str(WORLD / "train.jsonl"), eval_data=str(WORLD / "heldout.jsonl"),
+             demonstrations=str(WORLD / "demonstrations.jsonl"), prompts=4, group_size=3,
+             max_response=200, eval_problems=4, eval_samples=2, sft_batch=16, lr=1e-3)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; leave out by -m 'not slow'")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["world", "qwen3"], scope="module")
+def tokenizer(request):
+    if request.param == "qwen3" and not QWEN.exists():
+        pytest.skip("the real Qwen3 tokenizer is not here")
+    return AutoTokenizer.from_pretrained(QWEN if request.param == "qwen3" else WORLD / "student")
+
+
+def small(**changes):
+    """The embedded world with a dozen short rollouts an iteration."""
+    return sod.Config(**{**SMALL, **changes})
+
+
+def scored_batch(**changes):
+    """An agent of the embedded world, and a scored batch of the real student with the real tool."""
+    agent = sod.load_agent(small(**changes))
+    agent.optimizer = sod.Optimizer(agent.student, lambda n: 0.0, agent.config)
+    agent.optimizer.step = lambda loss: agent.optimizer.adamw.zero_grad()  # stay where we are
+    _, batch = next(sod.train(agent))
+    del agent.optimizer.step
+    return agent, batch
+
+
+def gradient(agent, batch, micro_batch_tokens=2048):
+    """What backpropagate leaves with the optimiser, as one vector."""
+    agent.config.micro_batch_tokens = micro_batch_tokens
+    agent.optimizer.adamw.zero_grad()
+    sod.backpropagate(agent, batch)
+    return torch.cat([p.grad.flatten() for p in agent.optimizer.masters])
+
+
+def tiny(family="Qwen3", dtype=torch.float32, **changes):
+    """A model of a family with random weights, small enough to run in a millisecond."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16, intermediate_size=64,
+                 max_position_embeddings=256, pad_token_id=0, tie_word_embeddings=True)
+    kind = next(k for k in (f"{family}TextConfig", f"{family}Config") if hasattr(transformers, k))
+    config = getattr(transformers, kind)(**{**shape, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+class Scripted:
+    """Says `turns[row][n]` as the n-th turn of a row; records every prefix it was shown."""
+    training, device = False, torch.device("cpu")
+
+    def __init__(self, tokenizer, prompts, turns, end):
+        self.turns = [[sod.encode(tokenizer, t if t.endswith("CUT OFF") else t + end) for t in row]
+                      for row in turns]
+        self.shown, self.prompts = [[] for _ in turns], prompts
+        self.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+
+    def eval(self):
+        return self
+
+    def generate(self, ids, attention_mask, generation_config, logits_processor):
+        new = []
+        for row, mask in zip(ids.tolist(), attention_mask.tolist()):
+            prefix = [i for i, m in zip(row, mask) if m]
+            n = next(n for n, (_, prompt) in enumerate(self.prompts)
+                     if prefix[:len(prompt)] == prompt)
+            self.shown[n].append(prefix)
+            new.append(self.turns[n].pop(0)[:generation_config.max_new_tokens])
+        width, pad = max(map(len, new)), generation_config.pad_token_id
+        return torch.cat([ids, torch.tensor([n + [pad] * (width - len(n)) for n in new])], 1)
+
+
+class Echo(tools.PythonTool):
+    """A tool whose answer to a program is the program itself, without any sandbox."""
+
+    def __init__(self):
+        pass
+
+    def submit(self, call, place=()):
+        text = call.message or call.code or "(no output)"
+        run, fault = Future(), call.fault or ("error" if "raise" in text else "ok")
+        run.set_result(tools.noting_ignored(call, tools.Observation(text, fault, 0.0)))
+        return run
+
+
+def play(tokenizer, *turns, end="<|im_end|>", ends=(), **changes):
+    """Let a scripted model solve one problem for each list of turns; (model, rollouts)."""
+    config = sod.Config(**{**dict(silent_rate=0.0, max_response=3000, overlong=0), **changes})
+    problems = [tools.Problem(f"Question {n}: what is 6 * 7?", "42") for n in range(len(turns))]
+    prompts = [(p, sod.encode_prompt(tokenizer, p)) for p in problems]
+    model = Scripted(tokenizer, prompts, turns, end)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+    agent = sod.Agent(config, model, None, tokenizer, Echo())
+    return model, sod.sample_rollouts(agent, model, prompts, (0, "test", 1))
