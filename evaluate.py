@@ -833,8 +833,8 @@ def worth(config):
 
 
 def lines_of(path):
-    """[(where, line)] of a file of this project; none where there is no file."""
-    lines = tools.read_text(path).split("\n") if path.exists() else []
+    """[(where, line)] of a log of a run; none where there is no log, or an empty one."""
+    lines = tools.read_text(path).split("\n") if path.exists() and path.stat().st_size else []
     return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line]
 
 
