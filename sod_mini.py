@@ -1433,7 +1433,7 @@ def check_slots(model):
                          f"{fault}; use --rollout_engine generate")
 
 
-@torch.inference_mode()  # 7% faster than no_grad on the world's small models
+@torch.inference_mode()  # 6% faster than no_grad with 64 rollouts of the world
 def sample_by_slots(agent, model, rollouts, pick):
     """The fast engine: a kept KV cache (Slots), and nobody waits for another one's tool.
 
