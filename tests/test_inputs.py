@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 import sod_mini as sod
 
 WORLD = ROOT / "data" / "world"
-BASE = ("--preset world --iterations 1 --eval_data '' --prompts 2 --group_size 2 --max_response 100 "
-        "--overlong 0 --show_every 0")
+BASE = ("--preset world --iterations 1 --eval_data '' --prompts 2 --group_size 2 --show_every 0 "
+        "--max_response 100 --overlong 0")
 REAL_LOAD_TOOL = sod.load_tool
 ROW = {"question": "Start with 5. Add 3.", "answer": "8"}
 LINE = json.dumps(ROW).encode() + b"\n"
@@ -66,59 +67,34 @@ def stops(capsys, tmp_path, arguments, status, sentence, module="sod_mini"):
 # --- Options ------------------------------------------------------------------------------------
 
 OPTIONS = [
-    ("--lr fast", 2, r"argument --lr: invalid float value: 'fast'"),
-    ("--lr -1", 2, r"lr is -1.0; it must be at least 1e-12 and below inf"),
-    ("--lr nan", 2, r"lr is nan; it must be at least"),
-    ("--lr inf", 2, r"lr is inf; it must be .* below inf"),
     ("--lr", 2, r"argument --lr: expected one argument"),
-    ("--iterations 0", 2, r"iterations is 0; it must be at least 1"),
-    ("--iterations 1.5", 2, r"argument --iterations: invalid int value: '1.5'"),
-    ("--method SOD", 2, r"method is 'SOD'; choose from vanilla, sft, grpo"),
-    ("--weights none", 2, r"weights is 'none'; choose from sod, uniform"),
-    ("--kl exact", 2, r"kl is 'exact'; choose from sampled, full"),
-    ("--dtype float16", 2, r"dtype is 'float16'; choose from auto, float32, bfloat16"),
-    ("--rollout_engine vllm", 2, r"rollout_engine is 'vllm'; choose from .*generate"),
-    ("--offload disk", 2, r"offload is 'disk'; choose from none, teacher, all"),
-    ("--offload teacher --kl full", 2, r"kl full needs the teacher .* use --offload none"),
-    ("--method grpo --kl full", 2, r"grpo has no teacher, .*use --kl sampled"),
-    ("--preset big", 2, r"argument --preset: invalid choice: 'big'"),
-    ("--learning_rate 1", 2, r"unrecognized arguments: --learning_rate 1"),
-    ("--iter 3", 2, r"unrecognized arguments: --iter 3"),
-    ("--tool_unsafe yes", 2, r"'yes' is neither true nor false"),
-    ("--updates 5", 2, r"prompts 2 does not divide into 5"),
-    ("--method grpo --weights uniform", 2, r"method grpo fixes its own weights"),
-    ("--method grpo --group_size 1", 2, r"group_size is 1, and grpo compares .*: use 2 or more"),
-    ("--overlong 101", 2, r"overlong 101 is more than max_response 100: lower it"),
     ("--train_data ''", 2, r"method sod needs problems to practise on: use --train_data FILE"),
     ("--method sft --demonstrations ' '", 2, r"none are named: use --demonstrations FILE"),
-    ("--temperature 0", 2, r"temperature is 0.0; it must be at least 1e-12"),
-    ("--eval_top_p 1.5", 2, r"eval_top_p is 1.5; it must be at least 1e-12 and below 1"),
-    ("--clip_dual 0.5", 2, r"clip_dual is 0.5; it must be at least 1"),
-    ("--beta1 1", 2, r"beta1 is 1.0; it must be at least 0 and below 1"),
-    ("--silent_rate 1", 2, r"silent_rate is 1.0; it must be at least 0 and below 1"),
-    ("--epsilon 0", 2, r"epsilon is 0.0; it must be at least 1e-12"),
-    ("--tool_chars 3", 2, r"tool_chars is 3; it must be at least 64"),
-    ("--seed -1", 2, r"seed is -1; it must be at least 0"),
-    ("--seed 4294967296", 2, r"seed is 4294967296; .*below 4294967296"),
-    ("--threads 10000", 2, r"threads is 10000; it must be at least 0 and below 1025"),
-    ("--micro_batch_tokens -1", 2, r"micro_batch_tokens is -1; it must be at least 0"),
     ("--name a/../../b", 2, r"name is 'a/../../b'; needed one folder name.*--out says where"),
     ("--name 'a\0b'", 2, r"name is 'a\\x00b'; needed one folder name"),
     ("--system 'caf\udce9'", 2, r"system holds .* no UTF-8 .*; type it again in UTF-8"),
     ("--resume HERE", 2, r"holds no run to resume .*name its folder"),
     ("--device cuda", 1, r"device cuda was asked for and no CUDA GPU .*; use --device cpu"),
-    ("--device tpu", 1, r"device 'tpu' is none that torch knows; use cpu, cuda or cuda:1"),
     ("--device ''", 1, r"device '' is none that torch knows"),
     ("--name " + "n" * 300, 1, r"cannot write to .*: File name too long; choose another"),
     ("--tool_modules no_such_module", 1, r"tool_modules .*no_such_module.* not installed; "),
     ("--max_response 5000", 1, r"reads 1024 tokens; max_prompt 128 and max_response 5000"),
     ("--max_prompt 3", 1, r"all 12 prompts are longer than 3 tokens .*; raise --max_prompt"),
-    ("--method vanilla", 1, r"nothing to measure on; name problems with --eval_data"),
     ("--student data/world/train.jsonl", 1, r"is a file; name the folder"),
-    ("--student HERE/gone", 1, r"there is no folder .*name a folder"),
-    ("--teacher nobody/nothing", 1, r"cannot load nobody/nothing: .*Hub"),
     ("--teacher ''", 1, r"there is no folder"),
 ]
+BEYOND = ("lr -1, lr nan, lr inf, iterations 0, temperature 0, eval_top_p 1.5, clip_dual .5, "
+          "beta1 1, silent_rate 1, epsilon 0, tool_chars 3, seed -1, seed 4294967296, threads 10000, "
+          "micro_batch_tokens -1, look 0, floor -1")
+UNKNOWN = ("method SOD, weights none, kl exact, dtype float16, rollout_engine vllm, offload disk, "
+           "init zeros")
+OPTIONS += [(f"--{case}", 2, rf"{case.split()[0]} is .*; it must be at least")
+            for case in BEYOND.split(", ")]
+OPTIONS += [(f"--{case}", 2, "{} is '{}'; choose from ".format(*case.split()))
+            for case in UNKNOWN.split(", ")]
+OPTIONS += [(f"--{f.name} word", 2, f"--{f.name}: .*'word'") for f in fields(sod.Config)
+            if f.type is not str]
+
 
 def ascii_name(value):
     return re.sub(r"[^ -~]", "?", str(value))[:40] if isinstance(value, str) else ""
@@ -147,13 +123,9 @@ def test_a_folder_that_is_there_already_stays_as_it_is(capsys, tmp_path):
 
 DATA = {
     "blank": (b"\n \n\t\n", r"is empty; needed at least one row"),
-    "binary": (bytes(range(256)), r"found bytes that are no UTF-8 text .*decompress it or save it"),
     "utf16": (json.dumps(ROW).encode("utf-16"), r"no UTF-8 text"),
     "latin1": ('{"question": "caf\xe9", "answer": "1"}'.encode("latin-1"), r"no UTF-8 text"),
-    "broken": (LINE + b'{"question": "1+1", "answer"\n', r"line 2: found broken JSON .*mend"),
-    "words": (b"What is 1+1?\n", r"line 1: found broken JSON .*needed one JSON object a line"),
     "list": (b'["question"]\n', r"line 1: found a str; needed a JSON object such as"),
-    "keys": (b'{"q": "1+1", "a": "2"}\n', r"line 1: found no question \(columns: q, a\); needed"),
     "list_answer": (b'{"question": "1+1", "answer": ["2"]}\n', r"line 1: found no answer"),
     "dict_question": (b'{"question": {"a": 1}, "answer": "2"}\n', r"line 1: found no question"),
     "kind": (b'{"question": "1+1", "answer": "2", "kind": "essay"}\n',
@@ -167,8 +139,6 @@ DATA = {
     "half_pair": (b'{"messages": [{"role": "user", "content": "\\udc00"}], "answer": "2"}\n',
                   r"line 1: found half a surrogate pair; needed"),
     "digits": (b'{"question": "1+1", "answer": ' + b"9" * 5000 + b"}\n", r"found broken JSON"),
-    "long": (json.dumps({**ROW, "question": "Add 1. " * 140_000}).encode(),
-             r"all 1 prompts are longer than 128 tokens .* raise --max_prompt"),
 }
 SPECIAL = {  # what makes the thing at this path
     "folder": (Path.mkdir, r"is a directory; give one of the files in it"),
@@ -186,19 +156,16 @@ TURNS = {  # demonstrations: what follows the question
     "calls": ([{"role": "assistant", "content": "", "tool_calls": 5}],
               r"found the tool_calls 5; needed a list"),
     "arguments": ([{"role": "assistant", "tool_calls": [
-        {"function": {"name": "x", "arguments": "{"}}]}], r"found the tool_calls .*; needed a list"),
+        {"function": {"name": "x", "arguments": "{"}}]}], r"found the tool_calls .*needed a list"),
     "half": ([{"role": "assistant", "content": "\ud800"}], r"half a surrogate pair"),
-    "long": ([{"role": "assistant", "content": "1 + 1 " * 2000}],
-             r"all 1 demonstrations are longer than 228 tokens; raise --max_response"),
 }
 FILES = [(f"--train_data HERE/{name}.jsonl", data, sentence)
          for name, (data, sentence) in {**DATA, **SPECIAL}.items()]
-FILES += [(f"--eval_data HERE/{name}.jsonl", *DATA[name]) for name in ("broken", "keys", "kind")]
 FILES += [(f"--method sft --demonstrations HERE/{name}.jsonl",
            json.dumps({"messages": [Q, *turns]}).encode(), sentence)
           for name, (turns, sentence) in TURNS.items()]
 FILES += [
-    ("--method opsd_hint --train_data HERE/plain.jsonl", LINE, r"1 of 1 .* have no hint; method ops"),
+    ("--method opsd_hint --train_data HERE/plain.jsonl", LINE, r"1 of 1 .* have no hint; method"),
     ("--method sft --demonstrations HERE/problem.jsonl", LINE, r"found no conversation; needed"),
     ("--method sft --demonstrations HERE/dict.jsonl", b'{"messages": {"role": "user"}}',
      r"line 1: found messages that are no list"),
@@ -210,7 +177,7 @@ EVALUATED = [  # and what tests of evaluate.py do not ask
     ("--data HERE/rows.xlsx", b"PK", r"a .xlsx file; needed .jsonl or .json or .csv or .parquet"),
     ("--data HERE/half.jsonl", b'{"question": "\\ud800", "answer": "2"}', r"half a surrogate pair"),
     ("--data gsm8k --benchmarks HERE/nowhere", LINE, r"found no file .*put it there, or fetch"),
-    ("--compare data/world/student HERE/file.jsonl", LINE, r"is no file of samples|is a file; name"),
+    ("--compare data/world/student HERE/file.jsonl", LINE, r"no file of samples|is a file; name"),
 ]
 
 
@@ -271,13 +238,6 @@ def layers(n):
     return settings("config.json", num_hidden_layers=n, layer_types=["full_attention"] * n)
 
 
-def swap(path):
-    data = json.loads((path / "tokenizer.json").read_text())
-    vocab = data["model"]["vocab"]
-    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
-    (path / "tokenizer.json").write_text(json.dumps(data))
-
-
 def adapter(path):
     remove("config.json", "model.safetensors")(path)
     write("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "x"}')(path)
@@ -285,7 +245,6 @@ def adapter(path):
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
 TEMPLATE = "chat_template.jinja"
-SHOWN = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
 MODELS = {
     "no_config": (remove("config.json"), r"cannot load .*a folder must hold"),
     "no_weights": (remove("model.safetensors"), r"cannot load .*safetensors"),
@@ -295,11 +254,11 @@ MODELS = {
     "no_bytes": (cut("model.safetensors", 0), r"cannot load "),
     "half_tokenizer": (cut("tokenizer.json", 9000), r"cannot load "),
     "half_config": (cut("config.json", 100), r"cannot load .*JSON"),
-    "pointer": (write("model.safetensors", POINTER), r"model.safetensors is a Git LFS .*git lfs pu"),
+    "pointer": (write("model.safetensors", POINTER), r"model.safetensors is a Git LFS .*git lfs"),
     "pointers": (write("tokenizer.json", POINTER), r"tokenizer.json is a Git LFS .*git lfs pull"),
     "adapter": (adapter, r"holds an adapter; merge it into its base model first"),
     "wrong_shape": (settings("config.json", intermediate_size=300), r"other sizes than its config"),
-    "many_rows": (settings("config.json", vocab_size=600), r"other sizes .* such as another vocabu"),
+    "many_rows": (settings("config.json", vocab_size=600), r"other sizes .* such as another voc"),
     "few_rows": (settings("config.json", vocab_size=506),
                  r"writes ids up to \d+ and .* has 506 vocabulary rows; use the tokenizer"),
     "more_layers": (layers(9), r"the weights of .* lack \d+ tensors .*config"),
@@ -311,14 +270,7 @@ MODELS = {
     "noise": (weights("model.embed_tokens.weight", lambda t: t.normal_()),
               r"plain tool call .* chance is -6.24: its weights are random"),
     "no_template": (remove(TEMPLATE), r"no chat template .*use a chat"),
-    "no_tool_role": (write(TEMPLATE, SHOWN.replace("m.content", "m.content if m.role != 'tool'")),
-                     r"does not show tool answers.*role tool"),
-    "no_tools": (write(TEMPLATE, SHOWN), r"does not tell the model of its tool.*use a model whose"),
-    "raises": (write(TEMPLATE, "{{ raise_exception('no tools here') }}"), r"no tools here"),
     "syntax": (write(TEMPLATE, "{% for m in messages %}"), r"template .* does not show"),
-    "other_end": (settings("tokenizer_config.json", eos_token="<|endoftext|>"),
-                  r"ends a turn with '<\|im_end\|>.* its tokenizer with '<\|endoftext\|>'.*set eos"),
-    "other_ids": (swap, r"different ids for the same text .they differ from token .*one family"),
     "no_end": (settings("tokenizer_config.json", eos_token=None), r"no end-of-turn token; use a"),
 }
 
@@ -355,7 +307,7 @@ def test_code_in_a_model_folder_is_never_run_or_asked_about(capsys, tmp_path, mo
     write("own.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")(path)
     for more in ("--teacher", "--method grpo --init random --student"):
         if refused:
-            stops(capsys, tmp_path, f"{more} {path}", 1, "code of its own, which this project never")
+            stops(capsys, tmp_path, f"{more} {path}", 1, "code of its own, which this project")
         else:
             assert command(tmp_path, f"{more} {path}") == 0
     assert not (tmp_path / "ran").exists()
@@ -425,15 +377,6 @@ def real(tmp_path, redirection, *arguments, **environment):
                           capture_output=True, text=True, env={**os.environ, **environment})
     return done.returncode, done.stderr
 
-
-@pytest.mark.parametrize("arguments, status, sentence", [
-    (["--lr", "-1"], 2, "error: lr is -1.0; it must be at least"),
-    (["--train_data", "nowhere.jsonl"], 1, "error: nowhere.jsonl does not"),
-])
-def test_the_exit_status_of_a_real_process(tmp_path, arguments, status, sentence):
-    got, said = real(tmp_path, "", *arguments)
-    assert got == status and sentence in said.splitlines()[-1] and "Traceback" not in said
-    assert not [*(tmp_path / "out").glob("*")]
 
 
 @pytest.mark.parametrize("redirection, status", [(">&-", 0), (">&- 2>&-", 0), ("| head -1", 1),
