@@ -886,8 +886,8 @@ USED = {  # options that mean something to the commands that sample nothing
 }
 
 
-def parse(argv=None):
-    """(arguments, {name: value} of the given settings); wrong ones end with status 2."""
+def make_parser():
+    """The command line: what to do, on which data, and an option for each setting."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False,
         usage="python evaluate.py [--model MODEL ...] [--data DATA ...] [--OPTION VALUE ...]",
@@ -907,6 +907,12 @@ def parse(argv=None):
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, Config, sod.choices())
+    return parser
+
+
+def parse(argv=None):
+    """(arguments, {name: value} of the given settings); wrong ones end with status 2."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     try:
@@ -1021,15 +1027,14 @@ def ends_with_a_sentence(work):
         with tools.stoppable(lambda: True):
             return work() or 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
         print("error: the reader of this output has gone, so the command stopped", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
         if not sod.out_of_memory(error):
             raise
-        print(f"error: not enough memory for the model ({str(error).splitlines()[:1]}); choose a "
-              "smaller one", file=sys.stderr)
+        print("error: not enough memory for the model; choose a smaller one", file=sys.stderr)
     except KeyboardInterrupt as stop:
         print("interrupted; the same command continues where this one stopped", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
