@@ -170,56 +170,39 @@ class Verdict:
 
 
 def grade(problem, final_turn, tool):
-    """The verdict on a final turn, by the kind of its problem."""
-    if problem.kind == "program":
-        return grade_program(final_turn, problem.tests, tool)
-    return {"math": grade_math, "choice": grade_choice}[problem.kind](final_turn, problem.answer)
+    """The verdict on a final turn, by the kind of its problem.
+
+    A fault of a grader is a wrong answer whose reason names the exception, to be counted.
+    """
+    try:
+        if problem.kind == "program":
+            return grade_program(final_turn, problem.tests, tool)
+        grader = {"math": grade_math, "choice": grade_choice}[problem.kind]
+        return grader(final_turn, problem.answer)
+    except Exception as fault:
+        return Verdict(False, f"grader error: {type(fault).__name__}", 0.0)
 
 
-def never_raises(grader):
-    """A fault of the grader becomes a wrong verdict that names the exception, to be counted."""
-    @functools.wraps(grader)
-    def guarded(*args, **kwargs):
-        try:
-            return grader(*args, **kwargs)
-        except Exception as fault:
-            return Verdict(False, f"grader error: {type(fault).__name__}", 0.0)
-    return guarded
-
-
-def last_boxed(text, budget=20_000):
+def last_boxed(text):
     """Content of the last balanced, non-blank \\boxed{...} in text, or None.
 
-    A box that never closes (the turn was cut off) is passed over for an earlier one. At most
-    `budget` characters are looked at, which bounds the time on a megabyte of open boxes.
+    A box that never closes (the turn was cut off) is passed over for an earlier one. Only the
+    last 20,000 characters are read, which bounds the time on a megabyte of open boxes.
 
     >>> last_boxed(r"So \\boxed{1}, or rather \\boxed{\\frac{1}{2}}; not \\boxed{3")
     '\\\\frac{1}{2}'
     """
-    end = len(text)
-    while budget > 0 and (end := text.rfind("\\boxed", 0, end)) >= 0:
-        start = end + len("\\boxed")
-        start += text[start:start + 1] == " "  # \boxed {5} is legal LaTeX
-        close = closing_brace(text, start, budget) if text.startswith("{", start) else start
-        if close is not None and text[start + 1:close].strip():
-            return text[start + 1:close].strip()
-        # The search for the next box costs about as much as looking at 20 characters.
-        budget -= 20 + (min(budget, len(text) - start) if close is None else close - start)
-    return None
-
-
-def closing_brace(text, start, budget):
-    """The index of the brace that closes the one at `start`; None if `budget` ends before."""
-    depth, index = 0, start
-    while index < min(len(text), start + budget):
-        if text[index] == "\\":
-            index += 1  # \{ and \} are printed braces, they do not nest
-        elif text[index] in "{}":
-            depth += 1 if text[index] == "{" else -1
-        if depth == 0:
-            return index
-        index += 1
-    return None
+    text, opened, best = text[-20_000:], [], (-1, None)
+    # \boxed {5} is legal LaTeX; \{ and \} are printed braces, which do not nest.
+    for token in re.finditer(r"\\boxed ?\{|\\.|[{}]", text, re.DOTALL):
+        if token[0].endswith("{") and token[0] != r"\{":
+            opened.append((token.end(), token[0] != "{"))
+        elif token[0] == "}" and opened:
+            start, boxed = opened.pop()
+            content = text[start:token.start()].strip()
+            if boxed and content:
+                best = max(best, (start, content))
+    return best[1]
 
 
 def voted_answer(problem, final_turn):
@@ -319,22 +302,14 @@ UNITS = {name: row.split()[0] for row in (
     "l liter litre", "s sec second",
     "min minute", "h hr hour", "day", "week", "month", "year yr", "degree deg", "rad radian",
     "dollar usd", "cent", "euro eur", "mph") for name in row.split()}
-SCALES = {word: Fraction(scale) for scale, row in {
-    "12": "dozen", "144": "gross", "1e2": "hundred", "1e3": "thousand", "1e5": "lakh",
-    "1e6": "million", "1e7": "crore", "1e9": "billion", "1e12": "trillion",
-    "1/2": "half halve", "1/3": "third", "1/4": "quarter fourth", "1/5": "fifth", "1/6": "sixth",
-    "1/7": "seventh", "1/8": "eighth", "1/9": "ninth", "1/10": "tenth", "1/12": "twelfth",
-    "1/20": "twentieth", "1e-2": "hundredth", "1e-3": "thousandth", "1e-6": "millionth",
-    "1e-9": "billionth"}.items() for word in row.split()}
-NUMBER_WORDS = set("zero one two three four five six seven eight nine ten eleven twelve thirteen "
-                   "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty "
-                   "sixty seventy eighty ninety".split())
-NOT_UNITS = set("mod sin cos tan cot log exp sqrt squared cubed factorial choose over times plus "
-                "minus divided than more less infinity doubled tripled twice thrice negative below "
-                "score mil mln".split())
+# Words that change the number before them: "3 dozen" is no 3. Such an answer is a text.
+NOT_UNITS = set("dozen hundred thousand lakh million crore billion trillion half halve third "
+                "quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth "
+                "millionth billionth mod sin cos tan cot log exp sqrt squared cubed factorial "
+                "choose over times plus minus divided than infinity doubled tripled twice thrice "
+                "negative below score mil mln".split())
 
 
-@never_raises
 def grade_math(final_turn, truth):
     """Compare the last boxed answer with the true one, numbers as numbers (see `same_answer`)."""
     answer = last_boxed(str(final_turn))
@@ -383,7 +358,7 @@ def clean(text):
 def slashed(match):
     """One \\frac as a/b, with brackets where 1/2x and 1/(2x) would otherwise look alike."""
     top, bottom = (match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()
-    if re.search(r".[-+ ,]|^-[^0-9]|^-[0-9]", top):
+    if re.search(r".[-+ ,]|^-.", top):
         top = f"({top})"
     if not re.fullmatch(r"[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\[a-z]+[0-9]?", bottom):
         bottom = f"({bottom})"
@@ -407,10 +382,8 @@ def number(text):
     unit = read_unit(tail)
     if unit is None or bottom == 0:
         return None
-    scale, name = unit
-    value = int(whole or 0) + top / bottom
-    value *= scale * Fraction(10) ** int(times_ten or e_notation or 0)
-    return (-value if sign == "-" else value), name
+    value = (int(whole or 0) + top / bottom) * Fraction(10) ** int(times_ten or e_notation or 0)
+    return (-value if sign == "-" else value), unit
 
 
 def read_power(sign, base, bracketed, exponent, tail):
@@ -419,40 +392,26 @@ def read_power(sign, base, bracketed, exponent, tail):
     size = len(str(base)) * abs(exponent)
     if unit is None or size > MAX_ANSWER or base == 0 and exponent < 0:
         return None
-    value = unit[0] * base ** exponent
-    return (-value if sign else value), unit[1]
+    value = base ** exponent
+    return (-value if sign else value), unit
 
 
 def read_unit(tail):
-    """(scale, unit) of the text after a number; None if it is part of the expression, as in 5x."""
+    """The unit in the text after a number; None if that text is part of the expression, as in 5x.
+
+    The words of "5 per dozen" and "5 half-gallon jugs" do not change the 5.
+    """
     if tail.strip() in ("%", "percent", ""):
-        return 1, "%" if tail.strip() else ""
+        return "%" if tail.strip() else ""
     match = UNIT.fullmatch(tail)
-    if not match:
+    words = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b", tail.lower())[0])
+    if not match or any(word.removesuffix("s") in NOT_UNITS for word in words):
         return None
-    before, word, after = match[1], match[2].lower(), tail[match.end(2):]
-    if (scale := named_scale(word)) and "/" not in before and after[:1] != "-":
-        rest = read_unit(after)
-        return rest and (scale * rest[0], rest[1])
-    if counts(tail):
-        return None
+    before, word = match[1], match[2].lower()
     name = UNITS.get(word) or UNITS.get(word.rstrip("s"))
     if name and (before or len(word) > 1):  # 5cm is a length; 5m may be five times m
-        return 1, name
-    return (1, "") if " " in before and len(word) > 2 and word not in NOT_UNITS else None
-
-
-def named_scale(word):
-    return SCALES.get(word) or SCALES.get(word.removesuffix("s"))
-
-
-def counts(tail):
-    """True if words after a number change its value, as in "5 below zero".
-
-    The words of "5 per dozen" and "5 ten-dollar bills" do not.
-    """
-    words = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b", tail.lower())[0])
-    return any(word.removesuffix("s") in NUMBER_WORDS or named_scale(word) for word in words)
+        return name
+    return "" if " " in before and len(word) > 2 else None
 
 
 def canonical(text, depth=0):
@@ -544,7 +503,6 @@ CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
 SAID = re.compile(r"answer(?: is)? ?:? ?[*(]{0,3}([A-Za-z])[*).]{0,4} ?$", re.IGNORECASE)
 
 
-@never_raises
 def grade_choice(final_turn, letter):
     """Compare the letter of the last box, or of the last line "Answer: C", with the right one."""
     chosen = chosen_letter(str(final_turn))
@@ -581,7 +539,6 @@ print("\\n" + {mark!r} + _json.dumps(_call(*_args)), flush=True)
 """
 
 
-@never_raises
 def grade_program(final_turn, tests, tool):
     """Run the last fenced program of the final turn against every test.
 
