@@ -112,8 +112,11 @@ class ToolCall:
 
 def render_tool_call(code):
     """The text of a turn that calls the tool, as a model of this family writes it."""
-    return (f'<tool_call>\n{{"name": "{TOOL_NAME}", "arguments": '
-            f'{{"code": {json.dumps(code)}}}}}\n</tool_call>')
+    return hermes({"name": TOOL_NAME, "arguments": {"code": code}})
+
+
+def hermes(call):
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
 def parse_tool_call(text):
@@ -154,8 +157,8 @@ def _parse_call(body):
 
 
 def _fault(kind, found):
-    form = '<tool_call>\n{"name": "%s", "arguments": {"code": "..."}}\n</tool_call>' % TOOL_NAME
-    return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as {form}")
+    return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as "
+                                        f"{render_tool_call('...')}")
 
 
 # --- Graders: verdicts and votes ----------------------------------------------------------------
@@ -659,40 +662,32 @@ def read_problems(path, rows, read_row):
 
     read_row  row, column names in lower case -> Problem; ValueError says what is missing
     """
-    problems, repaired = {}, []
+    problems, mended_lines = [], []
     for line, row, mended in rows:
-        row, restored = restore_latex(row)
-        if mended or restored:
-            repaired.append(line)
-        problems[line] = read_problem(path, line, row, read_row)
+        with naming_the_line(path, line):
+            problem = read_row({str(name).strip().lower(): row[name] for name in row})
+            check_answer(problem)
+        problems.append(replace(problem, source=problem.source or path.stem,
+                                id=problem.id or f"{path.stem}-{line}"))
+        mended_lines += [str(line)] * mended
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
-    tell(path, "backslashes restored", repaired)
-    tell(path, "another answer than before to the same question", contradictions(problems))
-    tell(path, f"an answer above {MAX_ANSWER} characters, right only where repeated to the letter,",
-         [line for line, problem in problems.items() if len(problem.answer) > MAX_ANSWER])
-    return list(problems.values())
+    if mended_lines:
+        warnings.warn(f"{path}: backslashes restored in {len(mended_lines)} rows "
+                      f"(lines {', '.join(mended_lines)})", stacklevel=3)
+    return problems
 
 
-def tell(path, found, lines):
-    if lines:
-        warnings.warn(f"{path}: {found} in {len(lines)} rows (lines {', '.join(map(str, lines))})",
-                      stacklevel=4)
-
-
-def read_problem(path, line, row, read_row):
-    row = {str(name).strip().lower(): value for name, value in row.items()}
+@contextlib.contextmanager
+def naming_the_line(path, line):
+    """Begin the sentence on a fault of a row with the place where the row stands."""
     try:
-        problem = read_row(row)
-        check_answer(problem)
+        yield
     except ValueError as fault:
         raise ValueError(f"{path}, line {line}: {fault}") from fault
     except (TypeError, AttributeError, RecursionError) as fault:
         raise ValueError(f"{path}, line {line}: found a column that holds another kind of value "
                          f"than its name promises ({fault}); mend it.") from fault
-    problem.source = problem.source or path.stem
-    problem.id = problem.id or f"{path.stem}-{line}"
-    return problem
 
 
 def check_answer(problem):
@@ -701,23 +696,9 @@ def check_answer(problem):
         if text.strip().lower() in ("nan", "<na>", "nat"):
             raise ValueError(f"found the {name} {text.strip()!r}, which a data frame writes where "
                              "it holds nothing; fill it in or delete the row.")
-    if problem.kind == "math" and not grade_math(f"\\boxed{{{problem.answer}}}",
-                                                 problem.answer).right:
+    if problem.kind == "math" and not agree(problem.answer, problem.answer):
         raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is equal, "
                          "not even itself; mend it.")
-
-
-def contradictions(problems):
-    """The lines of problems whose question stood before with another answer.
-
-    They are told and not refused: large collections hold a few, and either answer may be right.
-    """
-    first, found = {}, []
-    for line, problem in problems.items():
-        before = first.setdefault((problem.question, str(problem.messages)), problem)
-        if problem.answer and not agree(before.answer, problem.answer):
-            found.append(line)
-    return found
 
 
 def load_demonstrations(path):
@@ -726,20 +707,18 @@ def load_demonstrations(path):
     The problem keeps the system and user messages up to the first assistant turn; `turns` are the
     rest, {"role": "assistant" or "tool", "content": str}, with any "tool_calls" spelled out.
     """
-    pairs = []
-    for line, row, _ in read_json(Path(path), read_text(Path(path))):
-        try:
-            if not isinstance(row.get("messages") or [], list):
+    path, pairs = Path(path), []
+    for line, row, _ in read_json(path, read_text(path)):
+        with naming_the_line(path, line):
+            messages = row.get("messages") or []
+            if not isinstance(messages, list):
                 raise ValueError("found messages that are no list; needed a list of turns.")
-            opening = read_messages(row)
-            turns = [read_turn(m) for m in (row.get("messages") or [])[len(opening or []):]]
-            if not opening or not any(m["role"] == "assistant" for m in turns):
+            opening = read_messages(row) or []
+            turns = [read_turn(message) for message in messages[len(opening):]]
+            if not any(turn["role"] == "assistant" for turn in turns):
                 raise ValueError("found no conversation; needed \"messages\" with a user turn and "
                                  "an assistant turn.")
-        except ValueError as fault:
-            raise ValueError(f"{path}, line {line}: {fault}") from fault
-        question = [m["content"] for m in opening if m["role"] == "user"][-1]
-        pairs.append((Problem(question, messages=opening), turns))
+            pairs.append((Problem(last_question(opening), messages=opening), turns))
     if not pairs:
         raise ValueError(f"{path} is empty; needed at least one demonstration.")
     return pairs
@@ -754,37 +733,22 @@ def read_turn(message):
     content, calls = message.get("content") or "", message.get("tool_calls") or []
     if not isinstance(content, str):
         raise ValueError(f"found the turn {message!r:.80}; needed its content as text.")
-    text = [content] * bool(content)
     try:
-        for call in [call.get("function", call) for call in calls]:
-            arguments = call.get("arguments")
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            call = json.dumps({"name": call.get("name"), "arguments": arguments},
-                              ensure_ascii=False)
-            text.append(f"<tool_call>\n{call}\n</tool_call>")
-    except (ValueError, TypeError, AttributeError, RecursionError) as fault:
+        spelled = [spell_call(call.get("function", call)) for call in calls]
+    except (ValueError, TypeError, AttributeError) as fault:
         raise ValueError(f"found the tool_calls {calls!r:.80}; needed a list of {{\"function\": "
                          "{\"name\": ..., \"arguments\": {...}}}.") from fault
-    return {"role": role, "content": "\n".join(text)}
+    return {"role": role, "content": "\n".join(filter(None, [content, *spelled]))}
+
+
+def spell_call(call):
+    arguments = call.get("arguments")
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return hermes({"name": call.get("name"), "arguments": arguments})
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
-    """The text of a file with one of these suffixes."""
-    try:
-        text = read_bytes(path, suffixes).decode("utf-8-sig")
-        if "\0" in text:
-            raise UnicodeError("zero bytes")
-    except UnicodeError as fault:
-        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
-                         "file; decompress it or save it as UTF-8.") from fault
-    return text
-
-
-POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def read_bytes(path, suffixes):
-    """The bytes of a file with one of these suffixes, or a sentence that says what it is."""
+    """The text of a file with one of these suffixes, or a sentence that says what it is."""
     try:
         if path.is_dir():
             raise ValueError(f"{path} is a directory; give one of the files in it.")
@@ -795,15 +759,15 @@ def read_bytes(path, suffixes):
         if path.suffix not in suffixes:
             raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
-        held = path.read_bytes()
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("zero bytes")
+    except UnicodeError as fault:
+        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
+                         "file; decompress it or save it as UTF-8.") from fault
     except OSError as fault:
         raise ValueError(f"{path}: {fault.strerror}; needed a file that can be read.") from fault
-    if held.startswith(POINTER):
-        raise ValueError(f"{path} is a Git LFS pointer and not the file itself; fetch the file by "
-                         "`git lfs pull`.")
-    if not held.strip():
-        raise ValueError(f"{path} is empty; needed at least one row.")
-    return held
+    return text
 
 
 def read_json(path, text):
@@ -818,18 +782,23 @@ def read_json(path, text):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
-                             "characters; mend or delete that line.")
+        for name, value in row.items():
+            if re.search("[\ud800-\udfff]", json.dumps([name, value], ensure_ascii=False)):
+                raise ValueError(f"{path}, line {number}: found half a surrogate pair in {name!a}; "
+                                 "needed whole characters; mend or delete that line.")
         yield number, row, mended
 
 
-ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})|\\')
+# What may follow a backslash in JSON. In files where LaTeX was written with one backslash, "\cup"
+# is no JSON at all, and "\frac" reads as a form feed and "rac". Form feed and backspace are never
+# meant; \n, \r and \t are not meant before the rest of a command, as in "\neq" and "\theta".
+MEANT = re.compile(r"""\\(["\\/]|u[0-9a-fA-F]{4}|n(?!(?:eq|abla)\b)|r(?!(?:ight|angle|ho|m)\b)
+                          |t(?!(?:riangle|imes|heta|ext|frac|au|o)\b))|\\""", re.VERBOSE)
 
 
 def parse_json(path, number, text):
-    """(value, mended); an escape that JSON does not know, as in "\\cup", becomes a backslash."""
-    mended = ESCAPE.sub(lambda found: found[0] if found[1] else r"\\", text)
+    """(value, mended): backslashes that belong to LaTeX are doubled before the text is read."""
+    mended = MEANT.sub(lambda found: found[0] if found[1] else r"\\", text)
     try:
         return json.loads(mended), mended != text
     except (ValueError, RecursionError) as fault:
@@ -838,26 +807,12 @@ def parse_json(path, number, text):
                          "object a line; mend or delete that line.") from fault
 
 
-# "\frac" in JSON is a form feed and "rac". Form feed and backspace are never meant; tab, return
-# and newline are put back only before the rest of a command, as in "\theta" and "\neq".
-LOST = re.compile(r"([\f\b])|(\t(?=(?:riangle|imes|heta|ext|frac|au|o)\b)"
-                  r"|\r(?=(?:ight|angle|ho|m)\b)|\n(?=(?:eq|abla)\b))")
-LETTER = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
-
-
-def restore_latex(row):
-    """(row, True) with the backslashes that JSON took put back in top-level strings."""
-    fixed = {name: LOST.sub(lambda lost: LETTER[lost[0]], value) if isinstance(value, str)
-             else value for name, value in row.items()}
-    return fixed, fixed != row
-
-
 def read_general(row):
     """GSM8K, AIME, MATH-500, Open-AgentRL and this project's own rows."""
     messages = read_messages(row)
     question = first_text(row, "question", "problem", "prompt")
     if not question and messages:
-        question = [one["content"] for one in messages if one["role"] == "user"][-1]
+        question = last_question(messages)
     if not question:
         raise ValueError(f"found no question (columns: {', '.join(row)}); needed question, "
                          "problem, prompt or messages; rename the column.")
@@ -896,17 +851,19 @@ def read_messages(row):
         return None
     opening = []
     for message in messages:
-        if isinstance(message, dict) and opening and message.get("role") not in ("system", "user"):
+        if isinstance(message, dict) and message.get("role") not in ("system", "user"):
             break
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"found the message {message!r:.80}; needed "
                              "{\"role\": ..., \"content\": \"...\"}.")
-        if message.get("role") not in ("system", "user"):
-            break
         opening.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "user" for message in opening):
         raise ValueError("found messages without a user turn; needed the question as a user turn.")
     return opening
+
+
+def last_question(messages):
+    return [message["content"] for message in messages if message["role"] == "user"][-1]
 
 
 def read_answer(row, truth):
