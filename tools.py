@@ -2,12 +2,6 @@
 
     python tools.py          what the sandbox guarantees on this machine
 
-    the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
-    the graders      grade: is this final turn right?
-    problem files    load_problems, load_demonstrations: whatever a benchmark calls its columns
-    a run's files    whole_folder, append_rows, stoppable: on the disk as a whole, or not there
-    the sandbox      PythonTool: code in, text and outcome out; contained and honest
-
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
             print(seen.outcome, seen.text)         # ok 42, then: error Traceback ...
@@ -27,19 +21,15 @@ Outcomes
     memory             it ended on a MemoryError that nothing caught
     timeout            it was stopped: CPU seconds or seconds on the clock were used up
     crashed            a signal ended it: a fault in C code, an abort, a kill
-    output_truncated   it was stopped: it printed more than max_output bytes
+    output_truncated   it was stopped: it printed more than a million bytes
     sandbox_error      the machine's fault, not the program's; the call was tried four times
 
-Not covered
-    - bugs of the kernel, side channels, and anything but Linux on x86_64 and aarch64
-    - names, sizes and times of files (stat), and the machine's own facts (uname, pid, clock)
-    - memory the kernel holds for a program: buffers of 64 descriptors, stacks of its threads
-    - equal text from clocks, os.urandom, random.Random(), sets ordered by address, other Python
-      or library versions, and the last digits of BLAS on another kind of CPU
+Not covered: bugs of the kernel, side channels, anything but Linux on x86_64 and aarch64; names,
+sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory the kernel
+holds for a program; equal text from clocks, os.urandom, sets ordered by address, other versions.
 """
 from __future__ import annotations
 
-import __future__ as future
 import ast
 import atexit
 import collections
@@ -76,7 +66,6 @@ import time
 import traceback
 import types
 import warnings
-import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
@@ -1080,26 +1069,31 @@ def locked(folder):
 # --- The sandbox: what goes in and what comes out -----------------------------------------------
 
 
+MEMORY_MB = 512        # address space of a program above what the interpreter itself holds
+MAX_OUTPUT = 1_000_000  # bytes; a program that prints more is stopped
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a program may use, and how it is shown. Every field is an option of PythonTool."""
-    timeout: float = 5.0       # CPU seconds, for a clock would blame programs for a busy machine
-    wall: float = 0.0          # seconds on the clock, sleeping included; 0: three times timeout
-    memory_mb: int = 512       # address space above what the interpreter itself holds
-    max_output: int = 1_000_000  # bytes; a program that prints more is stopped
-    max_chars: int = 2000      # characters shown to the model; the middle of longer text is cut
-    workers: int = 0           # programs at once; 0: one a core (more would only share the cores)
+    timeout: float = 5.0     # CPU seconds, for a clock would blame programs for a busy machine
+    max_chars: int = 2000    # characters shown to the model; the middle of longer text is cut
+    workers: int = 0         # programs at once; 0: one a core (more would only share the cores)
     modules: tuple = ("numpy", "sympy")  # imported once, where installed, and at hand in no time
-    landlock: bool = True      # False: behave as on a kernel without it (for tests)
-    unsafe: bool = False       # run programs even where a guarantee is missing
+    landlock: bool = True    # False: behave as on a kernel without it (for tests)
+    unsafe: bool = False     # run programs even where a guarantee is missing
 
     def __post_init__(self):
-        for name in ("timeout", "memory_mb", "max_output", "max_chars"):
+        for name in ("timeout", "max_chars"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        object.__setattr__(self, "wall", self.wall or 3 * self.timeout)
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         object.__setattr__(self, "workers", self.workers or len(cores(0)))
+
+    @property
+    def wall(self):
+        """Seconds on the clock, sleeping included."""
+        return 3 * self.timeout
 
 
 @dataclass(frozen=True)
@@ -1115,34 +1109,35 @@ REMEMBERED = 1000  # runs that are kept, to answer an equal call
 
 
 SELF = os.path.abspath(__file__)
-ATTEMPTS = {  # guarantee: a program that must not succeed
+ATTEMPTS = {  # guarantee: what must not succeed
     "reads no file": f"open({SELF!r}).read()",
     "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
     "no network": "import socket; socket.socket()",
     "no new process": "import os; os.fork() or os._exit(0)",
     "no signal to others": "import os; os.kill(os.getppid(), 0)",
-    "bounded memory": "bytearray(TWICE << 20)",
+    "bounded memory": f"bytearray({2 * MEMORY_MB} << 20)",
 }
+PROBE = f"""
+for name, attempt in {ATTEMPTS}.items():
+    try:
+        exec(attempt)
+    except Exception as error:
+        print(name * isinstance(error, (PermissionError, MemoryError)))
+"""
 
 
 class PythonTool:
     """Runs programs and keeps nothing: a call is a function from code (and stdin) to text.
 
-    Safe from several threads and after a fork of the trainer; starts at the first call.
+    Safe from several threads; starts at the first call.
     """
 
     def __init__(self, **options):
         self.limits = Limits(**options)
         self.retried = 0  # calls that the sandbox failed and tried again
-        self._begin()
-        # In a fork of the trainer no thread of ours lives on: it starts a sandbox of its own.
-        tool = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: tool() and tool()._begin())
-
-    def _begin(self):
-        self._lock, self._zygote, self._idle = threading.Lock(), None, collections.deque()
-        self._checking, self._contained, self._closed = threading.Lock(), None, False
-        self._memo_lock, self._memo = threading.Lock(), {}  # ToolCall -> Future of an Observation
+        self._lock, self._zygote, self._idle = threading.RLock(), None, collections.deque()
+        self._refused, self._closed = None, False  # what guarantees returns, once it was tried
+        self._runs = {}  # ToolCall -> Future of an Observation
         self._pool = ThreadPoolExecutor(self.limits.workers, "python-tool")
 
     def run(self, codes, stdins=None, raw=False):
@@ -1151,8 +1146,13 @@ class PythonTool:
         stdins   a text for each program to read, or None: all read the end of file
         raw      for judging a program against tests: text is its stdout alone, uncut, no echo
         """
-        self._check_ready()
-        return self._map(codes, stdins, raw)
+        self.guarantees()
+        codes = list(codes)
+        stdins = [""] * len(codes) if stdins is None else list(stdins)
+        if len(stdins) != len(codes):
+            raise ValueError(f"{len(codes)} programs but {len(stdins)} stdin texts; give one each.")
+        # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
+        return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
 
     def submit(self, call, place=()):
         """A future of what is observed after a ToolCall.
@@ -1166,47 +1166,60 @@ class PythonTool:
         """
         if call.fault:
             return finished(Observation(call.message, call.fault, 0.0))
-        self._check_ready()
-        with self._memo_lock:
-            if call not in self._memo:
-                self._memo[call] = self._pool.submit(self._answer, call)
-            if len(self._memo) > REMEMBERED:
-                del self._memo[next(iter(self._memo))]
-            return self._memo[call]
+        self.guarantees()
+        with self._lock:
+            if call not in self._runs:
+                self._runs[call] = self._pool.submit(self._answer, call)
+            if len(self._runs) > REMEMBERED:
+                del self._runs[next(iter(self._runs))]
+            return self._runs[call]
 
     def _answer(self, call):
-        seen = None
-        try:
-            seen = self._call(call.code, "", raw=False)
-        finally:
-            if seen is None or seen.outcome in ("timeout", "sandbox_error"):
-                with self._memo_lock:  # before anybody can see this run as finished
-                    self._memo.pop(call, None)
+        seen = self._call(call.code, "", raw=False)
+        if seen.outcome in ("timeout", "sandbox_error"):
+            with self._lock:  # before anybody can see this run as finished
+                self._runs.pop(call, None)
         return noting_ignored(call, seen)
 
     def guarantees(self):
-        """Try what must not work, and tell for each whether it was refused."""
-        try:
-            return {name: seen.text == "refused\n" for name, seen in self._probe().items()}
-        except NoLocks:
-            return dict.fromkeys(ATTEMPTS, False)
+        """{what must not work: whether it was refused}; tried once, before the first program."""
+        with self._lock:  # once, however many threads arrive
+            if self._closed:
+                raise RuntimeError("This PythonTool is closed; make a new one.")
+            if self._refused is None:
+                self._refused = self._try_locks()
+            return self._refused
 
-    def _probe(self):
-        """{guarantee: what came of the attempt to break it}."""
-        if self._contained is None:
-            self._idle.append(self._connect())  # an error on the way says why it cannot start
-        programs = [f"TWICE = {2 * self.limits.memory_mb}\ntry:\n    {attempt}\n"
-                    "except (PermissionError, MemoryError):\n    print('refused')"
-                    for attempt in ATTEMPTS.values()]
-        return dict(zip(ATTEMPTS, self._map(programs, None, raw=True)))
+    def _try_locks(self):
+        """Start the sandbox; refuse where it contains nothing, unless told by unsafe=True."""
+        try:
+            self._idle.append(self._connect())
+        except NoLocks as error:
+            refused, missing = dict.fromkeys(ATTEMPTS, False), str(error)
+        except OSError as error:
+            raise RuntimeError(f"The sandbox does not start: {error}.") from error
+        else:
+            seen = self._call(PROBE, "", raw=True)
+            if seen.outcome != "ok":  # a program that was stopped says nothing about the locks
+                raise RuntimeError(f"The sandbox cannot be tried: a program ended with "
+                                   f"{seen.outcome}. It has {self.limits.timeout:g} s (timeout): "
+                                   "raise that if it is too short; the reason of a sandbox_error "
+                                   "stands above.")
+            refused = {name: name in seen.text.splitlines() for name in ATTEMPTS}
+            missing = ", ".join(name for name in ATTEMPTS if not refused[name])
+        if missing and not self.limits.unsafe:
+            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
+                               ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
+                               "to run programs with limits only.")
+        return refused
 
     def close(self):
         """End every process of the sandbox; calls still under way come back as sandbox_error."""
-        self._closed = True
         with self._lock:
+            self._closed = True
             if self._zygote:
                 self._zygote.close()
-        self._drop_idle()
+        self._idle.clear()
         self._pool.shutdown()
 
     def __enter__(self):
@@ -1215,51 +1228,9 @@ class PythonTool:
     def __exit__(self, *_):
         self.close()
 
-    def _check_ready(self):
-        if self._closed:
-            raise RuntimeError("This PythonTool is closed; make a new one.")
-        with self._checking:  # once, however many threads arrive
-            if self._contained is None:
-                self._contained = self._is_contained()
-
-    def _is_contained(self):
-        """True where every lock holds; False where one is missing and unsafe=True allows it."""
-        try:
-            seen = self._probe()
-        except NoLocks as error:
-            missing = str(error)
-        except OSError as error:
-            raise RuntimeError(f"The sandbox does not start: {error}.") from error
-        else:
-            self._check_probe(seen)
-            missing = ", ".join(name for name, one in seen.items() if one.text != "refused\n")
-        if missing and not self.limits.unsafe:
-            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
-                               ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
-                               "to run programs with limits only.")
-        return not missing
-
-    def _check_probe(self, seen):
-        """A program that was stopped says nothing about the locks, so tell what stopped it."""
-        for name, one in seen.items():
-            if one.outcome not in ("ok", "error"):
-                raise RuntimeError(
-                    f"The sandbox cannot be tried: the program for {name!r} ended with "
-                    f"{one.outcome}. Programs have {self.limits.timeout:g} s (timeout) and "
-                    f"{self.limits.memory_mb} MB (memory_mb): raise what is too small; for a "
-                    "sandbox_error the reason stands above.")
-
-    def _map(self, codes, stdins, raw):
-        codes = list(codes)
-        stdins = [""] * len(codes) if stdins is None else list(stdins)
-        if len(stdins) != len(codes):
-            raise ValueError(f"{len(codes)} programs but {len(stdins)} stdin texts; give one each.")
-        # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
-        return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
-
     def _call(self, code, stdin, raw):
         """One program; where the sandbox itself fails, again, and in the end it says so."""
-        if self._contained is False:
+        if self._refused and not all(self._refused.values()):
             return run_plain(code, stdin, raw, self.limits)
         started = time.monotonic()
         for pause in (*PAUSES, None):
@@ -1283,9 +1254,9 @@ class PythonTool:
         try:
             line.send(request)
             seen = Observation(*line.receive())
-        except BaseException:
+        except (OSError, ValueError):
             line.close()
-            self._drop_idle()  # where one worker died the others may have died with it
+            self._idle.clear()  # where one worker died the others may have died with it
             raise
         self._idle.append(line)
         return seen
@@ -1295,18 +1266,9 @@ class PythonTool:
         with self._lock:
             if self._closed:
                 raise ConnectionError("closed")
-            if self._zygote:
-                try:
-                    return self._zygote.new_worker()
-                except OSError:
-                    self._zygote.close()
-            self._zygote = Zygote(self.limits)
+            if self._zygote is None or self._zygote.process.poll() is not None:
+                self._zygote = Zygote(self.limits)
             return self._zygote.new_worker()
-
-    def _drop_idle(self):
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
 
 
 class SilentTool(PythonTool):
@@ -1361,7 +1323,8 @@ ENVIRONMENT = {  # all a program sees of the trainer's: nothing
 class Line:
     """A socket that carries one JSON value a line."""
 
-    def __init__(self, sock):
+    def __init__(self, sock, patience=None):
+        sock.settimeout(patience)
         self.sock, self.file = sock, sock.makefile("rb")
 
     def send(self, value):
@@ -1374,8 +1337,6 @@ class Line:
         return json.loads(text)
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # heard even while a fork holds a copy
         self.file.close()
         self.sock.close()
 
@@ -1385,7 +1346,10 @@ class NoLocks(OSError):
 
 
 class Zygote:
-    """The trainer's handle on the process from which every worker is forked."""
+    """The trainer's handle on the process from which every worker is forked.
+
+    That process ends when the trainer closes the line to it, or ends itself in whatever way.
+    """
 
     def __init__(self, limits):
         ours, theirs = socket.socketpair()
@@ -1395,9 +1359,8 @@ class Zygote:
                 [*PYTHON, "--zygote", str(theirs.fileno()), json.dumps(asdict(limits))],
                 env=ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()], start_new_session=True)
-        self.control, self.patience = Line(ours), limits.wall + 20
-        self.close = weakref.finalize(self, end_zygote, self.control, self.process, os.getpid())
-        ours.settimeout(180)  # it imports; on a busy machine that may take its time
+        self.patience = limits.wall + 20  # a worker keeps its own time; this is for a dead one
+        self.control = Line(ours, 180)  # it imports; on a busy machine that may take its time
         try:
             missing = self.control.receive()
         except ConnectionError:
@@ -1410,22 +1373,15 @@ class Zygote:
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.control.sock, [b"w"], [theirs.fileno()])
-        ours.settimeout(self.patience)  # a worker keeps its own time; this is for a dead one
-        line = Line(ours)
-        line.receive()
-        return line
+        return Line(ours, self.patience)
 
-
-def end_zygote(control, process, owner):
-    """At close, at exit or when forgotten; a fork of the trainer only lets go of its copies."""
-    if os.getpid() != owner:
-        return
-    control.close()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    def close(self):
+        self.control.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 # --- The sandbox: zygote ------------------------------------------------------------------------
@@ -1541,7 +1497,6 @@ def fork_worker(control, fd, cage):
 
 def serve(line, cage):
     """A worker's life: one program after the other, each in a child of its own."""
-    line.send("ready")
     while True:
         line.send(attempt(line, *line.receive(), cage))
 
@@ -1574,7 +1529,7 @@ def attempt(line, code, stdin, raw, cage):
 
 def watch(pid, out, line, limits):
     """Read what the child prints until it ends; with it the reason, where it must be stopped."""
-    output, poll, most = bytearray(), select.poll(), len(READY) + limits.max_output
+    output, poll, most = bytearray(), select.poll(), len(READY) + MAX_OUTPUT
     end = call(libc.syscall, PIDFD_OPEN, pid, 0)
     poll.register(out, select.POLLIN)
     poll.register(end, select.POLLIN)
@@ -1617,9 +1572,9 @@ def describe(output, outcome, code, raw, limits):
         "error": f"[exit status {code}]" if code > 1 or not text else "",
         "timeout": f"[stopped: out of time, {limits.timeout:g} s of computing "
                    f"or {limits.wall:g} s in all]",
-        "memory": f"[out of memory, {limits.memory_mb} MB]",
+        "memory": f"[out of memory, {MEMORY_MB} MB]",
         "crashed": f"[crashed: signal {-code}]",
-        "output_truncated": f"[stopped: it printed more than {limits.max_output:,} bytes]",
+        "output_truncated": f"[stopped: it printed more than {MAX_OUTPUT:,} bytes]",
     }
     return "\n".join(filter(None, [text, notes.get(outcome)])) or "[no output]"
 
@@ -1684,9 +1639,7 @@ def stream(fd):
 
 def compiled(code, raw):
     """The program as code objects: all of it, or its body and a last expression to be echoed."""
-    code = code.lstrip("\ufeff")
-    if (fenced := FENCED.search(code)) and not parses(code):
-        code = fenced[1]
+    code = unfenced(code.lstrip("\ufeff"))
     lines = [line + "\n" for line in code.split("\n")]
     linecache.cache["<code>"] = (len(code), None, lines, "<code>")  # tracebacks quote from here
     tree = ast.parse(code, "<code>")
@@ -1696,18 +1649,16 @@ def compiled(code, raw):
     if last is None:
         return [body]
     # "single" is what a notebook does: the value of an expression goes to sys.displayhook.
-    return [body, compile(last, "<code>", "single", body.co_flags & FUTURES, dont_inherit=True)]
+    return [body, compile(last, "<code>", "single", dont_inherit=True)]
 
 
-FENCED = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-FUTURES = sum({getattr(future, name).compiler_flag for name in future.all_feature_names})
-
-
-def parses(code):
-    with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bool(ast.parse(code))
-    return False
+def unfenced(code):
+    """A program without the Markdown that some models write around it."""
+    try:
+        "```" in code and ast.parse(code)
+        return code
+    except (SyntaxError, ValueError):
+        return last_program(code) or code
 
 
 def finish(error):
@@ -1900,7 +1851,7 @@ def read_only_from(folders):
 
 def enclose(cage):
     """What each child gives up: resources, then almost every way of asking the kernel."""
-    limits, space = cage.limits, cage.baseline + (cage.limits.memory_mb << 20)
+    limits, space = cage.limits, cage.baseline + (MEMORY_MB << 20)
     set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
     # Should the worker come too late. Twice the time, for the kernel counts this one in ticks and
     # so roughly; a program that it ends before its time would be taken for a crashed one.
@@ -2004,39 +1955,36 @@ def install(program):
 
 def run_plain(code, stdin, raw, limits):
     """A fresh interpreter a call, with limits; it can read and write what the user can."""
-    started, late = time.monotonic(), None
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as shown:
-        given.write(json.dumps([code, raw, asdict(limits)]).encode() + b"\n")
-        given.write(stdin.encode("utf-8", "replace"))
-        given.seek(0)
+    started, outcome = time.monotonic(), None
+    request = json.dumps([code, raw, limits.timeout]) + "\n" + stdin
+    with tempfile.TemporaryFile() as shown:
         process = subprocess.Popen(
-            [*PYTHON, "--plain"], env=ENVIRONMENT, cwd="/", stdin=given, stdout=shown,
+            [*PYTHON, "--plain"], env=ENVIRONMENT, cwd="/", stdin=subprocess.PIPE, stdout=shown,
             stderr=subprocess.DEVNULL if raw else subprocess.STDOUT, start_new_session=True)
         try:
-            process.wait(limits.wall)
+            process.communicate(request.encode("utf-8", "replace"), limits.wall)
         except subprocess.TimeoutExpired:
-            late = "timeout"
+            outcome = "timeout"
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # with all it has started
         status = process.wait()
         shown.seek(0)
-        output = shown.read(limits.max_output + 1)
-    full = "output_truncated" if len(output) > limits.max_output else None
-    outcome = late or full or judge(status, status == -signal.SIGXCPU)
-    text = describe(output[:limits.max_output], outcome, status, raw, limits)
+        output = shown.read(MAX_OUTPUT + 1)
+    if len(output) > MAX_OUTPUT:
+        outcome = outcome or "output_truncated"
+    outcome = outcome or judge(status, status == -signal.SIGXCPU)
+    text = describe(output[:MAX_OUTPUT], outcome, status, raw, limits)
     return Observation(text, outcome, time.monotonic() - started)
 
 
 def plain():
     """The other end of run_plain: a line of JSON on stdin, then the program's own stdin."""
     with open(0, "rb", buffering=0, closefd=False) as given:  # unbuffered: takes not a byte more
-        code, raw, options = json.loads(given.readline())
-    limits = Limits(**options)
-    set_limit("CPU", math.ceil(limits.timeout), math.ceil(limits.timeout) + 1)
-    set_limit("FSIZE", limits.max_output + 1, limits.max_output + 1)
-    set_limit("CORE", 0, 0)
+        code, raw, timeout = json.loads(given.readline())
+    set_limit("CPU", math.ceil(timeout), math.ceil(timeout) + 1)
+    set_limit("FSIZE", MAX_OUTPUT + 1, MAX_OUTPUT + 1)
     if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
-        set_limit("AS", (limits.memory_mb + 512) << 20, (limits.memory_mb + 512 + 64) << 20)
+        set_limit("AS", 2 * MEMORY_MB << 20, 2 * MEMORY_MB + 64 << 20)
     random.seed(0)
     os._exit(perform(code, raw))
 
@@ -2052,9 +2000,7 @@ def main(arguments):
     elif arguments in (["-h"], ["--help"]):
         print(__doc__)
     elif arguments:
-        print(f"tools.py takes no options but --help; found {' '.join(arguments)}.",
-              file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"tools.py takes no options but --help; found {' '.join(arguments)}.")
     else:
         with PythonTool(unsafe=True) as tool:
             for name, held in tool.guarantees().items():

@@ -42,7 +42,7 @@ OUTCOMES = {"ok", "error", "timeout", "memory", "crashed", "output_truncated", "
 
 @pytest.fixture(scope="module")
 def tool():
-    with PythonTool(timeout=1, wall=2.5) as tool:
+    with PythonTool(timeout=0.8) as tool:
         yield tool
 
 
@@ -193,7 +193,7 @@ HOSTILE = {
 
 @pytest.fixture(scope="module", params=[True, False], ids=["landlock", "no landlock"])
 def impatient(request):
-    with PythonTool(timeout=0.4, wall=0.8, landlock=request.param, modules=()) as tool:
+    with PythonTool(timeout=0.3, landlock=request.param, modules=()) as tool:
         yield tool
 
 
@@ -243,19 +243,19 @@ def test_where_a_lock_is_missing_it_refuses_unless_told(monkeypatch):
 
 def test_unsafe_runs_plain_processes_with_limits(monkeypatch):
     monkeypatch.setattr(tools, "PYTHON", ANOTHER_MACHINE)
-    with PythonTool(unsafe=True, timeout=1, wall=2) as tool:
+    with PythonTool(unsafe=True, timeout=1) as tool:
         codes = ["6 * 7", "1 / 0", "while True: pass", "print('x' * 10 ** 7)",
                  "bytearray(10 ** 12)", "import os\nos.abort()", "input()"]
         seen = tool.run(codes, [""] * 6 + ["typed"])
         assert [one.outcome for one in seen] == ["ok", "error", "timeout", "output_truncated",
                                                  "memory", "crashed", "ok"]
         assert seen[0].text == "42" and seen[-1].text == "'typed'"
-        assert not all(tool.guarantees().values())
+        assert not any(tool.guarantees().values())
 
 
 @pytest.mark.parametrize("unsafe", [False, True])
 @pytest.mark.parametrize("trouble, sentence", [
-    ("timeout", r"ended with (timeout|sandbox_error)\. Programs have 0.0001 s"),
+    ("timeout", r"ended with (timeout|sandbox_error)\. It has 0.0001 s"),
     ("handles", "does not start: .*Too many open files"),
     ("server", "its process ended with status 3 before it was ready"),
 ])
@@ -311,7 +311,7 @@ def calls(*codes):
 def test_equal_calls_run_once_and_the_newest_are_remembered(monkeypatch):
     monkeypatch.setattr(tools, "REMEMBERED", 2)
     with Counting(modules=()) as tool:
-        tool.run([])  # tries the locks, which are programs, too
+        tool.guarantees()  # tries the locks, by a program
         tool.ran = []
         for call in calls("1", "1", "2", "2", "3", "3", "2", "1"):
             assert tool.submit(call).result().text == call.code
@@ -319,7 +319,7 @@ def test_equal_calls_run_once_and_the_newest_are_remembered(monkeypatch):
 
 
 def test_a_time_out_is_shared_by_those_who_waited_and_by_nobody_later():
-    with Counting(timeout=0.3, wall=0.6, workers=1, modules=()) as tool:
+    with Counting(timeout=0.2, workers=1, modules=()) as tool:
         (call,) = calls("import time\ntime.sleep(9)")
         waiting = [tool.submit(call) for _ in range(3)]
         assert {run.result().outcome for run in waiting} == {"timeout"}
@@ -352,7 +352,7 @@ def test_silence_is_a_chain_of_its_place_alone():
 
 
 @pytest.mark.parametrize("option, status, text", [
-    ("--help", 0, "python tools.py"), ("-h", 0, "Outcomes"), ("--halp", 2, "found --halp")])
+    ("--help", 0, "python tools.py"), ("-h", 0, "Outcomes"), ("--halp", 1, "found --halp")])
 def test_the_command_line_takes_help_and_nothing_else(option, status, text):
     done = subprocess.run([sys.executable, tools.SELF, option], capture_output=True, text=True)
     shown = done.stderr if status else done.stdout
@@ -433,19 +433,6 @@ def test_a_fault_at_every_attempt_is_a_sandbox_error(monkeypatch):
         assert run(tool, "1").text == "1"
 
 
-def test_a_fork_of_the_trainer_has_a_sandbox_of_its_own(tool):
-    assert run(tool, "1").text == "1"
-    pid = os.fork()
-    if pid == 0:
-        right = False
-        with contextlib.suppress(BaseException):
-            right = [o.text for o in tool.run(["2", "3"])] == ["2", "3"]
-            tool.close()
-        os._exit(0 if right else 1)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert run(tool, "4").text == "4"
-
-
 def test_many_threads_get_their_own_answers(tool):
     answers = {}
     threads = [threading.Thread(target=lambda i=i: answers.update({i: [o.text for o in tool.run(
@@ -466,7 +453,7 @@ def trainer(script):
 
 def test_ctrl_c_stops_a_batch_and_the_tool_goes_on():
     process = trainer(textwrap.dedent("""
-        tool = tools.PythonTool(wall=3, modules=())
+        tool = tools.PythonTool(timeout=1, modules=())
         tool.run(["1"])
         print("started", flush=True)
         try:
@@ -499,7 +486,7 @@ def test_nothing_is_left_after_close():
         first.run(["1"])
     descriptors = len(os.listdir("/proc/self/fd"))
     before = descendants(os.getpid())
-    with PythonTool(modules=(), wall=1) as tool:
+    with PythonTool(modules=(), timeout=0.4) as tool:
         tool.run(["1", "import os\nos.fork()", "import time\ntime.sleep(9)"])
         assert len(descendants(os.getpid())) > len(before)
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -591,13 +578,13 @@ def test_hostile_corpus_quick_part():
     rows = [row for row in corpus() if row["category"] not in patient and row["expect"] != "timeout"
             and "timeout" not in row.get("also", []) and "sleep" not in row["code"]]
     assert len(rows) > 120
-    assert run_corpus(rows, timeout=4, wall=8) == []
+    assert run_corpus(rows, timeout=3) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("landlock", [True, False])
 def test_hostile_corpus(landlock):
-    assert run_corpus(corpus(), timeout=4, wall=8, landlock=landlock) == []
+    assert run_corpus(corpus(), timeout=3, landlock=landlock) == []
 
 
 @pytest.mark.slow
@@ -608,8 +595,7 @@ def test_hostile_corpus_as_an_unprivileged_user(landlock):
     for source in (tools.SELF, HERE, CORPUS):
         shutil.copy(source, home)
     subprocess.run(["chmod", "-R", "a+rX", home], check=True)
-    done = subprocess.run([*nobody, python, home / HERE.name, f"landlock={landlock}", "timeout=4",
-                           "wall=8"], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([*nobody, python, home / HERE.name, f"landlock={landlock}", "timeout=3"], capture_output=True, text=True, cwd="/")
     shutil.rmtree(home)
     assert (done.stdout, len(rows)) == ("[]\n", 208), done.stderr
 
