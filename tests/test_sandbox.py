@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -54,16 +53,13 @@ def run(tool, code, stdin="", **options):
 
 TEXTS = [
     ("6 * 7", "42"),
-    ("'a' + 'b'", "'ab'"),
     ("x = [2, 1]\nx.sort()", "[no output]"),
     ("", "[no output]"),
     ("from __future__ import annotations\n1 + 1", "2"),
     ("import sys\nprint(1)\nprint(2, file=sys.stderr)\nprint(3)", "1\n2\n3"),
-    ("```python\nprint('fenced')\n```", "fenced"),
-    ("This is it:\n```\n1 + 1\n```\nDone.", "2"),
+    ("This is it:\n```python\nprint('fenced')\n```\nDone.", "fenced"),
     ("s = '''\n```\nno fence\n```\n'''\nlen(s)", "18"),
     ("object()", "<object object at 0x0>"),
-    ("import random, numpy\nrandom.random() < 1", "True"),
     ("print(__name__)", "__main__"),
     ("class D:\n    def __del__(self): print('gone', f())\ndef f(): return 1\nd = D()", "gone 1"),
     ("import atexit\natexit.register(print, 'bye')\nprint('hi')", "hi\nbye"),
@@ -78,7 +74,6 @@ TEXTS = [
      "statistics.StatisticsError: mean requires at least one data point"),
     ("import sys\nsys.exit(3)", "[exit status 3]"),
     ("import sys\nsys.exit('no solution')", "no solution"),
-    ("raise SystemExit", "[no output]"),
 ]
 
 
@@ -256,41 +251,16 @@ def test_unsafe_runs_plain_processes_with_limits(monkeypatch):
 @pytest.mark.parametrize("unsafe", [False, True])
 @pytest.mark.parametrize("trouble, sentence", [
     ("timeout", r"ended with (timeout|sandbox_error)\. It has 0.0001 s"),
-    ("handles", "does not start: .*Too many open files"),
-    ("server", "its process ended with status 3 before it was ready"),
+    ("server", "does not start: its process ended with status 3 before it was ready"),
 ])
 def test_no_trouble_but_a_missing_lock_leads_to_unsafe(monkeypatch, trouble, sentence, unsafe):
     monkeypatch.setattr(tools, "PAUSES", ())
     if trouble == "server":
         monkeypatch.setattr(tools, "PYTHON", [sys.executable, "-c", "raise SystemExit(3)"])
     tool = PythonTool(timeout=0.0001 if trouble == "timeout" else 5, modules=(), unsafe=unsafe)
-    with tool, few_handles(trouble == "handles"), pytest.raises(RuntimeError) as refused:
+    with tool, pytest.raises(RuntimeError) as refused:
         tool.run(["1"])
     assert re.search(sentence, str(refused.value)) and "unsafe" not in str(refused.value)
-
-
-@contextlib.contextmanager
-def few_handles(really):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if really:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_it_works_with_few_file_handles():
-    code = f"""
-        import resource, sys
-        resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-        sys.path.insert(0, {str(HERE.parents[1])!r})
-        import tools
-        with tools.PythonTool(workers=1, modules=()) as tool:
-            print(tool.run(["6 * 7"])[0].text)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
-    assert done.stdout == b"42\n", done.stderr
 
 
 # --- Calls ----------------------------------------------------------------------------------
@@ -304,23 +274,19 @@ class Counting(PythonTool):
         return super()._call(code, stdin, raw)
 
 
-def calls(*codes):
-    return [ToolCall(code) for code in codes]
-
-
 def test_equal_calls_run_once_and_the_newest_are_remembered(monkeypatch):
     monkeypatch.setattr(tools, "REMEMBERED", 2)
     with Counting(modules=()) as tool:
         tool.guarantees()  # tries the locks, by a program
         tool.ran = []
-        for call in calls("1", "1", "2", "2", "3", "3", "2", "1"):
-            assert tool.submit(call).result().text == call.code
+        for code in "11223321":
+            assert tool.submit(ToolCall(code)).result().text == code
         assert tool.ran == ["1", "2", "3", "1"]
 
 
 def test_a_time_out_is_shared_by_those_who_waited_and_by_nobody_later():
     with Counting(timeout=0.2, workers=1, modules=()) as tool:
-        (call,) = calls("import time\ntime.sleep(9)")
+        call = ToolCall("import time\ntime.sleep(9)")
         waiting = [tool.submit(call) for _ in range(3)]
         assert {run.result().outcome for run in waiting} == {"timeout"}
         assert tool.ran.count(call.code) == 1
@@ -381,13 +347,6 @@ def alive(pids):
     return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
-def wait_until_gone(pids, seconds):
-    deadline = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pids)
-
-
 SLOW_ANSWER = "import time\ntime.sleep(0.7)\nprint('answer')"
 
 
@@ -433,52 +392,61 @@ def test_a_fault_at_every_attempt_is_a_sandbox_error(monkeypatch):
         assert run(tool, "1").text == "1"
 
 
-def test_many_threads_get_their_own_answers(tool):
+def test_many_callers_get_their_own_answers(tool, callers=16):
     answers = {}
-    threads = [threading.Thread(target=lambda i=i: answers.update({i: [o.text for o in tool.run(
-        [f"{i} * 100 + {j}" for j in range(4)])]})) for i in range(16)]
+    threads = [threading.Thread(target=lambda i=i: answers.update(
+        {i: [seen.text for seen in tool.run([f"{i} * 3", str(i)])]})) for i in range(callers)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert answers == {i: [str(i * 100 + j) for j in range(4)] for i in range(16)}
+    assert answers == {i: [str(3 * i), str(i)] for i in range(callers)}
+
+
+@pytest.mark.slow
+def test_1024_callers_at_once_get_their_own_answers(tool):
+    test_many_callers_get_their_own_answers(tool, 1024)
 
 
 def trainer(script):
-    """A trainer in a process group of its own, that has started the sandbox and said so."""
-    script = f"import sys\nsys.path.insert(0, {str(HERE.parents[1])!r})\nimport tools\n" + script
+    """A trainer in a process group of its own, half a second after it began the script."""
+    begin = f"""
+        import sys
+        sys.path.insert(0, {str(HERE.parents[1])!r})
+        import tools
+        tool = tools.PythonTool(timeout=3, modules=())
+        tool.run(["1"])
+        print("started", flush=True)
+    """
+    script = textwrap.dedent(begin) + textwrap.dedent(script)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                                start_new_session=True)
     assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
     return process
 
 
 def test_ctrl_c_stops_a_batch_and_the_tool_goes_on():
-    process = trainer(textwrap.dedent("""
-        tool = tools.PythonTool(timeout=1, modules=())
-        tool.run(["1"])
-        print("started", flush=True)
+    process = trainer("""
         try:
             tool.run(["import time\\ntime.sleep(1)"] * 60)
         except KeyboardInterrupt:
             print(tool.run(["6 * 7"])[0].text)
-    """))
-    time.sleep(0.5)
+    """)
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=20)[0] == "42\n" and process.returncode == 0
 
 
 def test_nothing_outlives_a_killed_trainer():
-    process = trainer(textwrap.dedent("""
-        tool = tools.PythonTool(timeout=9, modules=())
-        tool.run(["1"])
-        print("started", flush=True)
+    process = trainer("""
         tool.run(["while True: pass"] * 4)
-    """))
-    time.sleep(0.5)
+    """)
     below = descendants(process.pid)
     assert len(below) >= 3
     process.kill()
     process.communicate()
-    assert wait_until_gone(below, 5)
+    deadline = time.monotonic() + 5
+    while alive(below) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(below)
 
 
 def test_nothing_is_left_after_close():
@@ -614,17 +582,6 @@ def unprivileged_python():
 
 
 # --- Load ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_1024_callers_at_once_get_their_own_answers():
-    answers = {}
-    with PythonTool() as tool:
-        threads = [threading.Thread(target=lambda i=i: answers.update(
-            {i: run(tool, f"{i} * 3").text})) for i in range(1024)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-    assert answers == {i: str(3 * i) for i in range(1024)}
 
 
 def resident(pids):
