@@ -653,12 +653,13 @@ def read_problems(path, rows, read_row):
     """
     problems, mended_lines = [], []
     for line, row, mended in rows:
+        restored = restore_latex(row)
         with naming_the_line(path, line):
-            problem = read_row({str(name).strip().lower(): row[name] for name in row})
+            problem = read_row({str(name).strip().lower(): restored[name] for name in row})
             check_answer(problem)
         problems.append(replace(problem, source=problem.source or path.stem,
                                 id=problem.id or f"{path.stem}-{line}"))
-        mended_lines += [str(line)] * mended
+        mended_lines += [str(line)] * (mended or restored != row)
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
     if mended_lines:
@@ -748,7 +749,7 @@ def read_text(path, suffixes=(".jsonl", ".json")):
         if path.suffix not in suffixes:
             raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
-        text = path.read_text("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
     except UnicodeError as fault:
@@ -778,22 +779,33 @@ def read_json(path, text):
         yield number, row, mended
 
 
-# What may follow a backslash in JSON. In files where LaTeX was written with one backslash, "\cup"
-# is no JSON at all, and "\frac" reads as a form feed and "rac". Form feed and backspace are never
-# meant; \n, \r and \t are not meant before the rest of a command, as in "\neq" and "\theta".
-MEANT = re.compile(r"""\\(["\\/]|u[0-9a-fA-F]{4}|n(?!(?:eq|abla)\b)|r(?!(?:ight|angle|ho|m)\b)
-                          |t(?!(?:riangle|imes|heta|ext|frac|au|o)\b))|\\""", re.VERBOSE)
+ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})|\\')
 
 
 def parse_json(path, number, text):
-    """(value, mended): backslashes that belong to LaTeX are doubled before the text is read."""
-    mended = MEANT.sub(lambda found: found[0] if found[1] else r"\\", text)
+    """(value, mended); an escape that JSON does not know, as in "\\cup", becomes a backslash."""
+    mended = ESCAPE.sub(lambda found: found[0] if found[1] else r"\\", text)
     try:
         return json.loads(mended), mended != text
     except (ValueError, RecursionError) as fault:
         number += getattr(fault, "lineno", 1) - 1
         raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
                          "object a line; mend or delete that line.") from fault
+
+
+# "\frac" in JSON is a form feed and "rac". Form feed and backspace are never meant; tab, return
+# and newline are put back only before the rest of a command, as in "\theta" and "\neq".
+LOST = re.compile(r"[\f\b]|\t(?=(?:riangle|imes|heta|ext|frac|au|o)\b)"
+                  r"|\r(?=(?:ight|angle|ho|m)\b)|\n(?=(?:eq|abla)\b)")
+
+
+def restore_latex(row):
+    """The row with the backslashes that JSON took put back.
+
+    In its own texts only: messages and tests hold programs, where a line may well begin with eq.
+    """
+    return {name: LOST.sub(lambda lost: json.dumps(lost[0])[1:-1], value) if isinstance(value, str)
+            else value for name, value in row.items()}
 
 
 def read_general(row):

@@ -25,7 +25,8 @@ EQUAL = [  # (answer, truth)
     (r"\tfrac{1}{2}", r"\frac1{2}"), (r"\frac{ 1 }{ 2 }", ".5"), (r"\frac{-3}{4}", "-0.75"),
     (r"\frac{3}{-4}", "-3/4"), (r"3\frac{1}{2}", "3.5"), ("3 1/2", "7/2"), (r"-3\frac12", "-3.5"),
     (r"\frac{1,000}{3}", "1000/3"), ("⁄".join("12"), "1/2"), ("−5", "-5"), ("- 5", "-5"),
-    (r"-\frac{-1}{2}", "1/2"), ("-(-5)", "5"), ("５", "5"), (r"\frac{\frac12}{3}", r"\frac{1/2}{3}"),
+    (r"-\frac{-1}{2}", "1/2"), ("-(-5)", "5"), ("５", "5"),
+    (r"\frac{\frac12}{3}", r"\frac{1/2}{3}"),
     # Units, money, per cent
     ("$-5$", "-5"), (r"5\%", "5"), ("0.5", "50%"), ("50", r"50\%"), ("50 percent", "50%"),
     (r"90^{\circ}", "90"), ("90°", "90 degrees"), (r"\$1,800.00", "1800"), ("€20", "20"),
@@ -64,7 +65,7 @@ DIFFERENT = [
     ("42", "43"), ("42", "-42"), ("42", "4.2"), ("4 2", "42"), ("1,000", "1"), ("1.000", "1000"),
     ("1{,}5", "15"), ("1/2", "2"), (r"\frac12", "12"), (r"\frac12", "2/1"), ("--5", "5"),
     (r"\frac{1}{23}", r"\frac123"), ("31/2", "3 1/2"), (r"3\frac{1}{2}", "1.5"), ("0.333", "1/3"),
-    ("3.14", r"\pi"), ("50%", "5"), ("50", "0.5"), ("0.5%", "50%"), ("1/0", "0"), ("1/0", "1/0 + 1"),
+    ("3.14", r"\pi"), ("50%", "5"), ("50", "0.5"), ("0.5%", "50%"), ("1/0", "0"),
     ("5-", "5"), ("1 2", "12"), ("5.0.0", "5"), ("4/9/2", "2/9"), ("1/2/3", "1/2"), ("5/(2)", "5"),
     ("0x10", "16"), ("1_000", "1000"), ("9" * 599, "9" * 598 + "8"), ("-(5)", "5"), ("12:30", "12"),
     # Text behind a number that is no unit, units that differ, words that change the number
@@ -199,7 +200,8 @@ def test_a_grader_never_raises(turn, kind):
 
 
 def test_a_fault_of_the_grader_is_named_not_hidden():
-    for tests, tool, fault in (([{}], None, "KeyError"), (SUM, Scripted(("3", "ok")), "ValueError")):
+    lost = Scripted(("3", "ok"))  # one observation for two tests
+    for tests, tool, fault in (([{}], None, "KeyError"), (SUM, lost, "ValueError")):
         problem = tools.Problem("?", kind="program", tests=tests)
         assert tools.grade(problem, fenced("1"), tool).reason == f"grader error: {fault}"
 

@@ -99,13 +99,13 @@ def test_lost_backslashes_are_restored_and_counted(tmp_path):
     path = write(tmp_path, r'{"problem": "$\frac{a}{b}$ in \triangle ABC, \theta", "answer": "1"}',
                  r'{"problem": "$A \cup B$, \\sin, \u0041", "answer": "2"}',
                  r'{"problem": "a\tb\nnext line, \\frac", "answer": "3"}',
-                 r'{"prompt": "a", "reward_model": {"ground_truth": "\frac12"}}')
+                 r'{"messages": [{"role": "user", "content": "a = 1\neq = 2"}], "answer": "4"}')
     problems, (note,) = told(path)
-    assert "backslashes restored in 3 rows (lines 1, 2, 4)" in note
+    assert "backslashes restored in 2 rows (lines 1, 2)" in note
     assert [problem.question for problem in problems[:3]] == [
         r"$\frac{a}{b}$ in \triangle ABC, \theta", r"$A \cup B$, \sin, A",
         "a\tb\nnext line, \\frac"]
-    assert problems[3].answer == r"\frac12"
+    assert problems[3].question == "a = 1\neq = 2"  # a program, perhaps
 
 
 @pytest.mark.parametrize("name, count, mended", [

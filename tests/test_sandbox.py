@@ -563,7 +563,8 @@ def test_hostile_corpus_as_an_unprivileged_user(landlock):
     for source in (tools.SELF, HERE, CORPUS):
         shutil.copy(source, home)
     subprocess.run(["chmod", "-R", "a+rX", home], check=True)
-    done = subprocess.run([*nobody, python, home / HERE.name, f"landlock={landlock}", "timeout=3"], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([*nobody, python, home / HERE.name, f"landlock={landlock}", "timeout=3"],
+                          capture_output=True, text=True, cwd="/")
     shutil.rmtree(home)
     assert (done.stdout, len(rows)) == ("[]\n", 208), done.stderr
 
