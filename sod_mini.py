@@ -940,9 +940,6 @@ def collate(rollouts, device, prompts=None):
 
     A rollout that the machine failed has no tokens of the student's: nothing is learnt from it.
     """
-    if all(r.finish == "infrastructure" for r in rollouts):
-        raise ValueError("the sandbox failed a program of every rollout: see `python tools.py`, "
-                         "and whether the machine has memory and disk left")
     prompts = prompts or [r.prompt for r in rollouts]
     ids, step_ids = [], []
     for r, prompt in zip(rollouts, prompts):
@@ -1231,6 +1228,9 @@ def distil(agent):
         prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
         rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
         batch = collate(rollouts, student.device)                           # with their rewards
+        if batch.reward.isnan().all():
+            raise ValueError("the sandbox failed a program of every rollout: see `python "
+                             "tools.py`, and whether the machine has memory and disk left")
 
         student.train()  # old and new policy are computed alike
         batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
@@ -1433,7 +1433,7 @@ def check_slots(model):
                          f"{fault}; use --rollout_engine generate")
 
 
-@torch.inference_mode()  # 7% faster than no_grad on the world's small models
+@torch.inference_mode()  # 6% faster than no_grad with 64 rollouts of the world
 def sample_by_slots(agent, model, rollouts, pick):
     """The fast engine: a kept KV cache (Slots), and nobody waits for another one's tool.
 

@@ -4,7 +4,6 @@ A scripted model stands in for the student: it says what the test tells it to an
 ids it was shown.
 """
 import dataclasses
-import json
 import math
 from functools import partial
 
@@ -365,26 +364,9 @@ def test_models_that_do_more_to_their_logits_are_refused(family):
         describe(family, **MORE[family])
 
 
-@pytest.mark.parametrize("old, new, sentence", [
-    ("{% endfor %}<|im_end|>", "{% endfor %}<|endoftext|>", "ends a turn with .*endoftext"),
-    ("{{ message.content }}\n</tool_response>", "</tool_response>", "does not show tool answers"),
-    ("{{ tool.function.name }}", "", "does not tell the model of its tool"),
-    ("{%- if tools %}", "{%- if tools %}{{ nothing.at.all }}", "gave nothing .'nothing' is undef")])
-def test_a_template_that_cannot_hold_a_conversation_with_a_tool_is_refused(tmp_path, old, new,
-                                                                          sentence):
+def test_a_template_that_raises_where_it_is_to_show_tools_is_refused_with_its_reason(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
-    assert old in tokenizer.chat_template
-    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    tokenizer.chat_template = "{% if tools %}{{ raise_exception('no tools') }}{% endif %}<|im_end|>"
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        sod.load_tokenizer(tmp_path)
-
-
-def test_an_end_token_that_the_template_does_not_write_is_refused(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
-    tokenizer.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "eos_token": "<|endoftext|>"}))
-    with pytest.raises(ValueError, match="ends a turn with '<.im_end.>.* and its.*endoftext"):
+    with pytest.raises(ValueError, match="it gave nothing .no tools.; use a model whose template"):
         sod.load_tokenizer(tmp_path)
