@@ -462,19 +462,24 @@ def read_samples(path):
         except ValueError as fault:
             raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); delete the line "
                              "and all after it, and the evaluation continues there.") from None
+    if not rows or not is_header(rows[0]):
+        raise ValueError(f"{path} is no file of samples of evaluate.py, or one of another version; "
+                         "its first line must hold model, data and all settings")
     for number, row in enumerate(rows[1:], start=2):
         if not isinstance(row, dict) or any(not isinstance(row.get(name), kind)
                                             for name, kind in COLUMNS.items()):
             raise ValueError(f"{path}, line {number}: found no sample; needed {', '.join(COLUMNS)}")
+    return Evaluation(**rows[0], rows=rows[1:])
+
+
+def is_header(row):
+    """True for the first line of a file of samples."""
     try:
-        evaluation = Evaluation(**rows[0], rows=rows[1:])
+        evaluation = Evaluation(**row)
         known = asdict(Config(**evaluation.settings)).keys() - {*FOLDERS}
-        if evaluation.settings.keys() == known and evaluation.problems > 0:
-            return evaluation
-    except (IndexError, TypeError, ValueError):  # empty, of another shape, impossible settings
-        pass
-    raise ValueError(f"{path} is no file of samples of this version of evaluate.py; its first line "
-                     "must hold model, data and all settings")
+        return evaluation.settings.keys() == known and evaluation.problems > 0
+    except (TypeError, ValueError):  # of another shape, or with impossible settings
+        return False
 
 
 def read_finished(path):
