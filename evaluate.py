@@ -940,7 +940,7 @@ def idle_options(args, given):
     configs = [settings(data, given) for data in args.data or ["world"]]
     slots = any(config.rollout_engine == "slots" for config in configs)
     silent = any(config.silent_rate for config in configs)
-    idle = [(True, {"iteration", "micro_batch_tokens"}), (not slots, {"look", "tool_wait"}),
+    idle = [(True, {"iteration"}), (not slots, {"look", "tool_wait", "micro_batch_tokens"}),
             (not silent, {"silent_persist"})]
     return options & {name for is_idle, names in idle if is_idle for name in names}
 
@@ -1024,31 +1024,10 @@ def run(args, given):
         evaluate_all(list(dict.fromkeys(args.compare or args.model)), args.data, given)
 
 
-def ends_with_a_sentence(work):
-    """Run a command, whatever stops it. Returns its exit status: 0 done, 1 stopped with a
-    sentence, 128 and more by a signal."""
-    sod.prepare_output()
-    try:
-        with tools.stoppable(lambda: True):
-            return work() or 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
-        print("error: the reader of this output has gone, so the command stopped", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        if not sod.out_of_memory(error):
-            raise
-        print("error: not enough memory for the model; choose a smaller one", file=sys.stderr)
-    except KeyboardInterrupt as stop:
-        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    return 1
-
-
 def main(argv=None):
-    """The exit status, as above; 2 for wrong options."""
-    return ends_with_a_sentence(lambda: run(*parse(argv)))
+    """The exit status: 0 done, 1 stopped with a sentence, 2 wrong options."""
+    return sod.ends_with_a_sentence(lambda: run(*parse(argv)),
+                                    "the same command continues where this one stopped")
 
 
 if __name__ == "__main__":
