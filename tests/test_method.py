@@ -13,11 +13,6 @@ import sod_mini as sod
 T64 = dict(dtype=torch.float64)
 
 
-def test_docstring_examples_are_true():
-    failed, tried = doctest.testmod(sod)
-    assert tried and not failed
-
-
 # --- Eq. 6 and 7 ------------------------------------------------------------------------------
 
 
@@ -343,3 +338,8 @@ def test_clipping_stops_the_gradient_only_of_tokens_that_have_already_moved():
     sod.policy_loss(logp, torch.zeros(1, 4), A, torch.ones(1, 4).bool(), num_tokens=1).backward()
     grad = logp.grad[0].tolist()
     assert grad == pytest.approx([-1.0, 0.0, -math.exp(-0.5), math.exp(0.5)])
+
+
+def test_docstring_examples_are_true():
+    failed, tried = doctest.testmod(sod)
+    assert tried and not failed
