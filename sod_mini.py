@@ -126,7 +126,7 @@ class Config(Sampling):
     eval_top_p: float = 1.0                 # the paper's .6 would hide this student's unreliability
     offload: str = "none"                   # to the CPU while idle: teacher; all: optimiser too
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
-    preflight: bool = True                  # false: go on though disk, memory or a model look wrong
+    preflight: bool = True                  # false: go on though memory or a model look wrong
     out: str = "runs"                       # folder of all outputs
     name: str = ""                          # folder of this run; default: method and time
     show_every: int = 10                    # iterations between two rollouts shown, 0 for never
@@ -1910,10 +1910,10 @@ def load_tokenizer(path):
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
-    probe = "a tool's text"
+    probe = "the text of a tool"
     try:
         told = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0]))
-        shown = tokenizer.decode(encode_tool_turn(tokenizer, probe))
+        shown = repr(tokenizer.decode(encode_tool_turn(tokenizer, probe)))
         after = render_tool_turn(tokenizer, probe)
     except Exception as error:  # a template may raise anything
         told, shown, after = "", f"nothing ({error})", tokenizer.eos_token

@@ -68,6 +68,16 @@ def stops(capsys, tmp_path, arguments, status, sentence, module="sod_mini"):
 
 OPTIONS = [
     ("--lr", 2, r"argument --lr: expected one argument"),
+    ("--iterations 1.5", 2, r"argument --iterations: invalid int value: '1.5'"),
+    ("--learning_rate 1", 2, r"unrecognized arguments: --learning_rate 1"),
+    ("--iter 3", 2, r"unrecognized arguments: --iter 3"),
+    ("--preset big", 2, r"argument --preset: invalid choice: 'big'"),
+    ("--offload teacher --kl full", 2, r"kl full needs the teacher .* use --offload none"),
+    ("--method grpo --kl full", 2, r"grpo has no teacher, .*use --kl sampled"),
+    ("--method grpo --weights uniform", 2, r"method grpo fixes its own weights"),
+    ("--method grpo --group_size 1", 2, r"group_size is 1, and grpo compares .*: use 2 or more"),
+    ("--updates 5", 2, r"prompts 2 does not divide into 5"),
+    ("--overlong 101", 2, r"overlong 101 is more than max_response 100: lower it"),
     ("--train_data ''", 2, r"method sod needs problems to practise on: use --train_data FILE"),
     ("--method sft --demonstrations ' '", 2, r"none are named: use --demonstrations FILE"),
     ("--name a/../../b", 2, r"name is 'a/../../b'; needed one folder name.*--out says where"),
@@ -75,17 +85,21 @@ OPTIONS = [
     ("--system 'caf\udce9'", 2, r"system holds .* no UTF-8 .*; type it again in UTF-8"),
     ("--resume HERE", 2, r"holds no run to resume .*name its folder"),
     ("--device cuda", 1, r"device cuda was asked for and no CUDA GPU .*; use --device cpu"),
+    ("--device tpu", 1, r"device 'tpu' is none that torch knows; use cpu, cuda or cuda:1"),
     ("--device ''", 1, r"device '' is none that torch knows"),
     ("--name " + "n" * 300, 1, r"cannot write to .*: File name too long; choose another"),
     ("--tool_modules no_such_module", 1, r"tool_modules .*no_such_module.* not installed; "),
     ("--max_response 5000", 1, r"reads 1024 tokens; max_prompt 128 and max_response 5000"),
     ("--max_prompt 3", 1, r"all 12 prompts are longer than 3 tokens .*; raise --max_prompt"),
+    ("--method vanilla", 1, r"nothing to measure on; name problems with --eval_data"),
+    ("--student HERE/gone", 1, r"there is no folder .*name a folder"),
+    ("--teacher nobody/nothing", 1, r"cannot load nobody/nothing: .*Hub"),
     ("--student data/world/train.jsonl", 1, r"is a file; name the folder"),
     ("--teacher ''", 1, r"there is no folder"),
 ]
 BEYOND = ("lr -1, lr nan, lr inf, iterations 0, temperature 0, eval_top_p 1.5, clip_dual .5, "
-          "beta1 1, silent_rate 1, epsilon 0, tool_chars 3, seed -1, seed 4294967296, threads 10000, "
-          "micro_batch_tokens -1, look 0, floor -1")
+          "beta1 1, silent_rate 1, epsilon 0, tool_chars 3, seed -1, seed 4294967296, "
+          "threads 10000, micro_batch_tokens -1, look 0, floor -1")
 UNKNOWN = ("method SOD, weights none, kl exact, dtype float16, rollout_engine vllm, offload disk, "
            "init zeros")
 OPTIONS += [(f"--{case}", 2, rf"{case.split()[0]} is .*; it must be at least")
@@ -122,6 +136,12 @@ def test_a_folder_that_is_there_already_stays_as_it_is(capsys, tmp_path):
 # --- Data files ---------------------------------------------------------------------------------
 
 DATA = {
+    "broken": (LINE + b'{"question": "1+1", "answer"\n', r"line 2: found broken JSON .*mend"),
+    "words": (b"What is 1+1?\n", r"line 1: found broken JSON .*needed one JSON object a line"),
+    "binary": (bytes(range(256)), r"found bytes that are no UTF-8 text .*decompress it or save it"),
+    "keys": (b'{"q": "1+1", "a": "2"}\n', r"line 1: found no question \(columns: q, a\); needed"),
+    "long": (json.dumps({**ROW, "question": "Add 1. " * 140_000}).encode(),
+             r"all 1 prompts are longer than 128 tokens .* raise --max_prompt"),
     "blank": (b"\n \n\t\n", r"is empty; needed at least one row"),
     "utf16": (json.dumps(ROW).encode("utf-16"), r"no UTF-8 text"),
     "latin1": ('{"question": "caf\xe9", "answer": "1"}'.encode("latin-1"), r"no UTF-8 text"),
@@ -243,6 +263,21 @@ def adapter(path):
     write("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "x"}')(path)
 
 
+def swap(path):
+    data = json.loads((path / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
+    (path / "tokenizer.json").write_text(json.dumps(data))
+
+
+def reworded(old, new):
+    def change(path):
+        text = (path / TEMPLATE).read_text()
+        assert old in text
+        (path / TEMPLATE).write_text(text.replace(old, new))
+    return change
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
 TEMPLATE = "chat_template.jinja"
 MODELS = {
@@ -269,6 +304,12 @@ MODELS = {
             r"plain tool call .* nan nats .* random, damaged or for another tokenizer"),
     "noise": (weights("model.embed_tokens.weight", lambda t: t.normal_()),
               r"plain tool call .* chance is -6.24: its weights are random"),
+    "other_ids": (swap, r"different ids for the same text .they differ from token .*one family"),
+    "no_answers": (reworded("{{ message.content }}\n</tool_response>", "</tool_response>"),
+                   r"does not show tool answers.*role tool"),
+    "no_tools": (reworded("{{ tool.function.name }}", ""), r"does not tell the model of its tool"),
+    "other_end": (settings("tokenizer_config.json", eos_token="<|endoftext|>"),
+                  r"ends a turn with '<\|im_end\|>.* tokenizer with '<\|endoftext\|>'.*set eos"),
     "no_template": (remove(TEMPLATE), r"no chat template .*use a chat"),
     "syntax": (write(TEMPLATE, "{% for m in messages %}"), r"template .* does not show"),
     "no_end": (settings("tokenizer_config.json", eos_token=None), r"no end-of-turn token; use a"),

@@ -1,4 +1,5 @@
 """What is known before the weights are read, and what is done about it."""
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,38 @@ def test_a_sound_world_passes_and_says_what_was_found(monkeypatch, capsys):
     assert "seed 0" in said and "MiB on cpu for weights, AdamW and gradient" in said
     assert "NOTE" not in said and agent.student is None and len(agent.practice) == 2000
 
+
+
+STUDENT, TEACHER = 344_928, 771_456  # parameters
+
+
+@pytest.mark.parametrize("options, device, need", [
+    # Bytes a weight: 4 or 2 to compute with; 8 for the moments, 4 for the gradient, 4 for a master
+    # where it is another tensor.
+    (dict(), "cpu", {"cpu": 16 * STUDENT + 4 * TEACHER}),
+    (dict(method="grpo"), "cpu", {"cpu": 16 * STUDENT}),
+    (dict(method="vanilla"), "cpu", {"cpu": 4 * STUDENT}),
+    (dict(method="opsd_gt"), "cpu", {"cpu": 20 * STUDENT}),
+    (dict(dtype="bfloat16"), "cuda", {"cuda": 18 * STUDENT + 2 * TEACHER}),
+    (dict(dtype="bfloat16", offload="teacher"), "cuda",
+     {"cuda": 18 * STUDENT + 2 * TEACHER, "cpu": 2 * TEACHER}),
+    (dict(dtype="bfloat16", offload="all"), "cuda",
+     {"cuda": 2 * STUDENT + 2 * TEACHER, "cpu": 16 * STUDENT + 2 * TEACHER}),
+])
+def test_the_memory_that_a_run_holds_for_certain_by_hand(monkeypatch, options, device, need):
+    config = replace(WORLD, **options)
+    teacher = {"teacher": WORLD.teacher, "answer": WORLD.student}.get(
+        sod.METHODS[config.method].view)
+    arguments = (config, sod.skeleton(WORLD.student), teacher and sod.skeleton(teacher),
+                 torch.device(device), getattr(torch, config.dtype, torch.float32))
+    monkeypatch.setattr(sod, "free_memory", lambda place: need[str(place)])
+    monkeypatch.setattr(sod, "in_bytes", str)
+    said = sod.check_memory(*arguments)
+    assert {place: int(n) for n, place in re.findall(r"(\d+) on (\w+)", said)} == need
+    for short in need:  # a byte less, anywhere
+        monkeypatch.setattr(sod, "free_memory", lambda p: need[str(p)] - (str(p) == short))
+        with pytest.raises(ValueError, match=f"are free on {short}; choose smaller models"):
+            sod.check_memory(*arguments)
 
 
 def test_what_does_not_fit_is_refused_unless_told_otherwise(monkeypatch):
