@@ -32,7 +32,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import sys
 import warnings
 import zlib

@@ -665,6 +665,12 @@ def read_problems(path, rows, read_row):
     if mended_lines:
         warnings.warn(f"{path}: backslashes restored in {len(mended_lines)} rows "
                       f"(lines {', '.join(mended_lines)})", stacklevel=3)
+    answers = collections.defaultdict(set)
+    for problem in problems:
+        answers[problem.question].add(problem.answer)
+    if several := sum(len(given) > 1 for given in answers.values()):
+        warnings.warn(f"{path}: {several} questions stand there with different answers, and a "
+                      "rollout is graded by that of its own row", stacklevel=3)
     return problems
 
 

@@ -318,3 +318,11 @@ def test_a_folder_is_locked_for_one_process(tmp_path):
             pass
     with tools.locked(tmp_path):
         pass
+
+
+def test_a_question_with_different_answers_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 1?", "answer": "3"}\n'
+                    '{"question": "2 + 2?", "answer": "4"}\n', encoding="utf-8")
+    with pytest.warns(UserWarning, match="1 questions stand there with different answers"):
+        assert [p.answer for p in tools.load_problems(path)] == ["2", "3", "4"]
