@@ -2343,7 +2343,7 @@ def model_card(config, results):
         number = len(next(iter(results.values())))
         measured = (f"average@{config.eval_samples} on {number} problems of `{config.eval_data}`, "
                     f"temperature {config.eval_temperature}, top-p {config.eval_top_p}; 95% "
-                    "interval from resampling problems:\n\n" + results_table(results))
+                    "interval over problems:\n\n" + results_table(results))
     return CARD.format(
         c=config, title=config.name or config.method, results=measured,
         teacher={"": "none", "teacher": config.teacher}.get(
@@ -2477,6 +2477,7 @@ def unused(config):
 
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
+    transformers.utils.logging.disable_progress_bar()
     folder = open_run_folder(config)
     with tools.locked(folder):
         print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items()))
@@ -2644,36 +2645,37 @@ def prepare_output():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
-def main(argv=None):
-    """Exit status: 0 done, 1 stopped with a sentence, 2 wrong options, 128 and more by a signal."""
+def ends_with_a_sentence(work, after_a_signal):
+    """Run a command, whatever stops it. Returns its exit status: 0 done, 1 stopped with a
+    sentence, 128 and more by a signal (2, of argparse, for wrong options)."""
     prepare_output()
     try:
-        config, preset = parse_config(argv)
-        transformers.utils.logging.disable_progress_bar()
         with tools.stoppable(lambda: True):
-            run(config, preset)
+            return work() or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
-        print("error: the reader of this output has gone, so the run stopped", file=sys.stderr)
-        return 1
+        print("error: the reader of this output has gone, so the command stopped", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print(f"error: not enough memory for the models ({str(error).splitlines()[0]}); choose "
-              "smaller ones, or try --offload all", file=sys.stderr)
-        return 1
+        print("error: not enough memory for the models; choose smaller ones, or try --offload all",
+              file=sys.stderr)
     except KeyboardInterrupt as stop:
-        print("interrupted; files written so far are whole", file=sys.stderr)
+        print(f"interrupted; {after_a_signal}", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    return 0
+    return 1
+
+
+def main(argv=None):
+    """The exit status, as above."""
+    return ends_with_a_sentence(lambda: run(*parse_config(argv)), "files written so far are whole")
 
 
 if __name__ == "__main__":
