@@ -940,6 +940,9 @@ def collate(rollouts, device, prompts=None):
 
     A rollout that the machine failed has no tokens of the student's: nothing is learnt from it.
     """
+    if all(r.finish == "infrastructure" for r in rollouts):
+        raise ValueError("the sandbox failed a program of every rollout: see `python tools.py`, "
+                         "and whether the machine has memory and disk left")
     prompts = prompts or [r.prompt for r in rollouts]
     ids, step_ids = [], []
     for r, prompt in zip(rollouts, prompts):
@@ -1228,9 +1231,7 @@ def distil(agent):
         prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
         rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
         batch = collate(rollouts, student.device)                           # with their rewards
-        if batch.reward.isnan().all():
-            raise ValueError("the sandbox failed a program of every rollout: see `python "
-                             "tools.py`, and whether the machine has memory and disk left")
+
 
         student.train()  # old and new policy are computed alike
         batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
@@ -2500,6 +2501,8 @@ def run(config, preset):
             if folder.exists():
                 print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
+        finally:
+            agent.tool.close()
 
 
 def measure_and_train(agent, folder, problems, results):
