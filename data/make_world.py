@@ -154,7 +154,7 @@ def demonstrations(rng, bench, noise=0.0, rate=0.0, persist=0.0, told=0.15):
         problem = make_problem(rng)
         row = to_problem(problem)
         view = rng.choice(["answer", "hint"]) if rng.random() < told else ""
-        row.question = sod.view_question(row, view)
+        row.question += sod.told_besides(row, view)
         yield row, demonstrate(problem, rng, bench, 0.0 if view else noise,
                                Outages(rng, rate, persist))
 
