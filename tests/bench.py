@@ -603,7 +603,8 @@ def growth():
     lengths = [5760, 11_520, 23_040]
     extra = {}
     for length in lengths:
-        seen = peak_of_iteration(replace(LONG, method="grpo"), "0.6B", "", PROMPT, length - PROMPT)
+        seen = peak_of_iteration(replace(LONG, offload="teacher"), "0.6B", "0.6B", PROMPT,
+                                 length - PROMPT)
         extra[length] = np.array([seen["gradient"] - seen["resident"]])
     yield curve("memory of a gradient on top of weights and optimiser by tokens, 0.6B", extra,
                 lambda x: f"{x[0]:.2f} GiB", "<= 1.1")

@@ -134,7 +134,8 @@ def test_what_does_not_fit_at_its_least_ends_with_a_sentence(monkeypatch, scored
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False)])
-def test_every_lack_of_memory_is_known_and_no_other_error_is_hidden(monkeypatch, scored, error, known):
+def test_every_lack_of_memory_is_known_and_no_other_error_is_hidden(monkeypatch, scored, error,
+                                                                    known):
     agent, batch = scored
     monkeypatch.setattr(sod, "hidden_states", failing(sod.hidden_states, lambda n, *_: n == 1,
                                                       error))

@@ -158,7 +158,7 @@ def push(model, scale=1.0):
 
 def travelled(dtype, step, updates=40):
     """Mean way of weights under a constant gradient, as a share of lr * updates."""
-    model = tiny(dtype=dtype)
+    model = tiny(dtype=dtype, num_hidden_layers=1)
     start = [p.detach().double().clone() for p in model.parameters()]
     take = step(model)
     for _ in range(updates):
