@@ -64,7 +64,7 @@ class Sampling:
     max_turns: int = 12                     # assistant turns in a rollout
     max_prompt: int = 128                   # tokens; longer prompts are skipped, and counted
     max_response: int = 384                 # tokens after the prompt, tool answers included
-    tool_timeout: float = 5.0               # CPU seconds a program may take; three times that on the clock
+    tool_timeout: float = 5.0               # CPU seconds for a program, thrice as much on the clock
     tool_chars: int = 4096                  # longest tool answer; the cut is marked
     tool_modules: str = ""                  # imported once for all programs, as in numpy,sympy
     tool_unsafe: bool = False               # run programs even where they cannot be contained

@@ -655,7 +655,7 @@ def test_wrong_options_are_a_sentence_and_status_2(argv, message, capsys):
     (["--download", "x", "--k", "2"], "k"),
     (["--page", "x", "--temperature", ".5"], "temperature"), (["--iteration", "3"], "iteration"),
     (["--data", "gsm8k", "--look", "3", "--silent_persist", ".1"], "look, silent_persist"),
-    (["--micro_batch_tokens", "7"], "micro_batch_tokens"), (["--k", "2", "--look", "3"], None),
+    (["--k", "2", "--look", "3"], None),
     (["--rescore", "x", "--tool_timeout", "3"], None), (["--page", "x", "--iteration", "2"], None)])
 def test_options_that_a_command_does_not_use_are_told_and_dropped(argv, idle, capsys):
     args, given = evaluate.parse(argv)
@@ -665,7 +665,7 @@ def test_options_that_a_command_does_not_use_are_told_and_dropped(argv, idle, ca
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "is empty"), ("{}\n", "no file of samples"), ("[]\n", "no file of samples"),
+    ("", "no file of samples"), ("{}\n", "no file of samples"), ("[]\n", "no file of samples"),
     ("[]\n" * 3, "no file of samples"), ("x\n", "line 1: found broken JSON"),
     ('{"model": "m"}\n', "no file of samples"), ('{"model": "m"}', "no file of samples")])
 def test_wrong_files_are_a_sentence_and_status_1(text, message, tmp_path, capsys):
