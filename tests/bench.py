@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import gc
 import math
-import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -105,50 +104,6 @@ def real_peak(work, *shapes):
     return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
-# --- Steps: boundaries, divergence, weights, advantages ----------------------------------------
-
-
-def steps():
-    """step_divergence, step_weights and token_advantages beside a loop over tokens."""
-    B, T, K = 64, N, 16
-    torch.manual_seed(0)
-    logp_s, logp_t, A = -torch.rand(B, T), -torch.rand(B, T), torch.randn(B)
-    step_id = (torch.arange(T) * K // T).repeat(B, 1)
-    step_id[:, ::9] = -1  # tool text
-
-    def tensors(*x, rows=B):
-        logp_s, logp_t, step_id, A = (part[:rows] for part in x)
-        w = sod.step_weights(sod.step_divergence(logp_s, logp_t, step_id, K))
-        return sod.token_advantages("sod", A, logp_s, logp_t, step_id, w)
-
-    batch, rows = (logp_s, logp_t, step_id, A), 8
-    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9)["tensors"]
-    started = time.process_time()
-    looped = [loop_over_tokens(*(part[i] for part in batch)) for i in range(rows)]
-    loop = (time.process_time() - started) * B / rows
-    torch.testing.assert_close(tensors(*batch, rows=rows), torch.stack(looped))
-    what = f"step boundaries, d, w and advantages, {B} x {T:,} tokens"
-    yield Row(what, show(seconds), f"{loop:.1f} s, a loop with .item() ({rows} rows, scaled)",
-              loop / float(np.median(seconds)), ">= 100")
-
-
-def loop_over_tokens(logp_s, logp_t, step_id, A):
-    """The obvious way, for one rollout: (T,) advantages."""
-    total, count, advantages = {}, {}, torch.zeros_like(logp_s)
-    for t in range(len(step_id)):
-        k = step_id[t].item()
-        if k >= 0:
-            gap = abs(logp_s[t].item() - logp_t[t].item())
-            total[k], count[k] = total.get(k, 0) + gap, count.get(k, 0) + 1
-    d = {k: total[k] / count[k] for k in total}
-    for t in range(len(step_id)):
-        k = step_id[t].item()
-        if k >= 0:
-            w = min((d[0] + 1e-6) / (d[k] + 1e-6), 1.2)
-            advantages[t] = A.item() + w * (logp_t[t].item() - logp_s[t].item())
-    return advantages
-
-
 # --- Head: memory and time of token_logprobs and reverse_kl ------------------------------------
 
 
@@ -226,13 +181,13 @@ def memory():
             yield no_gpu(what)
 
 
-def products(hidden, weight, times):
-    """The matrix products that nothing avoids: logits, once or twice, and both gradients."""
+def products(hidden, weight):
+    """The matrix products that are left without the softmax: logits, twice, and both gradients."""
     p = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
 
     def work():
         with torch.no_grad():
-            for _ in range(times - 2):
+            for _ in range(2):
                 torch.mm(hidden, weight.T, out=p)
             return p @ weight, p.T @ hidden
     return work
@@ -240,7 +195,6 @@ def products(hidden, weight, times):
 
 def head_times(n, v, d, dtype, device, clock, rounds):
     """Rows of the time of token_logprobs, forward and backward, beside its peers."""
-    kept = n * v <= sod.KEEP_ELEMENTS
     torch.manual_seed(0)
     hidden, weight = (torch.randn(s, device=device, dtype=dtype).div_(d ** 0.25).requires_grad_()
                       for s in ((n, d), (v, d)))
@@ -255,14 +209,13 @@ def head_times(n, v, d, dtype, device, clock, rounds):
     peers = {"ours": sod.token_logprobs, "naive": naive_logprobs}
     peers |= {"TRL": kernels[0]} if kernels else {}
     seconds = take_turns({name: both_ways(f) for name, f in peers.items()}
-                         | {"floor": products(hidden, weight, 3 if kept else 4)}, rounds, clock)
-    what = (f"token_logprobs, time, {n:,} x {v:,} x {d}, {str(dtype)[6:]}, {device}, tiles "
-            + ("kept for backward" if kept else "computed again in backward"))
+                         | {"floor": products(hidden, weight)}, rounds, clock)
+    what = f"token_logprobs, time, {n:,} x {v:,} x {d}, {str(dtype)[6:]}, {device}"
     ours = seconds["ours"]
     yield Row(what, show(ours), f"{show(seconds['naive'])}, naive", ratio(ours, seconds["naive"]),
               "<= 1.2" if device == "cpu" else "<= 1.0")
     yield Row(f"{what}, share of the floor", show(ours),
-              f"{show(seconds['floor'])}, its {3 if kept else 4} products alone",
+              f"{show(seconds['floor'])}, its 4 products alone",
               ratio(seconds["floor"], ours), ">= 0.75")
     if kernels:
         yield Row(what, show(ours), f"{show(seconds['TRL'])}, TRL", ratio(ours, seconds["TRL"]))
@@ -270,10 +223,7 @@ def head_times(n, v, d, dtype, device, clock, rounds):
 
 def head():
     """Time of token_logprobs, forward and backward."""
-    size = 512, V // 4, 1024, torch.float32, "cpu", time.process_time, 5
-    yield from head_times(*size)
-    with mock.patch.object(sod, "KEEP_ELEMENTS", 0):  # as where there are too many to be kept
-        yield from head_times(*size)
+    yield from head_times(512, V // 4, 1024, torch.float32, "cpu", time.process_time, 5)
     if CUDA:
         yield from head_times(8192, V, 1024, torch.bfloat16, "cuda", gpu_clock, 9)
     else:
@@ -473,76 +423,6 @@ def methods():
         yield no_gpu("SOD over OPD")
 
 
-def trl():
-    """A whole iteration in the embedded world: rollouts, scores, update, beside TRL's step."""
-    try:
-        from trl import DistillationConfig, DistillationTrainer
-    except ImportError:
-        yield Row("a whole training step in the world, beside TRL", "TRL is not installed", "")
-        return
-    yield from beside_trl("cpu", DistillationTrainer, DistillationConfig)
-    if CUDA:
-        yield from beside_trl("cuda", DistillationTrainer, DistillationConfig)
-    else:
-        yield no_gpu("a whole training step in the world")
-
-
-def beside_trl(device, Trainer, Settings, iterations=4):
-    """One update on 128 rollouts of 16 problems, the same models, problems and tool, no silence."""
-    config = sod.Config(device=device, silent_rate=0.0, updates=1, iterations=iterations)
-    mine, tokens = [], []
-    for _ in range(2):
-        agent, clock = sod.load_agent(replace(config)), []
-        for m, _ in sod.train(agent):
-            clock.append(time.perf_counter())
-            tokens.append(m["tokens"] / 128)
-        mine += np.diff(clock).tolist()  # the first warms up
-    with tempfile.TemporaryDirectory() as folder:
-        theirs, per_rollout = trl_steps(config, Trainer, Settings, folder)
-    yield Row(f"an iteration of 128 rollouts in the world, {device}",
-              f"{show(mine)}, {np.median(tokens):.0f} sampled tokens a rollout",
-              f"{show(theirs)}, TRL, {per_rollout:.0f} sampled tokens a rollout",
-              float(np.median(theirs) / np.median(mine)), ">= 1")
-
-
-def trl_steps(config, Trainer, Settings, folder):
-    """Seconds of TRL's steps but the first, and its sampled tokens a rollout."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl.chat_template_utils import qwen3_template
-    agent = sod.load_agent(config)
-    tokenizer, clock = agent.tokenizer, []
-    tokenizer.padding_side, tokenizer.response_template = "left", qwen3_template
-
-    def code_interpreter(code: str) -> str:
-        """Run a Python program.
-
-        Args:
-            code: the program.
-        """
-        return agent.tool.run([code])[0].text
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            clock.append(time.perf_counter())
-    problems = [p for p, _ in agent.practice[:16 * config.iterations]]
-    prompts = [[{"role": "user", "content": p.question}] for p in problems for _ in range(8)]
-    settings = Settings(
-        folder, per_device_train_batch_size=128, max_steps=config.iterations, beta=1.0, bf16=False,
-        max_completion_length=config.max_response, learning_rate=config.lr, report_to=[],
-        lr_scheduler_type="constant", save_strategy="no", logging_steps=1, shuffle_dataset=False,
-        use_cpu=config.device == "cpu", max_tool_calling_iterations=config.max_turns - 1,
-        gradient_checkpointing=False, disable_tqdm=True)
-    with contextlib.redirect_stdout(None):
-        trainer = Trainer(agent.student, agent.teacher, settings, processing_class=tokenizer,
-                          train_dataset=Dataset.from_dict({"prompt": prompts}),
-                          tools=[code_interpreter], callbacks=[Clock()])
-        trainer.train()
-    per_rollout = np.median([log["completions/mean_length"] for log in trainer.state.log_history
-                             if "completions/mean_length" in log])
-    return np.diff(clock), per_rollout
-
-
 # --- Peak memory of an iteration --------------------------------------------------------------
 
 PROMPT, BUDGETS = 2560, {"0.6B": 12.5, "1.7B": 30.0}  # tokens; GiB
@@ -618,8 +498,7 @@ def curve(what, found, show, target):
                float(exponent), target)
 
 
-SECTIONS = {f.__name__: f for f in (steps, memory, head, rollouts, overlap, methods, trl, peak,
-                                   growth)}
+SECTIONS = {f.__name__: f for f in (memory, head, rollouts, overlap, methods, peak, growth)}
 
 
 def main():
