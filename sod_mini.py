@@ -2512,8 +2512,6 @@ def run(config, preset):
             if folder.exists():
                 print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
-        finally:
-            agent.tool.close()
 
 
 def measure_and_train(agent, folder, problems, results):

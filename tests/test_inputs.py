@@ -142,7 +142,7 @@ DATA = {
     "keys": (b'{"q": "1+1", "a": "2"}\n', r"line 1: found no question \(columns: q, a\); needed"),
     "long": (json.dumps({**ROW, "question": "Add 1. " * 140_000}).encode(),
              r"all 1 prompts are longer than 128 tokens .* raise --max_prompt"),
-    "blank": (b"\n \n\t\n", r"is empty; needed at least one row"),
+    "blank": (b"\n \n\t\n", r"is empty; needed at least one"),
     "utf16": (json.dumps(ROW).encode("utf-16"), r"no UTF-8 text"),
     "latin1": ('{"question": "caf\xe9", "answer": "1"}'.encode("latin-1"), r"no UTF-8 text"),
     "list": (b'["question"]\n', r"line 1: found a str; needed a JSON object such as"),
@@ -155,9 +155,9 @@ DATA = {
                 r"found the kind 'program' without tests; needed"),
     "tests": (b'{"question": "1+1", "tests": 5}\n', r"line 1: found a column that holds another"),
     "surrogate": (b'{"question": "half \\ud83d a pair", "answer": "2"}\n',
-                  r"line 1: found half a surrogate pair; needed"),
+                  r"line 1: found half a surrogate pair"),
     "half_pair": (b'{"messages": [{"role": "user", "content": "\\udc00"}], "answer": "2"}\n',
-                  r"line 1: found half a surrogate pair; needed"),
+                  r"line 1: found half a surrogate pair"),
     "digits": (b'{"question": "1+1", "answer": ' + b"9" * 5000 + b"}\n", r"found broken JSON"),
 }
 SPECIAL = {  # what makes the thing at this path
@@ -428,7 +428,7 @@ def test_a_closed_screen_is_no_traceback_and_loses_nothing(tmp_path, redirection
     if status == 0:
         assert (tmp_path / "out/a/checkpoint").exists()
     elif "2>&1" not in redirection:
-        assert said.endswith("the reader of this output has gone, so the run stopped\n")
+        assert said.endswith("the reader of this output has gone, so the command stopped\n")
 
 
 def test_a_terminal_that_knows_only_ascii_shows_every_character_of_the_data(tmp_path):

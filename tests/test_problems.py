@@ -225,11 +225,12 @@ def test_a_folder_that_fails_while_it_is_filled_leaves_nothing(tmp_path):
 
 
 def test_a_folder_killed_while_it_is_filled_does_not_get_its_name(tmp_path):
-    if not os.fork():
+    child = os.fork()
+    if not child:
         with tools.whole_folder(tmp_path / "a") as place:
             (place / "x").write_text("1")
             os.kill(os.getpid(), signal.SIGKILL)
-    os.wait()
+    os.waitpid(child, 0)
     assert [p.name for p in tmp_path.iterdir()] == ["a.tmp"]
     with tools.whole_folder(tmp_path / "a") as place:
         assert not list(place.iterdir())  # what the killed one left is gone
