@@ -114,7 +114,9 @@ def parse_tool_call(text):
     text     what the model wrote, control tokens removed; thoughts before `</think>` do not count
     returns  ToolCall, or None where the turn holds no call and so is an answer
 
-    Never raises; linear in the length of the text.
+    Never raises; linear in the length of the text. Differs from the authors' code: there a
+    malformed call ends the rollout in silence, and further calls of a turn vanish. Here the model
+    is told of both.
     """
     thought, ended, rest = text.partition("</think>")
     if ended and ("<think>" in thought or "<tool_call>" not in thought):
@@ -303,7 +305,10 @@ NOT_UNITS = set("dozen hundred thousand lakh million crore billion trillion half
 
 
 def grade_math(final_turn, truth):
-    """Compare the last boxed answer with the true one, numbers as numbers (see `same_answer`)."""
+    """Compare the last boxed answer with the true one, numbers as numbers (see `same_answer`).
+
+    Differs from the authors' code: there strings must be equal, within the last 100 characters.
+    """
     answer = last_boxed(str(final_turn))
     if answer is None:
         return Verdict(False, "no boxed answer", 0.0)
@@ -555,7 +560,11 @@ def grade_program(final_turn, tests, tool):
 
 
 def last_program(text):
-    """The last closed fenced block, unchanged; blocks labelled Python go before unlabelled ones."""
+    """The last closed fenced block, unchanged; blocks labelled Python go before unlabelled ones.
+
+    Differs from the authors' code: there it is what stands between two </think>, and each \\n in
+    it becomes a line break, in strings too.
+    """
     found, label, lines = {}, None, []
     for line in text.splitlines(keepends=True):
         fence = line.strip()
@@ -1579,7 +1588,11 @@ def judge(code, out_of_time):
 
 
 def describe(output, outcome, code, raw, limits):
-    """What the model is shown: the output, freed of the host's traces, and how it ended."""
+    """What the model is shown: the output, freed of the host's traces, and how it ended.
+
+    Differs from the authors' code: there time-outs and failures read "no stdout here", and count
+    as success; and text over 256 characters loses its middle without a word.
+    """
     text = output.decode("utf-8", "replace")
     if raw:
         return text
@@ -1656,7 +1669,11 @@ def stream(fd):
 
 
 def compiled(code, raw):
-    """The program as code objects: all of it, or its body and a last expression to be echoed."""
+    """The program as code objects: all of it, or its body and a last expression to be echoed.
+
+    Differs from the authors' code: there the last line is rewritten to print(<line>), which breaks
+    a program that ends in a loop, an assignment, an import or a comment.
+    """
     code = unfenced(code.lstrip("\ufeff"))
     lines = [line + "\n" for line in code.split("\n")]
     linecache.cache["<code>"] = (len(code), None, lines, "<code>")  # tracebacks quote from here
