@@ -219,55 +219,7 @@ PRESETS = {
                   eval_samples=32),
 }
 
-# --- The method, as a family (Sec. 4): teacher's view and token advantage ---------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """What tells apart the methods that train on rollouts (vanilla and sft do not)."""
-    view: str      # who scores: "" nobody, "teacher", or the frozen start with "answer" or "hint"
-    outcome: bool  # does the token advantage hold the group advantage A_i?
-    weights: str   # factor of logp_t - logp_s: "" none, "uniform", "sod" (then Config.weights)
-
-
-METHODS = {
-    "vanilla":   Method("",        False, ""),         # no training: the student is measured
-    "sft":       Method("",        False, ""),         # cross-entropy on demonstrations
-    "grpo":      Method("",        True,  ""),         # A_i
-    "opd":       Method("teacher", True,  "uniform"),  # A_i +     (logp_t - logp_s)
-    "opd_only":  Method("teacher", False, "uniform"),  #            logp_t - logp_s
-    "opsd_gt":   Method("answer",  True,  "uniform"),  # A_i +     (logp_t - logp_s), our reading
-    "opsd_hint": Method("hint",    True,  "uniform"),  # A_i +     (logp_t - logp_s), our reading
-    "sod":       Method("teacher", True,  "sod"),      # A_i + w_k (logp_t - logp_s)
-    "sod_only":  Method("teacher", False, "sod"),      #       w_k (logp_t - logp_s)
-}
-
-
-def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
-    """What each sampled token is worth (Eq. 8-10): outcome plus weighted distillation.
-
-    method           a key of METHODS
-    A                (B,) outcome advantage of each rollout
-    logp_s, logp_t   (B, T) log-probabilities of the sampled tokens, nats; grpo takes None
-    step_id          (B, T) k, or -1 for tokens that get no advantage
-    w                (B, K) weight of each step; methods without distillation take None
-    returns          (B, T) A_it, 0 outside the steps, detached
-    """
-    A_it = torch.zeros(step_id.shape, device=step_id.device)  # (B, T)
-    if METHODS[method].outcome:
-        A_it = A_it + A[:, None]
-    if METHODS[method].view:
-        A_it = A_it + opd_coef * per_token(w, step_id) * (logp_t - logp_s)
-    # where, not a product: tool tokens may hold any value, and 0 * inf is not 0.
-    return torch.where(step_id >= 0, A_it, 0.0).detach()
-
-
-def per_token(w, step_id):
-    """(B, K) weights of steps -> (B, T): a token has the weight of its step."""
-    return w.gather(1, step_id.clamp(min=0))
-
-
-# --- The method, step by step -----------------------------------------------------------------
+# --- The method, step by step (Sec. 4) ---------------------------------------------------------
 
 
 def group_advantages(rewards, group_size):
@@ -353,6 +305,54 @@ WEIGHTS = {
     # Not in the paper: a first step that is known by heart (d_1 near 0) cannot switch off the rest.
     "floor": lambda batch, c: step_weights(batch.d.clamp(min=c.floor), c.epsilon, c.delta),
 }
+
+
+# --- The method, as a family: who scores, and what a token is worth ----------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells apart the methods that train on rollouts (vanilla and sft do not)."""
+    view: str      # who scores: "" nobody, "teacher", or the frozen start with "answer" or "hint"
+    outcome: bool  # does the token advantage hold the group advantage A_i?
+    weights: str   # factor of logp_t - logp_s: "" none, "uniform", "sod" (then Config.weights)
+
+
+METHODS = {
+    "vanilla":   Method("",        False, ""),         # no training: the student is measured
+    "sft":       Method("",        False, ""),         # cross-entropy on demonstrations
+    "grpo":      Method("",        True,  ""),         # A_i
+    "opd":       Method("teacher", True,  "uniform"),  # A_i +     (logp_t - logp_s)
+    "opd_only":  Method("teacher", False, "uniform"),  #            logp_t - logp_s
+    "opsd_gt":   Method("answer",  True,  "uniform"),  # A_i +     (logp_t - logp_s), our reading
+    "opsd_hint": Method("hint",    True,  "uniform"),  # A_i +     (logp_t - logp_s), our reading
+    "sod":       Method("teacher", True,  "sod"),      # A_i + w_k (logp_t - logp_s)
+    "sod_only":  Method("teacher", False, "sod"),      #       w_k (logp_t - logp_s)
+}
+
+
+def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
+    """What each sampled token is worth (Eq. 8-10): outcome plus weighted distillation.
+
+    method           a key of METHODS
+    A                (B,) outcome advantage of each rollout
+    logp_s, logp_t   (B, T) log-probabilities of the sampled tokens, nats; grpo takes None
+    step_id          (B, T) k, or -1 for tokens that get no advantage
+    w                (B, K) weight of each step; methods without distillation take None
+    returns          (B, T) A_it, 0 outside the steps, detached
+    """
+    A_it = torch.zeros(step_id.shape, device=step_id.device)  # (B, T)
+    if METHODS[method].outcome:
+        A_it = A_it + A[:, None]
+    if METHODS[method].view:
+        A_it = A_it + opd_coef * per_token(w, step_id) * (logp_t - logp_s)
+    # where, not a product: tool tokens may hold any value, and 0 * inf is not 0.
+    return torch.where(step_id >= 0, A_it, 0.0).detach()
+
+
+def per_token(w, step_id):
+    """(B, K) weights of steps -> (B, T): a token has the weight of its step."""
+    return w.gather(1, step_id.clamp(min=0))
 
 
 def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, clip_dual=3.0,
