@@ -2,11 +2,9 @@
 
     python evaluate.py                                    the embedded models, half a minute
     python evaluate.py --model Qwen/Qwen3-0.6B --data aime2024 aime2025
-    python evaluate.py --compare runs/a/checkpoint runs/b/checkpoint --data gsm8k
     python evaluate.py --compare FILE_A FILE_B            two files of samples: which is better?
     python evaluate.py --rescore FILE                     grade stored samples again
-    python evaluate.py --download aime2024                fetch a benchmark into benchmarks/
-    python evaluate.py --page runs/NAME --iteration 1 25  the rollouts of a run, as a web page
+    python evaluate.py --page runs/NAME 1 25              iterations of a run, as a web page
 
 Each model on each benchmark has one file of samples, a JSON line a sample, named after everything
 that decides what is in it. The same command continues an interrupted file, and ends with the same
@@ -21,7 +19,6 @@ Notation
 import argparse
 import base64
 import csv
-import fcntl
 import hashlib
 import html
 import io
@@ -31,12 +28,10 @@ import os
 import pickle
 import random
 import re
-import shutil
 import sys
-import warnings
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +53,8 @@ class Config(sod.Sampling):
     k: int = WORLD.eval_samples                   # samples a problem in one run: average@k
     runs: int = 1                                 # runs, as the paper has them: mean and deviation
     limit: int = 0                                # first problems to take, 0 for all
-    dates: str = ""                               # contest dates that count, as in 2025-02:2025-05
     temperature: float = WORLD.eval_temperature   # of sampling
     top_p: float = WORLD.eval_top_p               # nucleus of sampling
-    transcripts: bool = False                     # store all turns and tool answers, not the last
     benchmarks: str = "benchmarks"                # folder of downloaded benchmarks
     out: str = "runs/evaluate"                    # folder of the files of samples
 
@@ -69,14 +62,11 @@ class Config(sod.Sampling):
 
     def __post_init__(self):
         sod.check_values(self)
-        if self.dates and not re.fullmatch(r"\d{4}(-\d\d){0,2}:\d{4}(-\d\d){0,2}", self.dates):
-            raise ValueError(f"dates is {self.dates!r}; write FIRST:LAST, as in 2025-02:2025-05")
 
 
 PAPER = {name: value for name, value in sod.PRESETS["paper"].items()
          if name in sod.Sampling.__annotations__}
 PAPER.update(k=32, runs=5, temperature=1.0, top_p=0.6, max_prompt=4096, rollout_batch=64)
-FOLDERS = ("benchmarks", "out")  # settings that decide nothing about a sample
 
 
 def settings(data, given):
@@ -85,17 +75,28 @@ def settings(data, given):
     return Config(**{**(dict(limit=WORLD.eval_problems) if is_world else PAPER), **given})
 
 
+def stored_settings(config):
+    """All settings but the folders, which decide nothing about a sample."""
+    folders = ("benchmarks", "out")
+    return {name: value for name, value in vars(config).items() if name not in folders}
+
+
+def known_settings(kind, stored):
+    """Settings as they were stored, without those that this version knows no more."""
+    return {f.name: stored[f.name] for f in fields(kind) if f.name in stored}
+
+
 # --- Benchmarks: what they are and where they lie ----------------------------------------------
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """A file that other people's numbers come from."""
-    rows: int         # what the whole file holds
-    repo: str         # data set on the Hub
-    file: str         # file of that data set
-    window: str = ""  # contest dates that count
-    paper: str = ""   # average@32 in percent, mean of 5 runs: SOD 0.6B, SOD 1.7B, their 4B teacher
+    rows: int           # what the whole file holds
+    repo: str           # data set on the Hub
+    file: str           # file of that data set
+    months: tuple = ()  # first and last month of the contests that count
+    paper: str = ""     # average@32 in %, mean of 5 runs: SOD 0.6B, SOD 1.7B, their 4B teacher
 
 
 BENCHMARKS = {
@@ -104,9 +105,9 @@ BENCHMARKS = {
     "aime2025": Benchmark(30, "math-ai/aime25", "test.jsonl", paper="26.13, 41.72, 60.42"),
     "gpqa_diamond": Benchmark(198, "Idavidrein/gpqa", "gpqa_diamond.csv",
                               paper="22.19, 38.72, 55.19"),
-    # The sixth file has 175 rows from 2025-01 on; how many lie in the window is told, not checked.
+    # The sixth file has 175 rows from 2025-01 on; how many lie in these months is told.
     "livecodebench_v6": Benchmark(175, "livecodebench/code_generation_lite", "test6.jsonl",
-                                  "2025-02:2025-05", "27.72, 40.63, 63.13"),
+                                  ("2025-02", "2025-05"), "27.72, 40.63, 63.13"),
     "gsm8k": Benchmark(1319, "openai/gsm8k", "main/test-00000-of-00001.parquet"),
     "math500": Benchmark(500, "HuggingFaceH4/MATH-500", "test.jsonl"),
 }
@@ -122,35 +123,14 @@ def find_file(data, folder):
             raise ValueError(f"{data} is neither a file nor a benchmark; the benchmarks are world, "
                              + ", ".join(BENCHMARKS))
         return Path(data)
-    paths = [Path(folder) / (data + suffix) for suffix in SUFFIXES]
+    benchmark, place = BENCHMARKS[data], Path(folder) / data
+    paths = [Path(f"{place}{suffix}") for suffix in SUFFIXES] + [place / benchmark.file]
     existing = [path for path in paths if path.exists()]
     if not existing:
-        raise ValueError(f"found no file {Path(folder) / data} with an ending {', '.join(SUFFIXES)}"
-                         f"; put it there, or fetch it: python evaluate.py --download {data}")
+        raise ValueError(f"found no file {place} with an ending {', '.join(SUFFIXES)}; put it "
+                         f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} "
+                         f"--repo-type dataset --local-dir {place}")
     return existing[0]
-
-
-def download(data, folder):
-    """Fetch a benchmark from the Hub to where find_file looks for it; returns the path."""
-    if data not in BENCHMARKS:
-        raise ValueError(f"{data} cannot be downloaded; choose from {', '.join(BENCHMARKS)}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError
-    benchmark, page = BENCHMARKS[data], f"https://huggingface.co/datasets/{BENCHMARKS[data].repo}"
-    target = Path(folder) / (data + Path(benchmark.file).suffix)
-    try:
-        fetched = hf_hub_download(benchmark.repo, benchmark.file, repo_type="dataset")
-    except GatedRepoError:
-        raise ValueError(f"{data} is gated: accept its conditions at {page}, log in with `hf auth "
-                         f"login`, try again; or put its file at {target}.") from None
-    except Exception as error:  # the Hub's client raises a dozen kinds when it is cut off
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise ValueError(f"cannot fetch {data}: {first.strip()} Without a way to the Hub, fetch "
-                         f"{benchmark.file} from {page} elsewhere and put it at {target}."
-                         ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(fetched, target.with_suffix(".part"))  # half a file never carries the name
-    return target.with_suffix(".part").replace(target)
 
 
 def load_benchmark(data, config):
@@ -160,17 +140,12 @@ def load_benchmark(data, config):
     if benchmark and len(rows) != benchmark.rows:
         raise ValueError(f"{path}: found {len(rows)} of {benchmark.rows} problems; the file is "
                          "truncated or another one, fetch it again.")
-    dates = config.dates or (benchmark.window if benchmark else "")
-    dated = [row for row in rows if within(row[1].get("contest_date"), dates)]
-    if len(dated) < len(rows):
-        print(f"{len(dated)} of {len(rows)} problems of {data} are dated {dates}", file=sys.stderr)
-    if rows and not dated:
-        raise ValueError(f"{path}: found no problem dated {dates}; choose other --dates")
-    with warnings.catch_warnings(record=True) as repairs:
-        warnings.simplefilter("always")
-        problems = tools.read_problems(path, dated, read_row)
-    for repair in repairs:
-        print(f"note: {repair.message}", file=sys.stderr)
+    if benchmark and benchmark.months:
+        first, last = benchmark.months
+        rows = [row for row in rows if first <= str(row[1].get("contest_date"))[:7] <= last]
+        print(f"{len(rows)} of {benchmark.rows} problems of {data} are dated {first} to {last}",
+              file=sys.stderr)
+    problems = tools.read_problems(path, rows, read_row)
     twice = [name for name, times in Counter(p.id for p in problems).items() if times > 1]
     if twice:
         raise ValueError(f"{path}: the id {twice[0]} stands in several rows; ids tell problems "
@@ -208,17 +183,8 @@ def read_parquet(path):
         from pyarrow import parquet
     except ImportError as fault:
         raise ValueError(f"{path}: found parquet, and pyarrow is not installed; run `pip install "
-                         "pyarrow`, or convert the file where it is: pandas.read_parquet(file)."
-                         "to_json(\"rows.jsonl\", orient=\"records\", lines=True).") from fault
+                         "pyarrow`, or convert the file to .jsonl elsewhere.") from fault
     return parquet.read_table(path).to_pylist()
-
-
-def within(date, dates):
-    """True if an ISO date lies in FIRST:LAST, each given to the year, month or day."""
-    if not dates or not date:
-        return True
-    first, last = dates.split(":")
-    return first <= str(date)[:len(first)] and str(date)[:len(last)] <= last
 
 
 def read_row(row):
@@ -234,9 +200,7 @@ def read_gpqa(row):
     options = [tools.first_text(row, name).strip() for name in names]
     question = tools.first_text(row, "question").strip()
     if not question or not all(options):
-        columns = zip(["question", *names], [question, *options])
-        missing = ", ".join(name for name, text in columns if not text)
-        raise ValueError(f"found nothing in {missing}; needed a question and four options.")
+        raise ValueError("found an empty cell; needed a question and four options; fetch it again.")
     order = random.Random(question).sample(range(4), 4)
     listed = "\n".join(f"{letter}) {options[index]}" for letter, index in zip("ABCD", order))
     question += f"\n\n{listed}\n\nGive the letter of the right option in \\boxed{{}}."
@@ -246,10 +210,9 @@ def read_gpqa(row):
 
 def read_livecodebench(row):
     """Public and private tests, stdin or functional; the starter code becomes part of the task."""
-    metadata = row.get("metadata") or {}
-    metadata = metadata if isinstance(metadata, dict) else json.loads(metadata)
+    function = json.loads(row.get("metadata") or "{}").get("func_name", "")
     tests = [test for name in ("public_test_cases", "private_test_cases")
-             for test in tools.read_tests(unpack(row.get(name)), metadata.get("func_name", ""))]
+             for test in tools.read_tests(unpack(row.get(name)), function)]
     if not tests:
         raise ValueError("found no test cases; needed public_test_cases or private_test_cases.")
     task = "Write a Python program that reads from standard input and prints the answer."
@@ -257,11 +220,7 @@ def read_livecodebench(row):
         task = f"Complete this code:\n```python\n{starter.rstrip()}\n```"
     task += "\nGive the whole program in one ```python block."
     return tools.Problem(f"{row['question_content']}\n\n{task}", "", "program", tests=tests,
-                         id=tools.first_text(row, "question_id"),
-                         difficulty=tools.read_level(row))
-
-
-MAX_TESTS = 2**30  # bytes of unpacked tests of one problem; stops a decompression bomb
+                         id=tools.first_text(row, "question_id"))
 
 
 def unpack(packed):
@@ -271,14 +230,8 @@ def unpack(packed):
     if packed.lstrip()[0] in "[{":
         return json.loads(packed)
     try:
-        unzip = zlib.decompressobj()
-        data = unzip.decompress(base64.b64decode(packed, validate=True), MAX_TESTS)
-        if not unzip.eof:
-            raise ValueError("truncated, or larger than a gigabyte")
-        text = TextOnly(io.BytesIO(data)).load()
-        if not isinstance(text, str):
-            raise ValueError(f"the pickle holds a {type(text).__name__}, not a string")
-        return json.loads(text)
+        data = zlib.decompress(base64.b64decode(packed, validate=True))
+        return json.loads(TextOnly(io.BytesIO(data)).load())
     except Exception as fault:  # a hostile pickle can raise anything; all of it means one thing
         raise ValueError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
                          "pickled JSON string in zlib in base64; fetch the file again.") from fault
@@ -291,7 +244,7 @@ class TextOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
 
 
-# --- Metrics: one number from graded samples ---------------------------------------------------
+# --- Metrics: one number from graded samples, and which of two models is better -----------------
 
 
 def pass_at_k(n, c, k):
@@ -351,8 +304,6 @@ def t_interval(values):
     reach = sod.t_975(len(values) - 1) * std / math.sqrt(len(values)) if std == std else math.nan
     return mean, mean - reach, mean + reach
 
-
-# --- Metrics: which of two models is better ----------------------------------------------------
 
 # Where two models score alike on all but n problems, chance lets one of them win all n with a
 # probability of 2 / 2^n: 1 in 16 for 5 of them, more often than the 1 in 20 a 95% interval allows.
@@ -433,60 +384,58 @@ class Evaluation:
         return self.settings["runs"] * self.problems * self.settings["k"]
 
     def cells(self, name):
-        """One column of the rows as nested lists, (R, P, k)."""
-        flat, k, P = [row[name] for row in self.rows], self.settings["k"], self.problems
-        groups = [flat[start:start + k] for start in range(0, len(flat), k)]
-        return [groups[start:start + P] for start in range(0, len(groups), P)]
+        """One column of the rows, (R, P, k)."""
+        values = np.array([row[name] for row in self.rows], dtype=object)
+        return values.reshape(self.settings["runs"], self.problems, self.settings["k"])
 
     def correct(self):
         """(P, R k) of 0 and 1: all samples of a problem, its runs side by side."""
-        return np.concatenate(np.array(self.cells("right"), dtype=float), axis=1)
+        return np.concatenate(self.cells("right").astype(float), axis=1)
 
     def scores(self):
         """{problem id: share of right samples}"""
-        ids = [group[0] for group in self.cells("problem")[0]]
-        return dict(zip(ids, self.correct().mean(1)))
+        return dict(zip(self.cells("problem")[0, :, 0], self.correct().mean(1)))
 
 
-COLUMNS = {"run": int, "problem": str, "sample": int, "right": bool, "reason": str,
-           "vote": (str, type(None)), "final": str, "finish": str, "calls": list, "tokens": int}
+COLUMNS = {"run", "problem", "sample", "right", "reason", "vote", "final", "finish", "calls",
+           "tokens"}
 
 
-def read_samples(path):
-    """The Evaluation in a file. A last line without its end is left out."""
-    rows = []
-    for number, line in enumerate(tools.read_text(Path(path)).split("\n")[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as fault:
-            raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); delete the line "
-                             "and all after it, and the evaluation continues there.") from None
-    if not rows or not is_header(rows[0]):
-        raise ValueError(f"{path} is no file of samples of evaluate.py, or one of another version; "
-                         "its first line must hold model, data and all settings")
-    for number, row in enumerate(rows[1:], start=2):
-        if not isinstance(row, dict) or any(not isinstance(row.get(name), kind)
-                                            for name, kind in COLUMNS.items()):
-            raise ValueError(f"{path}, line {number}: found no sample; needed {', '.join(COLUMNS)}")
-    return Evaluation(**rows[0], rows=rows[1:])
+def lines_of(path):
+    """[(where, line)] of a log. A last line without its end, still being written, is left out."""
+    lines = tools.read_text(path).split("\n")[:-1] if path.is_file() else []
+    return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1)]
 
 
-def is_header(row):
-    """True for the first line of a file of samples."""
+def parse_line(where, line):
+    """A JSON object; NaN and infinity, which JSON does not know, become null."""
     try:
-        evaluation = Evaluation(**row)
-        known = asdict(Config(**evaluation.settings)).keys() - {*FOLDERS}
-        return evaluation.settings.keys() == known and evaluation.problems > 0
-    except (TypeError, ValueError):  # of another shape, or with impossible settings
-        return False
+        row = json.loads(line, parse_constant=lambda name: None)
+    except ValueError as fault:
+        raise ValueError(f"{where}: found broken JSON ({fault}); delete the line and those "
+                         "after it") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found a {type(row).__name__}; needed a JSON object")
+    return row
 
 
-def read_finished(path):
-    """read_samples of a file that holds every sample, else a sentence."""
-    evaluation = read_samples(path)
-    if len(evaluation.rows) != evaluation.expected:
-        raise ValueError(f"{path} holds {len(evaluation.rows)} of {evaluation.expected} samples: "
-                         "the evaluation was interrupted; give its command again and it continues.")
+def read_samples(path, finished=True):
+    """The Evaluation in a file, which must hold every sample unless it need not be finished."""
+    lines = lines_of(Path(path))
+    header, *rows = [parse_line(*line) for line in lines] or [{}]
+    try:
+        evaluation = Evaluation(**header, rows=rows)
+        expected = evaluation.expected
+    except (TypeError, KeyError):
+        raise ValueError(f"{path} is no file of samples of evaluate.py, or one of another version; "
+                         "its first line must hold model, data and all settings") from None
+    for (where, _), row in zip(lines[1:], rows):
+        if lacking := COLUMNS - row.keys():
+            raise ValueError(f"{where}: found no sample, for it lacks {', '.join(sorted(lacking))};"
+                             " delete the line and those after it")
+    if finished and len(rows) != expected:
+        raise ValueError(f"{path} holds {len(rows)} of {expected} samples: the evaluation was "
+                         "interrupted; give its command again and it continues.")
     return evaluation
 
 
@@ -503,10 +452,8 @@ def file_of(evaluation, folder):
 
 
 def short(name):
-    """The last parts of a path, without characters that file names should not hold."""
-    parts = [part for part in Path(name).parts if part not in ("/", "..")]
-    last = 2 if parts[-1:] == ["checkpoint"] else 1
-    return re.sub(r"[^\w.-]+", "-", "-".join(parts[-last:]).removesuffix(".jsonl"))
+    """The last two parts of a path, without characters that file names should not hold."""
+    return re.sub(r"[^\w.-]+", "-", "-".join(Path(name).parts[-2:])).strip(".-")
 
 
 def crc_of(problems):
@@ -529,52 +476,38 @@ def evaluate(name, data, problems, model, tokenizer, config):
     """Sample what the file lacks, a line a sample; the finished Evaluation and its path."""
     agent = sod.Agent(config, model, None, tokenizer, None)
     prompts, skipped = sod.fitting_prompts(problems, tokenizer, config)
-    used = {key: value for key, value in asdict(config).items() if key not in FOLDERS}
-    used |= {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    used = stored_settings(config) | {"device": model.device.type,
+                                      "dtype": str(model.dtype).removeprefix("torch.")}
     evaluation = Evaluation(name, data, len(prompts), skipped, weights_crc(model),
                             crc_of(problems), used)
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     agent.tool, _ = sod.load_tool(config)
-    with agent.tool, open(path, "a", encoding="utf-8") as file:
-        resume(file, evaluation)
-        with tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
-                  desc=f"{short(name)} on {short(data)}", disable=None) as bar:
-            for rows in sample_the_rest(agent, evaluation, prompts):
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-                file.flush()
-                evaluation.rows += rows
-                right = np.mean([row["right"] for row in evaluation.rows])
-                bar.set_postfix(right=f"{right:.1%}")
-                bar.update(len(rows))
+    resume(path, evaluation)
+    bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
+               desc=f"{short(name)} on {short(data)}", disable=None)
+    with agent.tool, open(path, "a", encoding="utf-8") as file, bar:
+        for rows in sample_the_rest(agent, evaluation, prompts):
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            evaluation.rows += rows
+            bar.update(len(rows))
     return evaluation, path
 
 
-def resume(file, evaluation):
-    """Take over the rows that an interrupted evaluation has written, and cut off what follows.
+def resume(path, evaluation):
+    """Take over the rows that an interrupted evaluation has written, and begin the file with them.
 
     Only whole batches are kept: a sample's random numbers are its own, but the last digits of its
     scores may hang on who is sampled beside it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{file.name} is being written by another process; let it end") from None
-    lines = Path(file.name).read_text(encoding="utf-8").splitlines(keepends=True)
-    if len(lines) > 1:  # else it was killed within its header, or never began
-        evaluation.rows = read_samples(file.name).rows
-    done, batch = len(evaluation.rows), batch_size(evaluation)
-    done -= done % batch if done < evaluation.expected else 0
+    if lines_of(path):  # else it was killed within its header, or never began
+        evaluation.rows = read_samples(path, finished=False).rows
+    done, batch = len(evaluation.rows), evaluation.settings["rollout_batch"]
+    if batch and done < evaluation.expected:
+        done -= done % batch
     evaluation.rows = evaluation.rows[:done]
-    file.truncate(sum(map(len, lines[:1 + done])) if done else 0)  # ASCII: bytes = letters
-    if not done:
-        file.write(json.dumps(evaluation.header) + "\n")
-        file.flush()
-
-
-def batch_size(evaluation):
-    """Samples side by side; as asked for, whatever memory then allows."""
-    return evaluation.settings["rollout_batch"] or evaluation.expected
+    write_samples(path, evaluation)
 
 
 def sample_the_rest(agent, evaluation, prompts):
@@ -582,38 +515,32 @@ def sample_the_rest(agent, evaluation, prompts):
     config, k = agent.config, agent.config.k
     order = [(run, prompt, sample) for run in range(config.runs) for prompt in prompts
              for sample in range(k)]
-    batch, key = batch_size(evaluation), (config.seed, "benchmark", 0)
+    batch, key = config.rollout_batch or len(order), (config.seed, "benchmark", 0)
     for start in range(len(evaluation.rows), len(order), batch):
         chosen = order[start:start + batch]
         rollouts = sod.sample_rollouts(agent, agent.student, [prompt for _, prompt, _ in chosen],
                                        key, start, config.temperature, config.top_p)
-        yield [sample_row(rollout, run, sample, config.transcripts)
+        yield [sample_row(rollout, run, sample)
                for rollout, (run, _, sample) in zip(rollouts, chosen)]
 
 
-def sample_row(r, run, sample, transcripts):
+def sample_row(r, run, sample):
     """One sample as it is stored. Without a final turn there is nothing to grade: final is "".
 
     A final turn that the sandbox failed to judge is stored all the same, to be judged later.
     """
     last = r.turns[-1]
     final = last.text if r.finish in ("answer", "infrastructure") and not last.outcome else ""
-    row = {"run": run, "problem": r.problem.id, "sample": sample, "right": r.right,
-           "reason": r.reason, "vote": tools.voted_answer(r.problem, final),
-           "truth": r.problem.answer, "final": final, "finish": r.finish,
-           "calls": [turn.outcome for turn in r.turns if turn.outcome],
-           "tokens": sum(len(turn.ids) for turn in r.turns)}
-    return row | ({"turns": [turn.text for turn in r.turns],
-                   "answers": [turn.answer for turn in r.turns]} if transcripts else {})
-
-
-# --- Judging stored samples again ---------------------------------------------------------------
+    return {"run": run, "problem": r.problem.id, "sample": sample, "right": r.right,
+            "reason": r.reason, "vote": tools.voted_answer(r.problem, final), "final": final,
+            "finish": r.finish, "calls": [turn.outcome for turn in r.turns if turn.outcome],
+            "tokens": sum(len(turn.ids) for turn in r.turns)}
 
 
 def rescore(path, given):
     """Grade the stored final turns again, with the graders and answers of today."""
-    old = read_finished(path)
-    config = Config(**{**old.settings, **given})
+    old = read_samples(path)
+    config = Config(**{**known_settings(Config, old.settings), **given})
     loaded = load_benchmark(old.data, config)
     problems = {problem.id: problem for problem in loaded}
     missing = {row["problem"] for row in old.rows} - problems.keys()
@@ -622,33 +549,23 @@ def rescore(path, given):
                          "...); rescoring needs the file that was evaluated")
     with sod.load_tool(config)[0] as tool:
         rows = [graded_again(row, problems[row["problem"]], tool)
-                for row in tqdm(old.rows, unit="sample", desc=f"rescoring {short(path)}",
-                                disable=None)]
+                for row in tqdm(old.rows, unit="sample", disable=None)]
     changed = sum(a["right"] != b["right"] for a, b in zip(old.rows, rows))
-    print(f"{changed} of {len(rows)} verdicts changed; {sum(map(is_unjudged, rows))} samples stay "
-          "unjudged, for the sandbox failed them")
-    given = {name: value for name, value in given.items() if name not in FOLDERS}
-    new = Evaluation(**old.header | {"settings": old.settings | given,
-                                     "questions": crc_of(loaded)}, rows=rows)
+    print(f"{changed} of {len(rows)} verdicts changed")
+    new = replace(old, settings=stored_settings(config), questions=crc_of(loaded), rows=rows)
     rescored = Path(path).with_suffix(".rescored.jsonl")
     write_samples(rescored, new)
     return new, rescored
 
 
-def is_unjudged(row):
-    """True for a sample that the sandbox failed: in a call, or when its answer was judged."""
-    return row["finish"] == "infrastructure"
-
-
 def graded_again(row, problem, tool):
-    """The row with the verdict of today. Without its final turn it stays unjudged."""
-    if is_unjudged(row) and not row["final"]:
+    """The row with the verdict of today. Without a final turn there is nothing to judge."""
+    if not row["final"]:
         return row
     seen = tools.grade(problem, row["final"], tool)
-    finish = ("infrastructure" if "sandbox_error" in seen.reason else
-              "answer" if is_unjudged(row) else row["finish"])
+    finish = "infrastructure" if "sandbox_error" in seen.reason else "answer"
     return row | {"right": seen.right, "reason": seen.reason, "finish": finish,
-                  "truth": problem.answer, "vote": tools.voted_answer(problem, row["final"])}
+                  "vote": tools.voted_answer(problem, row["final"])}
 
 
 # --- Reports -----------------------------------------------------------------------------------
@@ -672,28 +589,21 @@ def report(evaluations):
     lines += [f"| {name} | {' | '.join(one[name] for one in details)} |" for name in details[0]]
     for other in evaluations[1:]:
         try:
-            lines += ["", verdict_of(first, other)]
+            lines += ["", verdict_of(first, other, (first.model, other.model))]
         except ValueError as error:  # the prompts of one model left out other problems
             lines += ["", f"no verdict: {error}"]
     return "\n".join(lines)
 
 
-# Settings that may differ where two evaluations are compared: they move no expected score.
-HARMLESS = {"seed", "limit", "dates", "transcripts", "device", "threads", "rollout_batch",
-            "rollout_engine", "look", "tool_wait", "tool_unsafe", "micro_batch_tokens"}
-
-
-def verdict_of(a, b, names=()):
+def verdict_of(a, b, names):
     """The sentence that compares two evaluations of the same problems."""
     if a.questions != b.questions:
         raise ValueError(f"{a.data} and {b.data} are different problems, or in another wording; "
                          "only answers to the same questions can be compared")
-    names = names or (a.model, b.model)
-    others = [f"{name} {a.settings[name]!r} and {b.settings[name]!r}" for name in a.settings
-              if name not in HARMLESS and a.settings[name] != b.settings[name]]
-    return verdict(compare(a.scores(), b.scores(), names), names) + (
-        "; NOTE: not only the models differ, but the settings: " + ", ".join(others)
-        if others else "")
+    others = [f"{name} {a.settings.get(name)!r} and {value!r}"
+              for name, value in b.settings.items() if a.settings.get(name) != value]
+    note = f"; NOTE: the settings differ, too: {', '.join(others)}" if others else ""
+    return verdict(compare(a.scores(), b.scores(), names), names) + note
 
 
 def detail(one):
@@ -703,30 +613,25 @@ def detail(one):
     mean, std = mean_and_std([100 * np.mean(run) for run in one.cells("right")])
     finish = Counter(row["finish"] for row in one.rows)
     wrong = Counter(row["reason"] for row in one.rows if not row["right"])
+    calls = Counter(outcome for row in one.rows for outcome in row["calls"])
+    # What the machine failed is no failure of the model's.
+    failed = {name: n for name, n in calls.items() if name not in (*sod.FINE, "sandbox_error")}
     k_s = [2 ** e for e in range(n.bit_length()) if 2 ** e < n] + [n]
-    votes = [majority(*cell) for run in zip(one.cells("vote"), one.cells("right"))
-             for cell in zip(*run)]
-    has_votes = any(row["vote"] is not None for row in one.rows)
+    votes, right = (one.cells(name).reshape(-1, one.settings["k"]) for name in ("vote", "right"))
+    majorities = [majority(*cell) for cell in zip(votes.tolist(), right.tolist())]
     return {
         "problems left out, prompt too long": str(one.skipped),
         "mean ± std over runs": f"{mean:.2f} ± {std:.2f}" if std == std else "1 run",
         f"pass@k, k = {', '.join(map(str, k_s))}": ", ".join(
             f"{100 * sum(pass_at_k(n, c, k) for c in counts) / P:.1f}" for k in k_s),
-        f"maj@{one.settings['k']}": f"{100 * np.mean(votes):.1f}" if has_votes else "no votes",
-        **call_detail([row["calls"] for row in one.rows]),
+        f"maj@{one.settings['k']}": f"{100 * np.mean(majorities):.1f}" if votes.any() else "none",
+        "tool calls a trajectory": f"{calls.total() / samples:.2f}",
+        "failed calls": shares(failed, max(calls.total(), 1)),
         "cut off, by": shares({"budget": finish["budget"], "turns": finish["turns"]}, samples),
         "sampled tokens a trajectory": f"{np.mean([row['tokens'] for row in one.rows]):,.0f}",
         "not right, because": shares(wrong, samples),
-        "samples the sandbox failed, counted as not right": str(sum(map(is_unjudged, one.rows))),
+        "samples the sandbox failed, counted as not right": str(finish["infrastructure"]),
     }
-
-
-def call_detail(rows):
-    """The two lines on tool calls; what the machine failed is no failure of the model's."""
-    calls = Counter(outcome for outcomes in rows for outcome in outcomes)
-    bad = {name: n for name, n in calls.items() if name not in (*sod.FINE, "sandbox_error")}
-    return {"tool calls a trajectory": f"{sum(calls.values()) / len(rows):.2f}",
-            "failed calls": shares(bad, max(sum(calls.values()), 1))}
 
 
 def shares(counts, total):
@@ -739,8 +644,6 @@ def shares(counts, total):
 # --- The page: the rollouts of a run, to look at ------------------------------------------------
 
 TEMPLATE = Path(__file__).with_name("data") / "page.html"
-CURVES = ("iteration", "reward", "right", "entropy", "tool_fail", "loss", "grad_norm",
-          "reverse_kl", "teacher_entropy", "w_quantiles", "d_by_step")
 
 
 def patterns(outcomes):
@@ -764,67 +667,62 @@ def patterns(outcomes):
     return names[1:]
 
 
-def write_page(folder, iterations=()):
-    """Write rollouts.html of a run, one file that asks for no other; its path and a summary.
-
-    iterations  those to show; default: the first, the middle and the last
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; name the folder of a run, as in runs/NAME")
-    data, path = page_data(folder, iterations), folder / "rollouts.html"
+def write_page(folder, *iterations):
+    """Write rollouts.html of a run, one file that asks for no other; its path and a summary."""
+    data, path = page_data(Path(folder), iterations), Path(folder) / "rollouts.html"
     tools.write_whole(path, page_html(data))
     return (f"{path}  iterations {', '.join(data['iterations']) or 'none'}, "
-            f"{sum(map(len, data['iterations'].values()))} rollouts, "
             f"{path.stat().st_size / 2**20:.1f} MiB")
 
 
 def page_data(folder, iterations):
     """Everything the page shows, as plain values; every number stands in the files of the run."""
     given = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
-    config = sod.Config(**{f.name: given[f.name] for f in fields(sod.Config) if f.name in given})
-    curves = [{name: row[name] for name in CURVES if name in row}
-              for row in (parse_line(*line) for line in lines_of(folder / "metrics.jsonl"))]
+    config = sod.Config(**known_settings(sod.Config, given))
+    curves = [parse_line(*line) for line in lines_of(folder / "metrics.jsonl")]
     stored = stored_rollouts(folder / "rollouts.jsonl")
-    if not stored and not curves:
-        raise ValueError(f"{folder} holds neither rollouts nor metrics; a run writes both, from "
-                         "its first iteration on")
     chosen = choose_iterations(list(stored), iterations, folder)
     return {"name": config.name or folder.name, "about": about(config, len(chosen), len(stored)),
             "curves": curves, "scored": bool(sod.METHODS[config.method].view),
             "delta": config.delta, "worth": worth(config),
-            "iterations": {str(n): [rollout(*line) for line in stored[n]] for n in chosen}}
+            "iterations": {n: [rollout(*line) for line in stored[n]] for n in chosen}}
 
 
 def stored_rollouts(path):
-    """{iteration: [(where, line), ...]}; a line is parsed where it is shown, as runs are long."""
+    """{iteration: [(where, line), ...]}; as text, since all of a long run would fill the memory."""
     stored = defaultdict(list)
     for where, line in lines_of(path):
-        start = re.match(r'\{"iteration": (\d+), ', line)
-        if not start:
-            raise ValueError(f'{where}: found no rollout; needed a line that begins '
-                             '{"iteration": ')
-        stored[int(start[1])].append((where, line))
+        stored[str(rollout(where, line)["iteration"])].append((where, line))
     return stored
+
+
+def rollout(where, line):
+    """One rollout, with the pattern of each step."""
+    row = parse_line(where, line)
+    try:
+        outcomes = [turn["outcome"] for turn in row["turns"]]
+        return row | {"iteration": row["iteration"], "patterns": patterns(outcomes)}
+    except (KeyError, TypeError):
+        raise ValueError(f"{where}: found no rollout with iteration, turns and their outcomes; "
+                         "delete the line") from None
 
 
 def choose_iterations(known, asked, folder):
     """Those asked for, else the first, the middle and the last."""
-    for n in asked:
-        if n not in known:
-            raise ValueError(f"iteration {n} is not in {folder / 'rollouts.jsonl'}; choose from "
-                             f"{', '.join(map(str, known)) or 'none'}")
-    return sorted({*asked} or {known[i] for i in (0, len(known) // 2, -1) if known})
+    if unknown := [n for n in asked if n not in known]:
+        raise ValueError(f"iteration {unknown[0]} is not in {folder / 'rollouts.jsonl'}; choose "
+                         f"from {', '.join(known) or 'none'}")
+    places = {0, len(known) // 2, len(known) - 1}
+    return [n for i, n in enumerate(known) if (n in asked if asked else i in places)]
 
 
 def about(config, shown, stored):
     """Where the page's numbers come from, in two sentences."""
     method = sod.METHODS[config.method]
-    scorer = {"": "nobody", "teacher": config.teacher}.get(
-        method.view, f"its own frozen start, told the {method.view}")
+    scorer = {"": "nobody", "teacher": config.teacher}.get(method.view, "its own frozen start")
     weights = f" with the weights {config.weights}" * (method.weights == "sod")
     return (f"Method {config.method}{weights}, student {config.student}, scored by {scorer}. "
-            + (f"Shown: {shown} of {stored} iterations." if stored else "No rollouts stored."))
+            f"Shown: {shown} of {stored} iterations.")
 
 
 def worth(config):
@@ -834,33 +732,6 @@ def worth(config):
     distils = bool(method.view) and config.kl == "sampled"
     return (" + ".join(["advantage"] * method.outcome + [term] * distils)
             or "0, for the exact KL is a loss of its own")
-
-
-def lines_of(path):
-    """[(where, line)] of a log of a run; none where there is no log, or an empty one."""
-    lines = tools.read_text(path).split("\n") if path.exists() and path.stat().st_size else []
-    return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line]
-
-
-def parse_line(where, line):
-    """A JSON object; NaN and infinity, which JSON does not know, become null."""
-    try:
-        row = json.loads(line, parse_constant=lambda name: None)
-    except ValueError as fault:
-        raise ValueError(f"{where}: found broken JSON ({fault}); delete the line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: found a {type(row).__name__}; needed a JSON object")
-    return row
-
-
-def rollout(where, line):
-    """One rollout, with the pattern of each step."""
-    row = parse_line(where, line)
-    try:
-        return row | {"patterns": patterns([turn["outcome"] for turn in row["turns"]])}
-    except (KeyError, TypeError):
-        raise ValueError(f"{where}: found no rollout with turns and their outcomes; delete the "
-                         "line") from None
 
 
 def page_html(data):
@@ -884,10 +755,9 @@ def page_html(data):
 
 # --- The command -------------------------------------------------------------------------------
 
-USED = {  # options that mean something to the commands that sample nothing
-    "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"},
-    "download": {"benchmarks", "dates"}, "page": {"iteration"}, "compare": set(),
-}
+TAKES = {  # the options of the commands that sample nothing
+    "compare": {"out"}, "page": set(),
+    "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"}}
 
 
 def make_parser():
@@ -902,12 +772,10 @@ def make_parser():
     what.add_argument("--model", nargs="+", default=[WORLD.student, WORLD.teacher],
                       help="folders or Hub ids; default: the embedded student and teacher")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"),
-                      help="two models, or two files of samples: the verdict")
+                      help="two files of samples: the verdict")
     what.add_argument("--rescore", metavar="FILE", help="grade the samples of a file again")
-    what.add_argument("--download", metavar="NAME", help="fetch a benchmark from the Hub")
-    what.add_argument("--page", metavar="FOLDER", help="write rollouts.html of a run")
-    parser.add_argument("--iteration", nargs="+", type=int, help="iterations on the page; default: "
-                        "the first, the middle and the last")
+    what.add_argument("--page", nargs="+", metavar=("FOLDER", "ITERATION"),
+                      help="write rollouts.html of a run, by default with three iterations")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, Config, sod.choices())
@@ -919,108 +787,47 @@ def parse(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    try:
-        for data in args.data or ["world"]:
-            settings(data, given)
-    except ValueError as error:
-        parser.error(str(error))
-    if idle := idle_options(args, given):
-        print(f"not used by this command: {', '.join(sorted(idle))}", file=sys.stderr)
-    args.data = list(dict.fromkeys(args.data or ["world"]))
-    return args, {name: value for name, value in given.items() if name not in idle}
-
-
-def idle_options(args, given):
-    """The given options that mean nothing to this command."""
-    options = given.keys() | {name for name in ("data", "iteration") if getattr(args, name)}
-    command = next((name for name in USED if getattr(args, name)), "model")
-    if command != "model" and not (command == "compare" and not are_files(args.compare)):
-        return options - USED[command]
-    configs = [settings(data, given) for data in args.data or ["world"]]
-    slots = any(config.rollout_engine == "slots" for config in configs)
-    silent = any(config.silent_rate for config in configs)
-    idle = [(True, {"iteration"}), (not slots, {"look", "tool_wait", "micro_batch_tokens"}),
-            (not silent, {"silent_persist"})]
-    return options & {name for is_idle, names in idle if is_idle for name in names}
-
-
-def are_files(names):
-    return all(Path(name).is_file() for name in names)
+    if command := next((name for name in TAKES if getattr(args, name)), ""):
+        idle = given.keys() - TAKES[command] | ({"data"} if args.data else set())
+        if idle:
+            parser.error(f"--{command} does not use {', '.join(sorted(idle))}; leave it out")
+    return args, given
 
 
 def evaluate_all(models, datas, given):
-    """Every model on every benchmark; a report of each benchmark and the macro average."""
+    """Every model on every benchmark; a report of each benchmark."""
     sod.transformers.utils.logging.disable_progress_bar()
-    loaded = {data: load_benchmark(data, settings(data, given)) for data in datas}
-    tokenizers = {name: check_before_weights(name, datas, given) for name in models}
+    configs = {data: settings(data, given) for data in datas}
+    loaded = {data: load_benchmark(data, config) for data, config in configs.items()}
+    tokenizers = {name: sod.load_tokenizer(name) for name in models}
+    for name in models:  # what would end the evaluation in an hour is said in seconds
+        for config in configs.values():
+            sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
+    device, dtype, _ = sod.choose_device(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     finished = defaultdict(list)
     for name in models:
-        config = settings(datas[0], given)
-        device, dtype, _ = sod.choose_device(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         model = sod.load_model(name, device, dtype)
-        for data in datas:
-            one, path = evaluate(name, data, loaded[data], model, tokenizers[name],
-                                 settings(data, given))
+        for data, config in configs.items():
+            one, path = evaluate(name, data, loaded[data], model, tokenizers[name], config)
             print(f"samples  {path}")
             finished[data].append(one)
     for ones in finished.values():
         print("\n" + report(ones))
-    if len(datas) > 1:
-        print(f"\nmean of {len(datas)} benchmarks, each counted once")
-        for rows in zip(*finished.values()):
-            print(f"{np.mean([100 * one.correct().mean() for one in rows]):.2f}%  "
-                  f"{rows[0].model}")
-
-
-def check_before_weights(name, datas, given):
-    """Say in seconds what would end an evaluation in an hour; returns the model's tokenizer."""
-    tokenizer, shape = sod.load_tokenizer(name), sod.skeleton(name)
-    for data in datas:
-        config = settings(data, given)
-        sod.check_model(name, shape, tokenizer, config)
-        if os.path.realpath(find_file(data, config.benchmarks)) == training_file(name):
-            print(f"NOTE: {name} was trained on {data}, so its result says little about other "
-                  "problems", file=sys.stderr)
-    return tokenizer
-
-
-def training_file(model):
-    """The problems that a model was trained on, as its run says; "" where nobody knows."""
-    path = Path(model).resolve()
-    if path.parent == Path(sod.WORLD).resolve():
-        return os.path.realpath(WORLD.train_data)
-    runs = [path.parent, path.parent.parent]  # of NAME/checkpoint and NAME/saves/iteration-5
-    files = [folder / "config.json" for folder in runs if (folder / "config.json").exists()]
-    stored = parse_line(files[0], tools.read_text(files[0])) if files else {}
-    return os.path.realpath(stored["train_data"]) if stored.get("train_data") else ""
-
-
-def compare_files(a, b):
-    """The verdict on two files of samples."""
-    one, other = read_finished(a), read_finished(b)
-    return verdict_of(one, other, (a, b) if one.model == other.model else ())
 
 
 def run(args, given):
     """Do what the command says."""
-    if args.compare and len({os.path.realpath(name) for name in args.compare}) == 1:
-        raise ValueError(f"--compare names {args.compare[0]} twice, and nothing differs from "
-                         "itself; name two models or two files of samples")
-    if args.download:
-        config = settings(args.download, given)
-        path = download(args.download, config.benchmarks)
-        print(f"{path}  {len(load_benchmark(args.download, config))} problems")
-    elif args.page:
-        print(write_page(args.page, args.iteration or ()))
+    if args.page:
+        print(write_page(*args.page))
     elif args.rescore:
         one, path = rescore(args.rescore, given)
         print(f"samples  {path}\n\n{report([one])}")
-    elif args.compare and are_files(args.compare):
-        print(compare_files(*args.compare))
+    elif args.compare:
+        print(verdict_of(*map(read_samples, args.compare), args.compare))
     else:
-        evaluate_all(list(dict.fromkeys(args.compare or args.model)), args.data, given)
+        evaluate_all(dict.fromkeys(args.model), args.data or ["world"], given)
 
 
 def main(argv=None):

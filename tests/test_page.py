@@ -4,32 +4,18 @@ import hashlib
 import json
 import math
 import re
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import evaluate
 import sod_mini as sod
 import tools
 
-QWEN = ROOT.parent / "shared" / "qwen3-tokenizer"
-WORLD = ROOT / "data" / "world" / "student"
 TEMPLATE = evaluate.TEMPLATE.read_text(encoding="utf-8")
 HOSTILE = ("</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;@STYLE_HASH@"
            "\u2028\u2029\ud800")
-
-
-@pytest.fixture(params=["world", "qwen3"], scope="module")
-def tokenizer(request):
-    if request.param == "qwen3" and not QWEN.exists():
-        pytest.skip("the real Qwen3 tokenizer is not here")
-    return AutoTokenizer.from_pretrained(QWEN if request.param == "qwen3" else WORLD)
 
 
 # --- Rows: what a run stores --------------------------------------------------------------------
@@ -74,14 +60,9 @@ def test_rows_hold_the_scores_of_each_token_of_each_step(tokenizer):
         assert "".join(turn["tokens"]) == turn["text"] + "<|im_end|>"
 
 
-def test_only_so_many_rollouts_of_an_iteration_keep_their_tokens(tokenizer):
-    first, second = rows_of(scored_batch(tokenizer)[0], tokenizer, with_tokens=1)
-    assert "tokens" in first["turns"][0]
-    assert second["turns"][0].keys() == {"text", "outcome", "d", "w", "tool"}
-
-
-def test_a_run_without_a_teacher_stores_no_teacher(tokenizer):
-    row, _ = rows_of(scored_batch(tokenizer, "grpo")[0], tokenizer)
+def test_without_a_teacher_none_is_stored_and_only_so_many_rollouts_keep_their_tokens(tokenizer):
+    row, other = rows_of(scored_batch(tokenizer, "grpo")[0], tokenizer, with_tokens=1)
+    assert other["turns"][0].keys() == {"text", "outcome", "d", "w", "tool"}
     turn = row["turns"][0]
     assert "logp_t" not in turn and turn["d"] is None and turn["w"] is None
     assert set(turn["token_advantages"]) == {0.707}
@@ -142,8 +123,8 @@ class Reader(HTMLParser):
         return [entry for entry in self.found if entry[0] == tag]
 
 
-def page_of(folder, iterations=()):
-    evaluate.write_page(folder, iterations)
+def page_of(folder, *iterations):
+    evaluate.write_page(folder, *iterations)
     reader = Reader((folder / "rollouts.html").read_text(encoding="utf-8"))
     data, code = (entry for entry in reader.all("script"))
     assert data[1] == {"type": "application/json", "id": "data"}
@@ -186,13 +167,7 @@ def test_markup_in_model_text_and_in_names_is_inert(tmp_path):
     assert shown == row | {"patterns": ["erroneous"]} and data["name"] == folder.name
     raw = (folder / "rollouts.html").read_text(encoding="utf-8")
     assert "<img" not in raw and not set("\u2028\u2029") & set(raw)
-
-
-def test_the_title_of_a_page_names_its_run(tmp_path):
-    (title,) = page_of(a_run(tmp_path / "first & best", [a_row(1)]))[0].all("title")
-    raw = (tmp_path / "first & best" / "rollouts.html").read_text(encoding="utf-8")
-    assert title[2].startswith("Rollouts of first ")
-    assert "<title>Rollouts of first &amp; best</title>" in raw
+    assert "<title>Rollouts of &lt;img src=x onerror=alert(1)&gt;&amp;amp;@DATA@" in raw
 
 
 def test_the_script_makes_text_nodes_only_and_finds_every_element_it_names():
@@ -205,15 +180,12 @@ def test_the_script_makes_text_nodes_only_and_finds_every_element_it_names():
 
 def test_every_number_on_the_page_stands_in_the_files_of_the_run(tmp_path):
     rows = [a_row(n, reward=reward) for n in (1, 2) for reward in (1.0, -0.9)]
-    curves = [{"iteration": n, "reward": 0.05, "d_by_step": [0.31, None], "tokens": 8}
-              for n in (1, 2)]
+    curves = [{"iteration": n, "reward": 0.05, "d_by_step": [0.31, None]} for n in (1, 2)]
     _, data, code = page_of(a_run(tmp_path / "r", rows, curves))
     assert data["iterations"] == {
         str(n): [row | {"patterns": ["stable", "stable"]} for row in rows if row["iteration"] == n]
         for n in (1, 2)}
-    assert data["curves"] == [{k: v for k, v in row.items() if k != "tokens"} for row in curves]
-    for name in evaluate.CURVES:
-        assert f'"{name}"' in code or f".{name}" in code
+    assert data["curves"] == curves
     for name in set(re.findall(r"\bdata\.(\w+)", code)):
         assert name in data
 
@@ -230,7 +202,8 @@ def test_patterns_come_from_what_became_of_the_calls_alone():
 def test_without_a_choice_the_page_holds_the_first_the_middle_and_the_last_iteration(tmp_path):
     folder = a_run(tmp_path / "r", [a_row(n) for n in range(1, 10)])
     assert list(page_of(folder)[1]["iterations"]) == ["1", "5", "9"]
-    assert list(page_of(folder, [7, 2])[1]["iterations"]) == ["2", "7"]
+    assert list(page_of(folder, "7", "2")[1]["iterations"]) == ["2", "7"]
+    assert list(page_of(a_run(tmp_path / "s", [a_row(4)]))[1]["iterations"]) == ["4"]
     assert page_of(folder)[1]["about"].endswith("Shown: 3 of 9 iterations.")
 
 
@@ -243,22 +216,17 @@ def test_the_page_tells_what_the_method_of_the_run_does(tmp_path):
     assert worth == "advantage + 0.5 · w · (log p teacher − log p student)"
     assert told(method="opd_only")[1].startswith("1.0 · w ·")
     assert told(method="sod_only", kl="full")[1].startswith("0, for the exact")
-    assert told(method="opsd_gt")[0].endswith("by its own frozen start, told the answer")
+    assert told(method="opsd_gt")[0].endswith("by its own frozen start")
     assert told(method="grpo") == (f"Method grpo, student {sod.Config.student}, scored by nobody",
                                    "advantage")
 
 
-def test_without_a_teacher_the_page_hides_its_words(tmp_path):
-    curves = [{"iteration": 1, "reward": 0.5}]
-    _, data, code = page_of(a_run(tmp_path / "r", [a_row(1)], curves, method="grpo"))
-    assert not data["scored"] and data["curves"] == curves
+def test_a_run_of_sft_has_curves_and_neither_rollouts_nor_words_about_a_teacher(tmp_path):
+    curves = [{"iteration": 1, "loss": 2.5}]
+    _, data, code = page_of(a_run(tmp_path / "s", [], curves, method="sft"))
+    assert data["about"].endswith("Shown: 0 of 0 iterations.") and not data["iterations"]
+    assert data["curves"] == curves and not data["scored"]
     assert '$("trust").hidden = !data.scored' in code
-
-
-def test_a_run_of_sft_has_curves_and_no_rollouts(tmp_path):
-    _, data, _ = page_of(a_run(tmp_path / "s", [], [{"iteration": 1, "loss": 2.5}], method="sft"))
-    assert data["about"].endswith("No rollouts stored.")
-    assert data["iterations"] == {} and data["curves"] == [{"iteration": 1, "loss": 2.5}]
 
 
 def test_rollouts_without_tokens_are_shown_all_the_same_and_nan_is_null(tmp_path):
@@ -268,17 +236,16 @@ def test_rollouts_without_tokens_are_shown_all_the_same_and_nan_is_null(tmp_path
 
 
 @pytest.mark.parametrize("line, sentence", [
-    ("{broken", "line 2: found no rollout"),
-    ('{"step": 1, "question": "q", "turns": []}', "line 2: found no rollout; needed a line that"),
-    ('{"iteration": 1, "question"', "line 2: found broken JSON"),
-    ('{"iteration": 1, "question": "q"}', "line 2: found no rollout with turns"),
-    (json.dumps(a_row(1, ["text"])), "line 2: found no rollout with turns"),
-    (json.dumps(a_row(1, [{"text": "t"}])), "line 2: found no rollout with turns")])
+    ("{broken", "line 2: found broken JSON"), ("[1]", "line 2: found a list"),
+    ('{"step": 1, "question": "q", "turns": []}', "line 2: found no rollout with iteration"),
+    ('{"iteration": 1, "question": "q"}', "line 2: found no rollout with iteration, turns"),
+    (json.dumps(a_row(1, ["text"])), "line 2: found no rollout"),
+    (json.dumps(a_row(1, [{"text": "t"}])), "line 2: found no rollout")])
 def test_a_broken_row_is_one_sentence_and_the_older_page_stays(tmp_path, capsys, line, sentence):
     folder = a_run(tmp_path / "r", [a_row(1)])
     (folder / "rollouts.html").write_text("older")
     with open(folder / "rollouts.jsonl", "a") as file:
-        file.write(line + "\n")
+        file.write(line + "\n" + '{"still being writ')
     assert evaluate.main(["--page", str(folder)]) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert sentence in said and (folder / "rollouts.html").read_text() == "older"
@@ -289,11 +256,9 @@ def test_bad_usage_is_one_sentence(tmp_path, capsys):
         assert evaluate.main([str(a) for a in arguments]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         return line
-    assert "there is no folder" in said("--page", tmp_path / "gone")
-    assert "config.json does not exist" in said("--page", tmp_path)
-    assert "neither rollouts nor metrics" in said("--page", a_run(tmp_path / "e", []))
+    assert "gone/config.json does not exist" in said("--page", tmp_path / "gone")
     folder = a_run(tmp_path / "r", [a_row(1), a_row(3)])
-    assert "iteration 2 is not in" in said("--page", folder, "--iteration", 2)
+    assert "iteration 2 is not in" in said("--page", folder, 2)
     for text, sentence in [('{"method": "ppo"}', "method is 'ppo'; choose from"),
                            ("[1]", "config.json: found a list"),
                            ('{"delta": "much"}', "delta is 'much'")]:
@@ -302,4 +267,4 @@ def test_bad_usage_is_one_sentence(tmp_path, capsys):
 
 
 def test_a_page_that_cannot_be_written_is_told_and_does_no_harm(tmp_path):
-    assert sod.page_of(tmp_path / "gone").startswith("not written (error: there is no folder")
+    assert sod.page_of(tmp_path / "gone").startswith("not written (error: ")
