@@ -160,7 +160,7 @@ def rollouts():
     rng = np.random.default_rng(0)
     turns = [rng.integers(2, 13, rng.integers(1, 7)).tolist() for _ in range(64)]
     script = Script(agent.tokenizer, turns, 512)
-    model = random_qwen3((512, 10, 8, 1536), len(agent.tokenizer), "cpu", torch.float32,
+    model = random_qwen3((512, 10, 8, 1536), torch.float32, vocab_size=len(agent.tokenizer),
                          head_dim=64)
     yield engines("64 rollouts of 1 to 6 turns, a random Qwen3 of 31M, slow tools",
                   lambda engine: script.play(model, engine))

@@ -106,28 +106,22 @@ class AskedFor(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def without_data(share=1.0, gpu=True):
+def without_data(share=1.0):
     """Tensors without data, as a GPU would hold them; yields the PeakMemory that counts them."""
     many = mock.patch.object(sys.modules["torch.optim.adam"], "_default_to_fused_or_foreach",
                              lambda *a, **k: (False, True))  # AdamW's kernel for many tensors
-    says_so = mock.patch.object(FakeTensor, "is_cuda", gpu, create=True)
+    says_so = mock.patch.object(FakeTensor, "is_cuda", True, create=True)
     with FakeTensorMode(), many, says_so, PeakMemory() as memory, AskedFor(share):
         yield memory
 
 
-def random_qwen3(size, vocabulary=None, device="cpu", dtype=torch.bfloat16, **changes):
+def random_qwen3(size, dtype=torch.bfloat16, **changes):
     """A Qwen3 model of random weights: a name of QWEN3 or (hidden, layers, heads, MLP)."""
     hidden, layers, heads, inner = QWEN3.get(size, size)
-    shape = dict(vocab_size=vocabulary or V, hidden_size=hidden, num_hidden_layers=layers,
+    shape = dict(vocab_size=V, hidden_size=hidden, num_hidden_layers=layers,
                  num_attention_heads=heads, num_key_value_heads=min(8, heads // 2), head_dim=128,
                  intermediate_size=inner, tie_word_embeddings=True, max_position_embeddings=40_960)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
-    finally:
-        torch.set_default_dtype(before)
+    model = Qwen3ForCausalLM._from_config(Qwen3Config(**{**shape, **changes}), dtype=dtype)
     model.generation_config = GenerationConfig()
     return model.eval()
 
