@@ -59,9 +59,7 @@ class Config(sod.Sampling):
     out: str = "runs/evaluate"                    # folder of the files of samples
 
     tool_shaping, overlong = False, 0  # no options: nobody looks at the reward here
-
-    def __post_init__(self):
-        sod.check_values(self)
+    __post_init__ = sod.check_values
 
 
 PAPER = {name: value for name, value in sod.PRESETS["paper"].items()
@@ -77,8 +75,7 @@ def settings(data, given):
 
 def stored_settings(config):
     """All settings but the folders, which decide nothing about a sample."""
-    folders = ("benchmarks", "out")
-    return {name: value for name, value in vars(config).items() if name not in folders}
+    return {k: v for k, v in vars(config).items() if k not in ("benchmarks", "out")}
 
 
 def known_settings(kind, stored):
@@ -268,9 +265,8 @@ def majority(answers, correct):
     answers  k texts, None for a sample without an answer: it has no vote
     correct  k of 0 and 1
 
-    Answers that the grader calls equal are one, however they are spelled. Answers that tie for
-    first share the problem: of two that tie, one of them right, 1/2 counts, the expectation of a
-    coin. Without votes it is 0.
+    Answers that the grader calls equal are one, however they are spelled. Of two that tie for
+    first, one of them right, 1/2 counts, the expectation of a coin. Without votes it is 0.
 
     >>> majority(["7", "x = 7", "8"], [1, 1, 0]), majority(["7", "8", None], [1, 0, 0])
     (1.0, 0.5)
@@ -412,8 +408,7 @@ def parse_line(where, line):
     try:
         row = json.loads(line, parse_constant=lambda name: None)
     except ValueError as fault:
-        raise ValueError(f"{where}: found broken JSON ({fault}); delete the line and those "
-                         "after it") from None
+        raise ValueError(f"{where}: found broken JSON ({fault}); cut the file off there") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found a {type(row).__name__}; needed a JSON object")
     return row
@@ -432,7 +427,7 @@ def read_samples(path, finished=True):
     for (where, _), row in zip(lines[1:], rows):
         if lacking := COLUMNS - row.keys():
             raise ValueError(f"{where}: found no sample, for it lacks {', '.join(sorted(lacking))};"
-                             " delete the line and those after it")
+                             " cut the file off there")
     if finished and len(rows) != expected:
         raise ValueError(f"{path} holds {len(rows)} of {expected} samples: the evaluation was "
                          "interrupted; give its command again and it continues.")
@@ -448,12 +443,9 @@ def write_samples(path, evaluation):
 def file_of(evaluation, folder):
     """The file's name says whose samples it holds; its last word changes with any setting."""
     digest = zlib.crc32(json.dumps(evaluation.header, sort_keys=True).encode())
-    return Path(folder) / f"{short(evaluation.model)}-{short(evaluation.data)}-{digest:08x}.jsonl"
-
-
-def short(name):
-    """The last two parts of a path, without characters that file names should not hold."""
-    return re.sub(r"[^\w.-]+", "-", "-".join(Path(name).parts[-2:])).strip(".-")
+    words = [*Path(evaluation.model).parts[-2:], *Path(evaluation.data).parts[-2:]]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(words)).strip(".-")
+    return Path(folder) / f"{name}-{digest:08x}.jsonl"
 
 
 def crc_of(problems):
@@ -474,7 +466,6 @@ def weights_crc(model):
 
 def evaluate(name, data, problems, model, tokenizer, config):
     """Sample what the file lacks, a line a sample; the finished Evaluation and its path."""
-    agent = sod.Agent(config, model, None, tokenizer, None)
     prompts, skipped = sod.fitting_prompts(problems, tokenizer, config)
     used = stored_settings(config) | {"device": model.device.type,
                                       "dtype": str(model.dtype).removeprefix("torch.")}
@@ -482,10 +473,10 @@ def evaluate(name, data, problems, model, tokenizer, config):
                             crc_of(problems), used)
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    agent.tool, _ = sod.load_tool(config)
     resume(path, evaluation)
+    agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
-               desc=f"{short(name)} on {short(data)}", disable=None)
+               desc=path.stem, disable=None)
     with agent.tool, open(path, "a", encoding="utf-8") as file, bar:
         for rows in sample_the_rest(agent, evaluation, prompts):
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -538,24 +529,22 @@ def sample_row(r, run, sample):
 
 
 def rescore(path, given):
-    """Grade the stored final turns again, with the graders and answers of today."""
+    """Grade the stored final turns again, as graders and answers are today; what to print."""
     old = read_samples(path)
     config = Config(**{**known_settings(Config, old.settings), **given})
     loaded = load_benchmark(old.data, config)
     problems = {problem.id: problem for problem in loaded}
-    missing = {row["problem"] for row in old.rows} - problems.keys()
-    if missing:
+    if missing := {row["problem"] for row in old.rows} - problems.keys():
         raise ValueError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
                          "...); rescoring needs the file that was evaluated")
     with sod.load_tool(config)[0] as tool:
         rows = [graded_again(row, problems[row["problem"]], tool)
-                for row in tqdm(old.rows, unit="sample", disable=None)]
+                for row in tqdm(old.rows, disable=None)]
     changed = sum(a["right"] != b["right"] for a, b in zip(old.rows, rows))
-    print(f"{changed} of {len(rows)} verdicts changed")
     new = replace(old, settings=stored_settings(config), questions=crc_of(loaded), rows=rows)
     rescored = Path(path).with_suffix(".rescored.jsonl")
     write_samples(rescored, new)
-    return new, rescored
+    return f"{changed} of {len(rows)} verdicts changed\nsamples  {rescored}\n\n{report([new])}"
 
 
 def graded_again(row, problem, tool):
@@ -574,8 +563,7 @@ def graded_again(row, problem, tool):
 def report(evaluations):
     """Everything about some models on one benchmark, as markdown."""
     first, s = evaluations[0], evaluations[0].settings
-    runs = "1 run" if s["runs"] == 1 else f"{s['runs']} runs"
-    lines = [f"average@{s['k']} of {runs} on {first.problems} problems of {first.data}",
+    lines = [f"average@{s['k']}, {s['runs']} x {first.problems} problems of {first.data}",
              f"temperature {s['temperature']}, top-p {s['top_p']}, {s['max_turns']} turns, prompt "
              f"{s['max_prompt']}, response {s['max_response']} tokens, silent tool "
              f"{s['silent_rate']:.0%}, seed {s['seed']}, {s['dtype']} on {s['device']}", ""]
@@ -653,8 +641,7 @@ def patterns(outcomes):
     erroneous  the newest call that ran has failed
     recovery   a call has failed before, and the newest one worked
 
-    The pattern of a rollout is that of its last step. d and w take no part in the definition, so
-    that what they do in each pattern can be looked at.
+    d and w take no part in it, so that what they do in each pattern can be looked at.
 
     >>> patterns(["ok", "timeout", "error", "ok", ""])
     ['stable', 'erroneous', 'erroneous', 'recovery', 'recovery']
@@ -680,20 +667,15 @@ def page_data(folder, iterations):
     given = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
     config = sod.Config(**known_settings(sod.Config, given))
     curves = [parse_line(*line) for line in lines_of(folder / "metrics.jsonl")]
-    stored = stored_rollouts(folder / "rollouts.jsonl")
+    stored = defaultdict(list)  # as text, since all of a long run would fill the memory
+    for where, line in lines_of(folder / "rollouts.jsonl"):
+        stored[str(rollout(where, line)["iteration"])].append((where, line))
     chosen = choose_iterations(list(stored), iterations, folder)
-    return {"name": config.name or folder.name, "about": about(config, len(chosen), len(stored)),
-            "curves": curves, "scored": bool(sod.METHODS[config.method].view),
+    return {"name": config.name or folder.name, "curves": curves,
+            "about": f"{about(config)} Shown: {len(chosen)} of {len(stored)} iterations.",
+            "scored": bool(sod.METHODS[config.method].view),
             "delta": config.delta, "worth": worth(config),
             "iterations": {n: [rollout(*line) for line in stored[n]] for n in chosen}}
-
-
-def stored_rollouts(path):
-    """{iteration: [(where, line), ...]}; as text, since all of a long run would fill the memory."""
-    stored = defaultdict(list)
-    for where, line in lines_of(path):
-        stored[str(rollout(where, line)["iteration"])].append((where, line))
-    return stored
 
 
 def rollout(where, line):
@@ -716,13 +698,12 @@ def choose_iterations(known, asked, folder):
     return [n for i, n in enumerate(known) if (n in asked if asked else i in places)]
 
 
-def about(config, shown, stored):
-    """Where the page's numbers come from, in two sentences."""
+def about(config):
+    """Where the page's numbers come from, in a sentence."""
     method = sod.METHODS[config.method]
     scorer = {"": "nobody", "teacher": config.teacher}.get(method.view, "its own frozen start")
     weights = f" with the weights {config.weights}" * (method.weights == "sod")
-    return (f"Method {config.method}{weights}, student {config.student}, scored by {scorer}. "
-            f"Shown: {shown} of {stored} iterations.")
+    return f"Method {config.method}{weights}, student {config.student}, scored by {scorer}."
 
 
 def worth(config):
@@ -822,8 +803,7 @@ def run(args, given):
     if args.page:
         print(write_page(*args.page))
     elif args.rescore:
-        one, path = rescore(args.rescore, given)
-        print(f"samples  {path}\n\n{report([one])}")
+        print(rescore(args.rescore, given))
     elif args.compare:
         print(verdict_of(*map(read_samples, args.compare), args.compare))
     else:
