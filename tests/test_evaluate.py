@@ -68,7 +68,9 @@ def test_gpqa_options_stand_in_a_fixed_order_that_differs_between_questions(tmp_
     assert min(letters.count(letter) for letter in "ABCD") > 30  # 50 expected, sd 6
 
 
-def test_broken_csv_is_named(tmp_path):
+def test_broken_csv_and_an_id_that_stands_twice_are_named(tmp_path):
+    with pytest.raises(ValueError, match="the id a stands in several rows; .* make them unique"):
+        load(write(tmp_path, *[{"question": "q", "answer": "1", "id": "a"}] * 2))
     with pytest.raises(ValueError, match="line 3: found an empty cell"):
         load(gpqa(tmp_path / "a.csv", 1, **{"Incorrect Answer 2": ""}))
     with pytest.raises(ValueError, match="line 3: found broken CSV .*2 cells"):
