@@ -139,30 +139,21 @@ class Config(Sampling):
         method, explores = METHODS[self.method], self.method not in ("sft", "vanilla")
         for wrong, sentence in [
             (Path(self.name).name != self.name or not self.name.isprintable(),
-             f"name is {self.name!r}; needed one folder name, such as first-try (--out says where "
-             "it is made)"),
+             f"name is {self.name!r}; needed the name of one folder (--out says where it is made)"),
             (self.system != self.system.encode(errors="replace").decode(),
              f"system holds bytes that are no UTF-8 ({self.system!r:.60}); type it again in UTF-8"),
             (method.weights != "sod" and self.weights != "sod",
-             f"method {self.method} fixes its own weights; --weights {self.weights} goes with "
-             "--method sod or sod_only"),
+             f"method {self.method} fixes its own weights; use --weights with sod or sod_only"),
             (self.kl == "full" and not method.view,
-             f"method {self.method} has no teacher, and kl full compares with one; use --kl "
-             "sampled"),
+             f"method {self.method} has no teacher to compare with; use --kl sampled"),
             (self.kl == "full" and self.offload != "none",
-             f"kl full needs the teacher in every update, and offload {self.offload} sends it "
-             "away; use --offload none or --kl sampled"),
+             "kl full needs the teacher in every update; use --offload none or --kl sampled"),
             (self.method == "grpo" and self.group_size == 1,
              "group_size is 1, and grpo compares the rollouts of a group: use 2 or more"),
             (self.prompts % self.updates,
-             f"prompts {self.prompts} does not divide into {self.updates} updates; choose a "
-             "multiple"),
+             f"prompts {self.prompts} does not divide into {self.updates} updates"),
             (explores and self.overlong > self.max_response,
              f"overlong {self.overlong} is more than max_response {self.max_response}: lower it"),
-            (self.method == "sft" and not self.demonstrations.strip(),
-             "method sft imitates demonstrations, and none are named: use --demonstrations FILE"),
-            (explores and not self.train_data.strip(),
-             f"method {self.method} needs problems to practise on: use --train_data FILE"),
         ]:
             if wrong:
                 raise ValueError(sentence)
@@ -177,7 +168,7 @@ def check_values(config):
     for f in fields(config):
         value, (low, high) = getattr(config, f.name), BOUNDS.get(f.name, (0, math.inf))
         if type(value) not in ((int, float) if f.type is float else (f.type,)):  # True is an int
-            raise ValueError(f"{f.name} is {value!r}; needed {KINDS[f.type]}")
+            raise ValueError(f"{f.name} is {value!r}; needed {f.type.__name__}")
         if f.type in (int, float) and not low <= value < high:
             raise ValueError(f"{f.name} is {value}; it must be at least {low} and below {high}")
 
@@ -189,7 +180,6 @@ def choices():
             "offload": ["none", "teacher", "all"], "dtype": ["auto", "float32", "bfloat16"]}
 
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 # What is not "at least 0 and finite": name -> (lowest, first value that is too high).
 TINY = 1e-12
 BOUNDS = {
@@ -2424,25 +2414,20 @@ def as_bool(text):
     return text.lower() == "true"
 
 
-@functools.lru_cache
-def field_comments(kind):
-    """{field: its comment} from the source of a dataclass and of those it comes from."""
-    source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
-    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
-
-
 def add_options(parser, kind, words):
     """An option for each field of a dataclass; its comment in the source is the help.
 
     words  {field: [allowed, ...]} for those that take one of a few
     """
-    comments = field_comments(kind)
-    order = list(comments)  # the fields of `kind` itself come before those that it inherits
-    for f in sorted(fields(kind), key=lambda f: order.index(f.name)):
-        parser.add_argument(f"--{f.name}", type=as_bool if f.type is bool else f.type,
+    # The fields of `kind` itself come before those that it inherits.
+    source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
+    known = {f.name: f for f in fields(kind)}
+    for name, comment in re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M):
+        f = known[name]
+        parser.add_argument(f"--{name}", type=as_bool if f.type is bool else f.type,
                             default=argparse.SUPPRESS,
-                            metavar=" | ".join(words.get(f.name, [f.type.__name__])),
-                            help=f"{comments[f.name]} [{f.default}]".replace("%", "%%"))
+                            metavar=" | ".join(words.get(name, [f.type.__name__])),
+                            help=f"{comment} [{f.default}]".replace("%", "%%"))
     parser.add_argument("--version", action="version", version=", ".join(
         f"{name} {number}" for name, number in VERSIONS.items()))
 
@@ -2464,33 +2449,9 @@ def parse_config(argv=None):
         if given.get("resume"):
             return resumed_config({**PRESETS[preset or "world"], **given}), preset or "as before"
         preset = preset or ("world" if embedded else "gpu")
-        config = Config(**{**PRESETS[preset], **given})
+        return Config(**{**PRESETS[preset], **given}), preset
     except ValueError as error:
         parser.error(str(error))
-    if idle := sorted(given.keys() & unused(config)):
-        print(f"not used by this run: {', '.join(idle)}")
-    return config, preset
-
-
-def unused(config):
-    """The options that do nothing in this run."""
-    method, view, weights = config.method, METHODS[config.method].view, config.weights
-    scheme = METHODS[method].weights == "sod"  # does the option `weights` count?
-    groups = [(method == "sft", ["demonstrations", "sft_epochs", "sft_batch", "sft_lr"]),
-              (method not in ("sft", "vanilla"), [
-                  "train_data", "iterations", "prompts", "group_size", "updates", "lr", "warmup",
-                  "clip_low", "clip_high", "clip_dual", "tool_shaping", "overlong", "temperature",
-                  "show_every", "store_tokens"]),
-              (method != "vanilla", ["beta1", "beta2", "weight_decay", "grad_clip", "save_every",
-                                     "offload", "gradient_checkpointing"]),
-              (view == "teacher", ["teacher"]), (view, ["opd_coef"]), (scheme, ["weights"]),
-              (scheme and weights in ("sod", "floor", "unclipped"), ["epsilon"]),
-              (scheme and weights in ("sod", "floor"), ["delta"]),
-              (weights == "floor", ["floor"]), (config.silent_rate, ["silent_persist"]),
-              (config.rollout_engine == "slots", ["look", "tool_wait"]),
-              (config.eval_data, ["eval_problems", "eval_samples", "eval_temperature",
-                                  "eval_top_p"])]
-    return {name for used, names in groups if not used for name in names}
 
 
 def run(config, preset):
@@ -2502,8 +2463,7 @@ def run(config, preset):
         try:
             agent = preflight(config)
             problems = eval_problems(agent.tokenizer, config)
-            for note in data_notes(agent.tokenizer, agent.practice, problems):
-                print(note)
+            note_shared_problems(agent.practice, problems)
             load_agent(config, agent)
             results = read_results(folder)
             if config.resume:
@@ -2544,7 +2504,7 @@ def measure_and_train(agent, folder, problems, results):
         for name in ("checkpoint", "metrics.jsonl", "rollouts.jsonl"):
             if (folder / name).exists():
                 print(f"{name:15} {folder / name}")
-        print(f"page            {page_of(folder)}")
+        write_page(folder)
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
               + results_table(results))
@@ -2561,19 +2521,10 @@ def read_results(folder):
         return {}
 
 
-def page_of(folder):
-    """Have evaluate.py write the page of a run; its path and size, or why there is none.
-
-    A process of its own, for imports go one way: evaluate.py imports this file. The run is done
-    and saved, so whatever happens there is told and does no harm.
-    """
+def write_page(folder):
+    """Have evaluate.py write the page of a run, in a process of its own: it imports this file."""
     script = Path(__file__).with_name("evaluate.py")
-    done = subprocess.run([sys.executable, script, "--page", folder],
-                          capture_output=True, text=True)
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    last = lines[-1] if lines else f"exit status {done.returncode}"
-    return last if done.returncode == 0 else (
-        f"not written ({last}); to try again: python evaluate.py --page {folder}")
+    subprocess.run([sys.executable, script, "--page", folder])
 
 
 def train_to_files(agent, folder):
@@ -2642,20 +2593,13 @@ def eval_problems(tokenizer, config):
     return [problem for problem, _ in kept]
 
 
-def data_notes(tokenizer, practice, held_out):
-    """What a reader of the results should know about the data.
-
-    practice  what the student learns from: [(Problem, ids), ...] or [Rollout, ...]
-    """
-    learnt = [item.problem if isinstance(item, Rollout) else item[0] for item in practice]
-    again = {problem.question for problem in learnt}
-    if shared := sum(problem.question in again for problem in held_out):
-        yield (f"NOTE: {shared} of the {len(held_out)} problems to measure on are also among those "
-               "to learn from, so the results say little about others")
-    texts = [problem.question for problem in [*learnt, *held_out]]
-    if control := sum(defuse(tokenizer, text) != text for text in texts):
-        yield (f"NOTE: {control} questions hold control strings such as {tokenizer.eos_token}; "
-               "they are spelled letter by letter and end no turn")
+def note_shared_problems(practice, held_out):
+    """Say how many problems to measure on are also among those to learn from."""
+    learnt = {(item.problem if isinstance(item, Rollout) else item[0]).question
+              for item in practice}
+    if shared := sum(problem.question in learnt for problem in held_out):
+        print(f"NOTE: {shared} of the {len(held_out)} problems to measure on are also among those "
+              "to learn from, so the results say little about others")
 
 
 def prepare_output():
