@@ -1513,17 +1513,11 @@ def batch_metrics(agent, batch, updates):
 
 
 def call_metrics(turns, num_rollouts):
-    """Tool calls: how many a rollout, what came of them, and what went wrong in those that failed
-    (the Python error by name, else the outcome)."""
+    """Tool calls: how many a rollout, the share that failed, and how each kind of them ended."""
     outcomes = Counter(turn.outcome for turn in turns if turn.outcome)
-    faults = Counter()
-    for turn in turns:
-        error = re.search(r"^(\w+)(?::.*)?\s*\Z", turn.answer.rstrip().rpartition("\n")[2])
-        if turn.failed:
-            faults[error[1] if turn.outcome == "error" and error else turn.outcome] += 1
     calls = sum(outcomes.values())
-    return {"tool_calls": calls / num_rollouts, "tool_fail": sum(faults.values()) / max(calls, 1),
-            "outcomes": dict(outcomes), "faults": dict(faults)}
+    return {"tool_calls": calls / num_rollouts, "outcomes": dict(outcomes),
+            "tool_fail": sum(turn.failed for turn in turns) / max(calls, 1)}
 
 
 def teacher_metrics(batch, config):
@@ -1569,91 +1563,54 @@ MACHINE = ("seconds", "out_of_memory", "rollout_batch", "micro_batch_tokens", "t
 # --- Health: what the numbers of a run say, in words -------------------------------------------
 
 NEAR_0 = 0.02  # nats/token: a usual d_k of .2 then gets w_k = .1 or less
-WINDOW = 10    # iterations in which a trend shows, and before a sentence is said again
-HEALTH = {  # metric: (highest value without a word, why there, the sentence)
-    "cut_budget": (0.3, "cut rollouts have no answer, and are all wrong alike",
-                   "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
-    "cut_turns": (0.3, "they are wrong alike, too",
-                  "{:.0%} of rollouts ran out of turns: raise --max_turns"),
-    "groups_agree": (0.9, "the outcome advantage of a group that agrees is 0",
-                     "{:.0%} of groups agree, so GRPO has nothing to learn from in them: raise "
+WINDOW = 10    # iterations without any right rollout, before that is said
+HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
+    # Cut rollouts have no answer, and are all wrong alike.
+    "cut_budget": (0, 0.3, "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
+    "cut_turns": (0, 0.3, "{:.0%} of rollouts ran out of turns: raise --max_turns"),
+    # The outcome advantage of a group that agrees is 0.
+    "groups_agree": (0, 0.9, "{:.0%} of groups agree, so GRPO learns nothing from them: raise "
                      "--group_size, or take problems that are sometimes solved"),
-    "w_capped": (0.4, "a cap that is met so often has become the weight",
-                 "w is at its cap in {:.0%} of steps: d falls after the first step; raise --delta "
-                 "to tell those steps apart"),
-    "d1_near_0": (0.3, "their later w_k are near 0 whatever the student does",
-                  "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their first "
-                  "step; compare --weights floor"),
-    "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
-    "clipped": (0.2, "the student has left what was sampled", "{:.0%} of tokens left the clip "
-                "range: lower --lr or --updates"),
-    "not_taken": (0, "rare in sound runs", "{:.0f} updates were not taken, for a score, the loss "
-                  "or the gradient was not finite: lower --lr, or try --dtype float32"),
-    "teacher_entropy": (2.0, "the paper's lost teacher has 2.4 nats", "the teacher is lost, its "
-                        "entropy is {:.1f} nats: does it know this system text and tool?"),
-    "infrastructure": (0, "they are left out, so the batch is smaller", "the sandbox itself failed "
-                       "in {:.0f} rollouts, which are left out: see `python tools.py`, and whether "
-                       "the machine has memory left"),
-}
-TOO_LOW = {  # metric: (lowest value without a word, why there, the sentence)
-    "entropy": (0.1, "one token in fifty is open", "entropy fell to {:.2f} nats: the student has "
-                "stopped exploring; lower --lr, or raise --temperature"),
-    "tool_calls": (0.1, "the tool is hardly called", "the tool is called {:.2f} times a rollout: "
-                   "say in --system how, or imitate first: --method sft"),
+    # A cap that is met so often has become the weight.
+    "w_capped": (0, 0.4, "w is at its cap in {:.0%} of steps: raise --delta to tell them apart"),
+    # Their later w_k are near 0, whatever the student does.
+    "d1_near_0": (0, 0.3, "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their "
+                  "first step; compare --weights floor"),
+    # Where a third of the calls fail, many turns teach little; where none is made, all do.
+    "tool_fail": (0, 0.3, "{:.0%} of tool calls fail: see the outcomes in metrics.jsonl"),
+    "tool_calls": (0.1, math.inf, "the tool is called {:.2f} times a rollout: say in --system how, "
+                   "or imitate first: --method sft"),
+    # The student has left what was sampled.
+    "clipped": (0, 0.2, "{:.0%} of tokens left the clip range: lower --lr or --updates"),
+    # At .1 nats one token in fifty is open; the paper's lost teacher has 2.4 nats.
+    "entropy": (0.1, math.inf, "entropy fell to {:.2f} nats: the student has stopped exploring; "
+                "lower --lr, or raise --temperature"),
+    "teacher_entropy": (0, 2.0, "the teacher is lost, its entropy is {:.1f} nats: does it know "
+                        "this system text and tool?"),
+    # Both are rare in sound runs.
+    "not_taken": (0, 0, "{:.0f} updates were not taken, for a score, the loss or the gradient was "
+                  "not finite: lower --lr, or try --dtype float32"),
+    "infrastructure": (0, 0, "the sandbox failed in {:.0f} rollouts, which are left out: see "
+                       "`python tools.py`, and whether the machine has memory left"),
 }
 
 
 def health(history):
-    """{topic: sentence} of what deserves a word, from the numbers of all iterations so far."""
-    m, said = history[-1], {}
-    for name, (limit, _, sentence) in HEALTH.items():
-        if m.get(name, 0) > limit:
-            said[name] = sentence.format(m[name], common_fault(m))
-    for name, (limit, _, sentence) in TOO_LOW.items():
-        if m.get(name, limit) < limit:
-            said[name] = sentence.format(m[name])
-    return said | trends(history[-WINDOW:])
-
-
-def trends(window):
-    """The sentences that need WINDOW iterations of history."""
-    said, right = {}, [m["right"] for m in window if "right" in m]
-    kl = [m["reverse_kl"] for m in window if "reverse_kl" in m]
-    if len(kl) == WINDOW and rises(kl):
-        said["reverse_kl"] = (f"reverse KL rises for {WINDOW} iterations, {kl[0]:.2f} to "
-                              f"{kl[-1]:.2f}: lower --lr")
+    """{metric: sentence} of what deserves a word, from the numbers of all iterations so far."""
+    m = history[-1] if history else {}
+    said = {name: sentence.format(m[name]) for name, (low, high, sentence) in HEALTH.items()
+            if m.get(name, low) < low or m.get(name, high) > high}
+    right = [m["right"] for m in history[-WINDOW:] if "right" in m]
     if len(right) == WINDOW and max(right) == 0:
         said["right"] = (f"no rollout was right for {WINDOW} iterations: take easier problems, "
                          "imitate first (--method sft), or check the answers in the data")
-    if len(right) == WINDOW and min(right) == 1:
-        said["right"] = f"every rollout was right for {WINDOW} iterations: take harder problems"
     return said
 
 
-def rises(values):
-    """True where nearly every later value is above nearly every earlier one, by a tenth in all."""
-    pairs = [b > a for i, a in enumerate(values) for b in values[i + 1:]]
-    half = len(values) // 2
-    return np.mean(pairs) >= 0.85 and (
-        np.mean(values[half:]) > 1.1 * np.mean(values[:half]) > 0)
-
-
-def common_fault(m):
-    """", 20 of 25 SyntaxError", from the counts of one iteration."""
-    counts = Counter(m.get("faults", {})).most_common(1)
-    return f", {counts[0][1]} of {sum(m['faults'].values())} {counts[0][0]}" if counts else ""
-
-
-def news(history, last_said):
-    """The sentences of health() that were not said in the last WINDOW iterations.
-
-    last_said  {topic: iteration}, kept up to date
-    """
-    now = history[-1]["iteration"]
-    for topic, sentence in health(history).items():
-        if now >= last_said.get(topic, -WINDOW) + WINDOW:
-            last_said[topic] = now
-            yield sentence
+def news(history):
+    """The sentences about the last iteration, but for what was said of the one before, too."""
+    before = health(history[:-1])
+    return [sentence for name, sentence in health(history).items() if name not in before]
 
 
 # --- Evaluation -------------------------------------------------------------------------------
@@ -2371,25 +2328,24 @@ def results_table(results):
     return "\n".join(lines)
 
 
-SHOWN = {"reward": "reward {reward:+.2f}", "right": "right {right:.0%}", "reverse_kl":
-         "kl {reverse_kl:.2f}", "d": "d {d:.2f}", "w": "w {w:.2f}", "tool_fail":
-         "tool fail {tool_fail:.0%}", "cut_budget": "cut {cut_budget:.0%}", "tokens":
-         "{tokens:,} tokens", "iterations": "loss {loss:.3f} nats | grad {grad_norm:.2f}"}
-TROUBLES = {"not_taken": "{not_taken} updates not taken",
-            "infrastructure": "{infrastructure} rollouts lost to the machine",
-            "tool_retries": "{tool_retries} tool calls tried again so far",
-            "out_of_memory": "{out_of_memory} times out of memory so far: rollout_batch "
-                             "{rollout_batch}, micro_batch_tokens {micro_batch_tokens}"}
+SHOWN = {"reward": "reward {:+.2f}", "right": "right {:.0%}", "reverse_kl": "kl {:.2f}",
+         "d": "d {:.2f}", "w": "w {:.2f}", "tool_fail": "tool fail {:.0%}",
+         "cut_budget": "cut {:.0%}", "tokens": "{:,} tokens", "loss": "loss {:.3f} nats",
+         "grad_norm": "grad {:.2f}"}
 
 
 def progress_line(m, config):
-    """One dense line an iteration: the numbers that its method has, and what went wrong."""
+    """One dense line an iteration: the numbers that its method has."""
     parts = [f"iteration {m['iteration']}/{m.get('iterations', config.iterations)}"]
-    parts += [text.format(**m) for name, text in SHOWN.items() if name in m]
+    parts += [text.format(m[name]) for name, text in SHOWN.items() if name in m]
     parts.append(f"{sum(v for name, v in m.items() if name.startswith('seconds')):.1f} s")
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
-    parts += [text.format(**m) for name, text in TROUBLES.items() if m.get(name)]
+    if m["tool_retries"]:
+        parts.append(f"{m['tool_retries']} tool calls tried again so far")
+    if m["out_of_memory"]:
+        parts.append(f"{m['out_of_memory']} times out of memory so far: rollout_batch "
+                     f"{m['rollout_batch']}, micro_batch_tokens {m['micro_batch_tokens']}")
     return " | ".join(parts)
 
 
@@ -2401,10 +2357,10 @@ def show_rollout(batch):
     lines = [f"    {r.problem.question}  [truth {r.problem.answer}, reward {r.reward:+.1f}]"]
     for k, turn in enumerate(r.turns):
         call = tools.parse_tool_call(turn.text)
-        said = call.code if call and not call.fault else turn.text
-        last_line = ((turn.answer or r.finish).strip().splitlines() or [""])[-1]
+        said = call.code if call and call.code else turn.text
+        came = (turn.answer or r.finish).strip().rpartition("\n")[2]
         trust = "" if batch.d is None else f"d {batch.d[i, k]:.2f}  w {batch.w[i, k]:.2f}  "
-        lines.append(f"    turn {k + 1}  {trust}{said.strip()[:60]!r} -> {last_line[:50]}")
+        lines.append(f"    turn {k + 1}  {trust}{said.strip()[:60]!r} -> {came[:50]}")
     return "\n".join(lines)
 
 
@@ -2533,7 +2489,7 @@ def train_to_files(agent, folder):
     A signal is obeyed at once while the weights are those of the last iteration in the files; in
     the middle of updates it waits for the end of the iteration.
     """
-    config, history, last_said = agent.config, [], {}
+    config, history = agent.config, []
     place = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
     written = place()
     settled = lambda: place() == written
@@ -2546,7 +2502,7 @@ def train_to_files(agent, folder):
                 if asked:
                     raise KeyboardInterrupt(asked[0])
                 history.append(m)
-                show_iteration(m, batch, history, last_said, config)
+                show_iteration(m, batch, history, config)
                 stop_if_refused(history)
                 if config.save_every and m["iteration"] % config.save_every == 0:
                     save_run(agent, folder)
@@ -2560,23 +2516,21 @@ def train_to_files(agent, folder):
         raise
 
 
-def show_iteration(m, batch, history, last_said, config):
+def show_iteration(m, batch, history, config):
     """Write to the screen: the line of an iteration, health, now and then a rollout."""
     if batch or m["not_taken"] or m["iteration"] % 20 == 0 or m["iteration"] == m["iterations"]:
         tqdm.write(progress_line(m, config))
-    for sentence in news(history, last_said):
+    for sentence in news(history):
         tqdm.write(f"    health: {sentence}")
     if batch and config.show_every and (m["iteration"] - 1) % config.show_every == 0:
         tqdm.write(show_rollout(batch))
 
 
 def stop_if_refused(history, most=3):
-    """Three iterations in a row in which an update could not be taken will not be followed by a
-    better one."""
+    """After so many iterations in a row with updates not taken, no better one will follow."""
     if len(history) >= most and all(m["not_taken"] for m in history[-most:]):
-        raise ValueError(f"{most} iterations in a row had updates that could not be taken: a "
-                         "log-probability, the loss or the gradient was not finite. Resume with a "
-                         "lower --lr, or begin anew with --dtype float32")
+        raise ValueError(f"{most} iterations in a row had updates that could not be taken; resume "
+                         "with a lower --lr, or begin anew with --dtype float32")
 
 
 def eval_problems(tokenizer, config):
