@@ -956,7 +956,7 @@ def evaluate_all(models, datas, given):
     finished = defaultdict(list)
     for name in models:
         config = settings(datas[0], given)
-        device, dtype, _ = sod.choose_device(config)
+        device, dtype = sod.choose_device(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         model = sod.load_model(name, device, dtype)

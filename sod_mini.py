@@ -1419,26 +1419,16 @@ def check_slots(model):
     """Refuse a model that cannot read rows of different length side by side.
 
     The engine tells a model the positions of a row and what it may look at. Every layer must obey
-    both, and nothing may depend on the longest row of the batch.
+    both, and nothing may depend on the longest row of the batch. Tests show that of these families.
     """
     config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [str(x.get("rope_type")) for x in (rope, *rope.values()) if isinstance(x, dict)]
-    fault = ""
-    if model._is_stateful or not hasattr(config, "num_attention_heads"):
-        fault = "it has layers without attention"
-    elif ("position_ids" not in inspect.signature(model.forward).parameters
-          or getattr(config, "alibi", False)):
-        fault = "it takes no position ids"
-    elif any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
-        fault = "it has layers that do not see the whole past"
-    elif any("dynamic" in kind or kind == "longrope" for kind in kinds):
-        fault = "its rotary frequencies depend on the longest row of a batch"
-    elif config._attn_implementation != "sdpa":
-        fault = f"its attention ({config._attn_implementation}) takes no boolean mask"
-    if fault:
-        raise ValueError(f"rollout_engine slots cannot serve this {config.model_type} model: "
-                         f"{fault}; use --rollout_engine generate")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "")
+    if (config.model_type not in ("qwen3", "qwen2", "llama", "gpt2")
+            or any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+            or rope in ("dynamic", "longrope") or config._attn_implementation != "sdpa"):
+        raise ValueError(f"rollout_engine slots is known to serve Qwen3, Qwen2, Llama and GPT-2 "
+                         "with full attention and fixed rotary frequencies, and this "
+                         f"{config.model_type} model is another; use --rollout_engine generate")
 
 
 @torch.inference_mode()  # 6% faster than no_grad with 64 rollouts of the world
@@ -1679,16 +1669,15 @@ GIB = 2 ** 30
 def preflight(config):
     """Everything but the weights: an Agent that still lacks its models, or one sentence that says
     why this run cannot work."""
-    device, dtype, reason = choose_device(config)
-    print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); seed {config.seed}")
+    device, dtype = choose_device(config)
+    print(f"device  {device}, {str(dtype).removeprefix('torch.')}; seed {config.seed}")
     tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
     check_model(config.student, student, tokenizer, config)
     view, teacher, notes = METHODS[config.method].view, None, []
     if view == "teacher":
         other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
         check_model(config.teacher, teacher, tokenizer, config)
-        check_pair(student, teacher, tokenizer, other, config)
-        notes = [f"same ids on {len(PROBES)} probes", same_template(tokenizer, other)]
+        notes = [check_pair(student, teacher, tokenizer, other, config)]
     elif view:  # self-distillation: the frozen start, told more
         teacher = student
     if config.rollout_engine == "slots":
@@ -1698,15 +1687,15 @@ def preflight(config):
     agent.tool, milliseconds = load_tool(config)
     notes += [f"{len(agent.practice):,} rows to learn from",
               f"tool answers in {milliseconds:.0f} ms",
-              check_memory(config, student, teacher, device, dtype), *template_notes(tokenizer)]
-    print("preflight  " + ", ".join(filter(None, notes)))
+              check_memory(config, student, teacher, device, dtype)]
+    print("preflight  " + ", ".join(notes))
     return agent
 
 
 def load_agent(config, agent=None):
     """Student, teacher, tool and data, after a preflight unless `agent` has had it."""
     agent = agent or preflight(config)
-    device, dtype, _ = choose_device(config)
+    device, dtype = choose_device(config)
     torch.manual_seed(config.seed)  # of --init random
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
@@ -1726,7 +1715,7 @@ def load_agent(config, agent=None):
 
 
 def choose_device(config):
-    """(device, dtype, the reason for both)."""
+    """(device, dtype): bf16 has half the memory and full speed on a GPU, and neither on a CPU."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1739,11 +1728,7 @@ def choose_device(config):
         raise ValueError(f"device {name} was asked for and no CUDA GPU is visible; use --device "
                          "cpu")
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
-    if config.dtype != "auto":
-        return device, dtype, "as asked"
-    return device, dtype, ("half the memory and full speed; the optimiser keeps fp32 weights"
-                           if dtype == torch.bfloat16 else "exact; bf16 is for GPUs")
+    return device, default if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 # Given to every call that loads: left out, transformers asks on the terminal, or runs the code.
@@ -1752,44 +1737,17 @@ OWN_CODE = dict(trust_remote_code=False)
 
 def load_pretrained(read, path, **options):
     """read(path), such as from_pretrained, with one sentence in place of its traceback."""
-    if Path(path).is_file():
-        raise ValueError(f"{path} is a file; name the folder that holds the model")
-    is_hub_id = str(path).count("/") == 1 and not str(path).startswith((".", "/"))
-    if not path or not Path(path).exists() and not is_hub_id:
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
+    if not Path(path).is_dir() and (Path(path).exists() or not is_hub_id):
         raise ValueError(f"there is no folder {path!r}; name a folder that holds a model, "
                          "or a Hub id such as Qwen/Qwen3-0.6B")
     try:
         return read(path, **options)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
-        raise ValueError(f"cannot load {path}: {why_unreadable(path, str(error) or repr(error))}"
-                         ) from error
-
-
-def why_unreadable(path, message):
-    """What is wrong with a model folder, and what to do."""
-    first = next(line for line in message.splitlines() if line.strip()).strip()
-    if "trust_remote_code" in message or "custom code" in message:
-        return ("it brings code of its own, which this project never runs; use a model whose "
-                "architecture is part of transformers")
-    for file in Path(path).glob("*"):
-        if file.is_file() and file.open("rb").read(23) == b"version https://git-lfs":
-            return (f"its {file.name} is a Git LFS pointer in place of the file; run git lfs pull "
-                    "in that folder")
-    if (Path(path) / "adapter_config.json").exists():
-        return "it holds an adapter; merge it into its base model first (peft: merge_and_unload)"
-    if "size mismatch" in message or "ignore_mismatched_sizes" in message:
-        return ("its weights have other sizes than its config.json says, such as another "
-                "vocabulary; load the folder again, or mend its config.json")
-    if lacks_tokenizer(path):
-        return "it holds no tokenizer; copy there the tokenizer that the model was trained with"
-    return (f"{first.rstrip(':.')}. A Hub id needs a machine that can reach the Hub; a folder must "
-            "hold a config, weights and a tokenizer")
-
-
-def lacks_tokenizer(path):
-    """Is it a folder without any file that a tokenizer could come from?"""
-    names = ("tokenizer.*", "vocab*", "*.tiktoken")
-    return Path(path).is_dir() and not any(file for n in names for file in Path(path).glob(n))
+        first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
+        raise ValueError(f"cannot load {path}: {first}; a folder must hold config, weights and "
+                         "tokenizer, and no code of its own; a Hub id needs a machine that can "
+                         "reach the Hub") from error
 
 
 def skeleton(path):
@@ -1808,13 +1766,13 @@ def load_model(path, device, dtype, init="pretrained"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **OWN_CODE)
     else:
         model, read = load_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=dtype,
-                                      output_loading_info=True, **OWN_CODE)
+                                      output_loading_info=True, ignore_mismatched_sizes=True,
+                                      **OWN_CODE)
         # transformers fills what a file lacks with random numbers, and only warns.
-        for verb, names in (("lack", read["missing_keys"]), ("hold", read["unexpected_keys"])):
-            if names:
-                raise ValueError(f"the weights of {path} {verb} {len(names)} tensors that its "
-                                 f"config does{' not' * (verb == 'hold')} name, such as "
-                                 f"{min(names)}; load the folder again, or mend its config.json")
+        other_size = {name for name, *_ in read["mismatched_keys"]}
+        if wrong := read["missing_keys"] | read["unexpected_keys"] | other_size:
+            raise ValueError(f"weights and config of {path} differ in {len(wrong)} tensors, such "
+                             f"as {min(wrong)}; load the folder again")
     # generate() fills every setting we leave open from model.generation_config: Qwen3 ships
     # temperature .6, top-k 20 and top-p .95. Keep them for the saved checkpoint only.
     model.shipped_generation = model.generation_config
@@ -1836,7 +1794,6 @@ def describe(role, name, model, pretrained, agent):
     or cap them, or add a bias.) And one that knows its template finds a plain tool call there
     likelier than chance.
     """
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     batch = collate([encode_demonstration(agent.tokenizer, *EXAMPLE)], model.device)
     logp, _ = sampled_logprobs(model, batch.ids, batch.step_id, 1.0)
     own = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
@@ -1844,17 +1801,16 @@ def describe(role, name, model, pretrained, agent):
     ours = logp[batch.step_id >= 0]
     if (own - ours).abs().mean() > (0.002 if model.dtype == torch.float32 else 0.1):
         raise ValueError(f"{name} does more to its logits than hidden states times head (a cap, a "
-                         f"scale or a bias: they differ by {(own - ours).abs().mean():.2f} nats a "
-                         "token), so its tokens would be scored wrongly; use Qwen3, Qwen2, Llama "
-                         "or another model with a plain head")
+                         "scale or a bias), so its tokens would be scored wrongly; use Qwen3, "
+                         "Qwen2, Llama or another model with a plain head")
     mean, chance = float(ours.mean()), -math.log(len(head(model)))
     if pretrained and not mean > 0.9 * chance and agent.config.preflight:  # NaN too
         raise ValueError(f"{name} gives a plain tool call in its own template {mean:.2f} nats a "
                          f"token, and chance is {chance:.2f}: its weights are random, damaged or "
-                         "for another tokenizer; load them again, use --init random for a student "
-                         "that is to start from nothing, or go on all the same: --preflight false")
-    print(f"{role} {name}, {size}; {mean:.2f} nats a token of a plain tool call, chance "
-          f"{chance:.2f}")
+                         "for another tokenizer; load them again, or use --init random or "
+                         "--preflight false")
+    print(f"{role} {name}, {count_weights(model):,} parameters; {mean:.2f} nats a token of a plain "
+          f"tool call, chance {chance:.2f}")
 
 
 EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
@@ -1870,40 +1826,24 @@ PROBES = [
 def load_tokenizer(path):
     """The tokenizer, checked for what a conversation with a tool needs."""
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path, **OWN_CODE)
-    if lacks_tokenizer(path):  # transformers has made an empty one
-        raise ValueError(f"cannot load {path}: {why_unreadable(path, 'no tokenizer')}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
     probe = "the text of a tool"
     try:
-        told = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0]))
-        shown = repr(tokenizer.decode(encode_tool_turn(tokenizer, probe)))
+        shown = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])
+                                 + encode_tool_turn(tokenizer, probe))
         after = render_tool_turn(tokenizer, probe)
     except Exception as error:  # a template may raise anything
-        told, shown, after = "", f"nothing ({error})", tokenizer.eos_token
-    if probe not in shown:
-        raise ValueError(f"the chat template of {path} does not show tool answers: it gave {shown};"
-                         " use a model whose template knows the role tool")
+        shown, after = f"an error ({error})", tokenizer.eos_token
+    if tools.TOOL_NAME not in shown or probe not in shown:
+        raise ValueError(f"the chat template of {path} does not show a tool or its answers: it "
+                         f"gave {shown!r}; use a model whose template knows tools")
     if not after.startswith(tokenizer.eos_token):
         raise ValueError(f"the chat template of {path} ends a turn with {after[:12]!r} and its "
-                         f"tokenizer with {tokenizer.eos_token!r}: a turn would hold both; set "
-                         "eos_token in tokenizer_config.json to what the template writes")
-    if tools.TOOL_NAME not in told:
-        raise ValueError(f"the chat template of {path} does not tell the model of its tool, "
-                         f"{tools.TOOL_NAME}; use a model whose template shows tools")
+                         f"tokenizer with {tokenizer.eos_token!r}: set eos_token in "
+                         "tokenizer_config.json to what the template writes")
     return tokenizer
-
-
-def template_notes(tokenizer):
-    """A server renders structured tool calls: what if the template does not show them?"""
-    call = {"function": {"name": tools.TOOL_NAME, "arguments": {"code": "print(12 + 30)"}}}
-    shown = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "",
-                                            "tool_calls": [call]}], tokenize=False)
-    if "print(12 + 30)" not in shown:
-        yield ("NOTE: the student's template does not show tool_calls, so a server would hide a "
-               "call from the turns after it")
 
 
 def check_model(path, model, tokenizer, config):
@@ -1919,40 +1859,21 @@ def check_model(path, model, tokenizer, config):
 
 
 def check_pair(student, teacher, tokenizer_s, tokenizer_t, config):
-    """SOD compares log-probabilities id by id, so both sides must write the same ids."""
-    where = ""
-    for probe in PROBES:
-        ids_s, ids_t = encode(tokenizer_s, probe), encode(tokenizer_t, probe)
-        if ids_s != ids_t:
-            t = first_difference(ids_s, ids_t)
-            where = f"they differ from token {t} of {probe!r}, {tokenizer_s.decode(ids_s[t:])!r}"
-            break
-    if not where and tokenizer_s.eos_token_id != tokenizer_t.eos_token_id:
-        where = (f"their end-of-turn tokens differ, {tokenizer_s.eos_token} and "
-                 f"{tokenizer_t.eos_token}")
-    if where:
-        raise ValueError(f"{config.student} and {config.teacher} give different ids for the same "
-                         f"text ({where}); SOD compares log-probabilities id by id. Use two models "
-                         "of one family.")
+    """SOD compares log-probabilities id by id, so both sides must write the same ids. Returns what
+    to know of their templates."""
+    for text in PROBES:
+        if encode(tokenizer_s, text) != encode(tokenizer_t, text):
+            raise ValueError(f"{config.student} and {config.teacher} give different ids for "
+                             f"{text!r}, and SOD compares log-probabilities id by id; use two "
+                             "models of one family")
     rows_s, rows_t = len(head(student)), len(head(teacher))
     if config.kl == "full" and rows_s != rows_t:
         raise ValueError(f"student and teacher have {rows_s} and {rows_t} vocabulary rows; "
                          "--kl full compares row by row, so use --kl sampled")
-
-
-def first_difference(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def same_template(tokenizer_s, tokenizer_t):
-    """Whether the teacher's own template writes what the student's does; what to expect if not."""
-    ids_s, ids_t = (encode_demonstration(t, *EXAMPLE).ids for t in (tokenizer_s, tokenizer_t))
-    if ids_s == ids_t:
-        return "same template"
-    t = first_difference(ids_s, ids_t)
-    ours, theirs = tokenizer_s.decode(ids_s[t:t + 8]), tokenizer_t.decode(ids_t[t:t + 8])
-    return (f"NOTE: their templates differ from token {t} on ({ours!r}, the teacher's {theirs!r}), "
-            "and the teacher scores the student's")
+    same = f"same ids on {len(PROBES)} probes"
+    if len({tuple(encode_demonstration(t, *EXAMPLE).ids) for t in (tokenizer_s, tokenizer_t)}) > 1:
+        return f"{same}, NOTE: the teacher has another template, and scores the student's"
+    return f"{same}, same template"
 
 
 def check_memory(config, student, teacher, device, dtype):
@@ -1960,22 +1881,29 @@ def check_memory(config, student, teacher, device, dtype):
 
     Activations and caches come on top; they shrink by themselves (see `phase`).
     """
+    need = memory_held(config, student, teacher, device, dtype)
+    for place, size in need.items():
+        free = free_memory(place)
+        if size > free and config.preflight:
+            raise ValueError(
+                f"models, optimiser and gradient take {size / GIB:.3f} GiB, and {free / GIB:.3f} "
+                f"are free on {place}; choose smaller models, try --offload all, or go on all the "
+                "same: --preflight false")
+    return " and ".join(f"{size / GIB:.3f} GiB on {place} for weights, AdamW and gradient"
+                        for place, size in need.items())
+
+
+def memory_held(config, student, teacher, device, dtype):
+    """{device: bytes}."""
     N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
     apart = dtype != torch.float32 or config.offload == "all" and device.type != "cpu"
-    masters = 4 * N * apart
-    training = 0 if config.method == "vanilla" else masters + 8 * N + 4 * N  # moments, gradient
-    need = Counter({device: dtype.itemsize * (N + M)})
-    need[torch.device("cpu") if config.offload == "all" else device] += training
+    training = 4 * N * apart + 8 * N + 4 * N  # masters, moments, gradient
+    cpu, need = torch.device("cpu"), Counter({device: dtype.itemsize * (N + M)})
+    if config.method != "vanilla":
+        need[cpu if config.offload == "all" else device] += training
     if config.offload != "none":  # the teacher lies there while it is not asked
-        need[torch.device("cpu")] += dtype.itemsize * M
-    for place, size in need.items():
-        if size > free_memory(place) and config.preflight:
-            raise ValueError(
-                f"models, optimiser and gradient take {in_bytes(size)}, and "
-                f"{in_bytes(free_memory(place))} are free on {place}; choose smaller models, try "
-                "--offload all, or go on all the same: --preflight false")
-    return " and ".join(f"{in_bytes(size)} on {place} for weights, AdamW and gradient"
-                        for place, size in need.items())
+        need[cpu] += dtype.itemsize * M
+    return need
 
 
 def count_weights(model):
@@ -1987,10 +1915,6 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-
-
-def in_bytes(size):
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def load_practice(tokenizer, config):
