@@ -21,7 +21,6 @@ import argparse
 import copy
 import functools
 import gc
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -1131,12 +1130,20 @@ class Optimizer:
             mine.copy_(theirs)
 
 
-def make_optimizer(agent, total):
-    """The optimiser of a run, with its learning rate: constant, or sft's cosine over `total`."""
-    config = agent.config
+def make_optimizer(agent):
+    """The optimiser of a run, with its learning rate: constant, or sft's cosine."""
+    config, total = agent.config, num_iterations(agent)
     constant = lambda n: config.lr * min(1.0, n / max(config.warmup, 1))
     cosine = lambda n: config.sft_lr * cosine_scale(n, total)
     return Optimizer(agent.student, cosine if config.method == "sft" else constant, config)
+
+
+def num_iterations(agent):
+    """Iterations of the whole run: an option, but for sft, which passes over its data."""
+    config = agent.config
+    if config.method != "sft":
+        return config.iterations
+    return math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
 
 
 def cosine_scale(n, total):
@@ -1210,10 +1217,10 @@ class Agent:
 
 
 def train(agent):
-    """Train the student with any method of METHODS.
+    """Train the student with any method of METHODS, from the iteration after agent.iteration.
 
     A generator: yields (numbers, Batch) of each iteration, for sft (numbers, None). Printing,
-    files and evaluation live outside. An agent that has done some iterations goes on after them.
+    files and evaluation live outside.
     """
     if agent.config.method == "sft":
         yield from imitate(agent)
@@ -1224,14 +1231,13 @@ def train(agent):
 def distil(agent):
     """Algorithm 1: sample, reward, score, weigh, update."""
     config, student, method = agent.config, agent.student, METHODS[agent.config.method]
-    agent.optimizer = agent.optimizer or make_optimizer(agent, config.iterations)
+    agent.optimizer = agent.optimizer or make_optimizer(agent)
     for iteration in range(agent.iteration + 1, config.iterations + 1):
         torch.manual_seed((config.seed << 32) + iteration)  # of dropout, in models that have it
         prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
         rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
         check_sandbox(rollouts)
         batch = collate(rollouts, student.device)                           # with their rewards
-
 
         student.train()  # as in the update, so that the ratio begins at 1 even with dropout
         batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
@@ -1263,9 +1269,8 @@ def check_sandbox(rollouts):
 
 def imitate(agent):
     """Supervised fine-tuning on demonstrations (method sft): the cold start before SOD."""
-    config, student = agent.config, agent.student
-    total = math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
-    agent.optimizer = agent.optimizer or make_optimizer(agent, total)
+    config, student, total = agent.config, agent.student, num_iterations(agent)
+    agent.optimizer = agent.optimizer or make_optimizer(agent)
     student.train()
     for iteration in range(agent.iteration + 1, total + 1):
         torch.manual_seed((config.seed << 32) + iteration)
@@ -1922,7 +1927,11 @@ def load_practice(tokenizer, config):
     if config.method == "vanilla":
         return []
     if config.method == "sft":
-        kept, skipped = fitting_demonstrations(tokenizer, config)
+        rows = [encode_demonstration(tokenizer, problem, turns, config.system)
+                for problem, turns in tools.load_demonstrations(config.demonstrations)]
+        pairs, skipped = fitting([(row, row.ids) for row in rows],
+                                 config.max_prompt + config.max_response)
+        kept = [row for row, _ in pairs]
     else:
         problems = tools.load_problems(config.train_data)
         view = METHODS[config.method].view
@@ -1939,24 +1948,16 @@ def load_practice(tokenizer, config):
 
 def fitting_prompts(problems, tokenizer, config):
     """[(Problem, ids)] of the problems whose prompt fits the budget, and how many do not."""
-    limit = config.max_prompt
-    prompts = [(p, encode_prompt(tokenizer, p, config.system)) for p in problems]
-    kept = [(p, ids) for p, ids in prompts if len(ids) <= limit]
-    if not kept:
-        raise ValueError(f"all {len(prompts)} prompts are longer than {limit} tokens (the shortest "
-                         f"has {min(len(ids) for _, ids in prompts)}); raise --max_prompt")
-    return kept, len(prompts) - len(kept)
+    return fitting([(p, encode_prompt(tokenizer, p, config.system)) for p in problems],
+                   config.max_prompt)
 
 
-def fitting_demonstrations(tokenizer, config):
-    """The conversations that fit both budgets, as Rollouts, and how many do not."""
-    limit = config.max_prompt + config.max_response
-    rows = [encode_demonstration(tokenizer, problem, turns, config.system)
-            for problem, turns in tools.load_demonstrations(config.demonstrations)]
-    kept = [row for row in rows if len(row.ids) <= limit]
+def fitting(rows, limit):
+    """The rows [(item, ids), ...] of at most `limit` ids, and how many others there are."""
+    kept = [(item, ids) for item, ids in rows if len(ids) <= limit]
     if not kept:
-        raise ValueError(f"all {len(rows)} demonstrations are longer than {limit} tokens; "
-                         "raise --max_response")
+        raise ValueError(f"all {len(rows)} rows are longer than {limit} tokens (the shortest has "
+                         f"{min(len(ids) for _, ids in rows)}); raise --max_prompt")
     return kept, len(rows) - len(kept)
 
 
@@ -2001,8 +2002,8 @@ def open_run_folder(config):
         if not config.resume:
             write_config(config, folder)
     except FileExistsError:
-        go_on = f"go on with it by --resume {folder}, or " * (stored_settings(folder) is not None)
-        raise ValueError(f"{folder} exists already; {go_on}give this run another --name") from None
+        raise ValueError(f"{folder} exists already; give this run another --name, or go on with "
+                         f"that one: --resume {folder}") from None
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out"
                          ) from None
@@ -2027,34 +2028,18 @@ def resumed_config(given):
     given  {option: value} of the command line, "resume" among them
     """
     folder = Path(given["resume"])
-    if not (folder / "config.json").exists():  # not a folder: the name of a run
+    if not folder.is_dir():  # the name of a run
         folder = Path(given.get("out", Config.out)) / folder
-    stored = stored_settings(folder)
-    if stored is None:
-        raise ValueError(f"{given['resume']} holds no run to resume (no config.json that can be "
-                         "read); name its folder, such as runs/NAME")
-    if unknown := stored.keys() - {f.name for f in fields(Config)}:
-        raise ValueError(f"{folder}/config.json has options unknown to this version: "
-                         f"{', '.join(sorted(unknown))}")
     try:
-        before = Config(**stored)
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json cannot be used: {error}") from None
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        before = Config(**{name: stored[name] for name in stored.keys() - {"versions"}})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} holds no run that can be resumed ({error}); name its folder, "
+                         "such as runs/NAME") from None
     for name, value in given.items():
         if name != "resume" and getattr(before, name) != value:
             print(f"changed: {name} {value!r}, was {getattr(before, name)!r}")
-    return Config(**{**stored, **given, "resume": str(folder)})
-
-
-def stored_settings(folder):
-    """{option: value} from the config.json of a run, or None where there is none to read."""
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(stored, dict):
-        return None
-    return {name: value for name, value in stored.items() if name != "versions"}
+    return Config(**{**asdict(before), **given, "resume": str(folder)})
 
 
 def write_iteration(agent, m, batch, folder):
@@ -2069,9 +2054,6 @@ def write_iteration(agent, m, batch, folder):
             if batch else [])
     with tools.writing(folder):
         for name, new in zip(LOGS, rows):
-            if m["iteration"] > 1 and not (folder / name).exists():
-                tqdm.write(f"NOTE: {folder / name} is gone, and with it the lines of earlier "
-                           "iterations; it begins anew")
             tools.append_rows(folder / name, new)
 
 
@@ -2083,9 +2065,7 @@ def plain(value):
 
 
 def rounded(values, digits):
-    """(N,) tensor -> numbers that JSON can hold; None stays None."""
-    if values is None:
-        return None
+    """(N,) tensor -> numbers that JSON can hold."""
     return [plain(round(v, digits) + 0.0) for v in values.tolist()]  # + 0.0: no -0.0
 
 
@@ -2148,96 +2128,59 @@ def save_run(agent, folder):
     with tools.writing(folder), tools.whole_folder(place) as aside:
         write_config(agent.config, folder)  # with the sizes that have been halved
         write_model(agent, aside, {})
-        torch.save({
-            "iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
-            "practice": digest(agent.practice),
-            "lengths": {name: (folder / name).stat().st_size for name in LOGS
-                        if (folder / name).exists()}}, aside / "state.pt")
+        torch.save({"iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
+                    "lengths": {name: (folder / name).stat().st_size for name in LOGS
+                                if (folder / name).exists()}}, aside / "state.pt")
     for old in tools.numbered(folder / "saves")[:-2]:
         tools.remove(old)
 
 
-def digest(practice):
-    """A short text that changes with any problem, demonstration or token id to be trained on."""
-    return hashlib.sha256(repr(practice).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def restore(agent, folder):
     """Take over the newest save, and cut the logs back to where they were at the time."""
-    place = next(iter(reversed(tools.numbered(folder / "saves"))), None)
-    lengths = take_over(agent, place) if place else {}
+    saves = tools.numbered(folder / "saves")
+    lengths = take_over(agent, saves[-1]) if saves else {}
     for name in LOGS:
         if note := tools.cut_back(folder / name, lengths.get(name, 0)):
             print(note)
     write_config(agent.config, folder)
-    print(f"resumed {place}" if place else f"resumed {folder}, which has no save yet: it begins "
-          "with iteration 1")
+    print(f"resumed {folder} after iteration {agent.iteration}")
 
 
 def take_over(agent, place):
     """Weights, optimiser and counters of a save; returns the lengths of the logs."""
-    config = agent.config
     try:
         state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-        saved = load_model(place, "cpu", agent.student.dtype).state_dict()
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{place} cannot be read ({repr(error):.200}); remove that folder, and "
-                         "--resume goes on from the save before it") from error
-    if state["practice"] != digest(agent.practice):
-        raise ValueError("the training data are not those that this run began with; bring them "
-                         f"back, or begin a new run with --student {place}")
-    total = (math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
-             if config.method == "sft" else config.iterations)
-    if total < state["iteration"]:
-        raise ValueError(f"{place} has done {state['iteration']} iterations and {total} are asked "
-                         "for; ask for more, or leave the option out")
-    try:
-        agent.student.load_state_dict(saved)
-        agent.optimizer = make_optimizer(agent, total)
+        saved = load_model(place, "cpu", agent.student.dtype)
+        agent.student.load_state_dict(saved.state_dict())
+        agent.optimizer = make_optimizer(agent)
         agent.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{place} does not fit this run; resume with the --student, --dtype and "
-                         "--offload that it began with") from error
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{place} cannot be taken over ({repr(error):.200}); resume with the "
+                         "--student, --dtype and --offload that it began with, or remove that "
+                         "folder to go on from the save before it") from error
     agent.iteration = state["iteration"]
     return state["lengths"]
 
 
-CARD = """---
-base_model: {c.student}
+def model_card(config, results):
+    """What the checkpoint is, how it was trained and measured: Hub metadata and markdown."""
+    measured = (f"average@{config.eval_samples} on `{config.eval_data}`, 95% interval over "
+                f"problems:\n\n{results_table(results)}") if results else "Not evaluated."
+    return f"""---
+base_model: {config.student}
 library_name: transformers
 pipeline_tag: text-generation
 tags: [sod, on-policy-distillation, tool-use]
 ---
 
-# {title}
+{config.student} trained with sod-mini, method `{config.method}`, to solve problems in several turns
+with a Python tool (Hermes tool calls, one tool named `code_interpreter`). Its licence is that of
+{config.student}.
 
-{c.student} trained with sod-mini, method `{c.method}`, teacher: {teacher}. It solves problems in
-several turns with a Python tool (Hermes tool calls, one tool named `code_interpreter`). Its licence
-is that of {c.student}.
+{measured}
 
-{results}
-
-Settings: {settings}
+Settings: {json.dumps(settings(config))}
 """
-
-
-def model_card(config, results):
-    """What the checkpoint is, how it was trained and measured: Hub metadata and markdown.
-
-    results  {name: (problems, k) array} of what was measured
-    """
-    view = METHODS[config.method].view
-    measured = "Not evaluated."
-    if results:
-        number = len(next(iter(results.values())))
-        measured = (f"average@{config.eval_samples} on {number} problems of `{config.eval_data}`, "
-                    f"temperature {config.eval_temperature}, top-p {config.eval_top_p}; 95% "
-                    "interval over problems:\n\n" + results_table(results))
-    return CARD.format(
-        c=config, title=config.name or config.method, results=measured,
-        teacher={"": "none", "teacher": config.teacher}.get(
-            view, f"its own start, told the {view}"),
-        settings=json.dumps(settings(config)))
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -2345,7 +2288,6 @@ def run(config, preset):
             problems = eval_problems(agent.tokenizer, config)
             note_shared_problems(agent.practice, problems)
             load_agent(config, agent)
-            results = read_results(folder)
             if config.resume:
                 restore(agent, folder)
         except BaseException:
@@ -2353,23 +2295,25 @@ def run(config, preset):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
-            measure_and_train(agent, folder, problems, results)
+            measure_and_train(agent, folder, problems)
         except BaseException:
             if folder.exists():
                 print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
 
 
-def measure_and_train(agent, folder, problems, results):
+def measure_and_train(agent, folder, problems):
     """The run itself, from wherever it stands."""
-    config = agent.config
+    config, file = agent.config, folder / "results.json"
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    results = {name: np.array(correct, float) for name, correct in stored.items()}
 
     def measure(name, model):
         if problems and name not in results:
             results[name] = evaluate(agent, model, problems)
             listed = {name: correct.tolist() for name, correct in results.items()}
             with tools.writing(folder):
-                tools.write_whole(folder / "results.json", json.dumps(listed) + "\n")
+                tools.write_whole(file, json.dumps(listed) + "\n")
 
     if agent.iteration == 0:
         measure("student before", agent.student)
@@ -2388,17 +2332,6 @@ def measure_and_train(agent, folder, problems, results):
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
               + results_table(results))
-
-
-def read_results(folder):
-    """What an interrupted run has measured: {name: (problems, samples) array}."""
-    path = folder / "results.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {name: np.array(correct, float) for name, correct in stored.items()}
-    except (ValueError, AttributeError):
-        print(f"NOTE: {path} cannot be read; what it held is left out of the results")
-        return {}
 
 
 def write_page(folder):
