@@ -139,8 +139,6 @@ class Config(Sampling):
         for wrong, sentence in [
             (Path(self.name).name != self.name or not self.name.isprintable(),
              f"name is {self.name!r}; needed the name of one folder (--out says where it is made)"),
-            (self.system != self.system.encode(errors="replace").decode(),
-             f"system holds bytes that are no UTF-8 ({self.system!r:.60}); type it again in UTF-8"),
             (method.weights != "sod" and self.weights != "sod",
              f"method {self.method} fixes its own weights; use --weights with sod or sod_only"),
             (self.kl == "full" and not method.view,
@@ -1725,19 +1723,12 @@ def choose_device(config):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is none that torch knows; use cpu, cuda or cuda:1"
-                         ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for and no CUDA GPU is visible; use --device "
-                         "cpu")
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]:.80}); use "
+                         "--device cpu, or cuda where torch sees a GPU") from None
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, default if config.dtype == "auto" else getattr(torch, config.dtype)
-
-
-# Given to every call that loads: left out, transformers asks on the terminal, or runs the code.
-OWN_CODE = dict(trust_remote_code=False)
 
 
 def load_pretrained(read, path, **options):
@@ -1746,8 +1737,8 @@ def load_pretrained(read, path, **options):
     if not Path(path).is_dir() and (Path(path).exists() or not is_hub_id):
         raise ValueError(f"there is no folder {path!r}; name a folder that holds a model, "
                          "or a Hub id such as Qwen/Qwen3-0.6B")
-    try:
-        return read(path, **options)
+    try:  # without the last option, transformers asks on the terminal, or runs the folder's code
+        return read(path, **options, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
         first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
         raise ValueError(f"cannot load {path}: {first}; a folder must hold config, weights and "
@@ -1755,24 +1746,22 @@ def load_pretrained(read, path, **options):
                          "reach the Hub") from error
 
 
-def skeleton(path):
-    """A model on the meta device: every shape and no numbers, at once, whatever its size."""
-    def read(path):
-        with torch.device("meta"):
+def skeleton(path, dtype=None, device="meta"):
+    """A model without its weights: on the meta device at once, whatever its size."""
+    def read(path, **options):
+        with torch.device(device):
             return AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path, **OWN_CODE), **OWN_CODE)
+                AutoConfig.from_pretrained(path, **options), dtype=dtype, **options)
     return load_pretrained(read, path)
 
 
 def load_model(path, device, dtype, init="pretrained"):
     """A causal language model whose shipped sampling settings cannot reach our rollouts."""
     if init == "random":
-        shape = load_pretrained(AutoConfig.from_pretrained, path, **OWN_CODE)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **OWN_CODE)
+        model = skeleton(path, dtype, "cpu")  # with random numbers
     else:
         model, read = load_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=dtype,
-                                      output_loading_info=True, ignore_mismatched_sizes=True,
-                                      **OWN_CODE)
+                                      output_loading_info=True, ignore_mismatched_sizes=True)
         # transformers fills what a file lacks with random numbers, and only warns.
         other_size = {name for name, *_ in read["mismatched_keys"]}
         if wrong := read["missing_keys"] | read["unexpected_keys"] | other_size:
@@ -1786,9 +1775,8 @@ def load_model(path, device, dtype, init="pretrained"):
 
 
 def enable_checkpointing(model):
-    """Recompute activations in backward; newer releases of transformers have a newer name."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    """Recompute activations in backward."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @torch.no_grad()
@@ -1830,7 +1818,7 @@ PROBES = [
 
 def load_tokenizer(path):
     """The tokenizer, checked for what a conversation with a tool needs."""
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path, **OWN_CODE)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
@@ -1882,33 +1870,25 @@ def check_pair(student, teacher, tokenizer_s, tokenizer_t, config):
 
 
 def check_memory(config, student, teacher, device, dtype):
-    """What a run holds for certain, against what is free: weights, masters, moments, gradient.
+    """What a run holds on the device for certain, against what is free there.
 
     Activations and caches come on top; they shrink by themselves (see `phase`).
     """
-    need = memory_held(config, student, teacher, device, dtype)
-    for place, size in need.items():
-        free = free_memory(place)
-        if size > free and config.preflight:
-            raise ValueError(
-                f"models, optimiser and gradient take {size / GIB:.3f} GiB, and {free / GIB:.3f} "
-                f"are free on {place}; choose smaller models, try --offload all, or go on all the "
-                "same: --preflight false")
-    return " and ".join(f"{size / GIB:.3f} GiB on {place} for weights, AdamW and gradient"
-                        for place, size in need.items())
+    need, free = memory_held(config, student, teacher, dtype) / GIB, free_memory(device) / GIB
+    if need > free and config.preflight:
+        raise ValueError(f"models, optimiser and gradient take {need:.3f} GiB, and {free:.3f} are "
+                         f"free on {device}; choose smaller models, try --offload all, or go on "
+                         "all the same: --preflight false")
+    return f"{need:.3f} GiB on {device} for weights, AdamW and gradient"
 
 
-def memory_held(config, student, teacher, device, dtype):
-    """{device: bytes}."""
+def memory_held(config, student, teacher, dtype):
+    """Bytes of both models, and unless these lie elsewhere of moments, gradient and masters."""
     N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
-    apart = dtype != torch.float32 or config.offload == "all" and device.type != "cpu"
-    training = 4 * N * apart + 8 * N + 4 * N  # masters, moments, gradient
-    cpu, need = torch.device("cpu"), Counter({device: dtype.itemsize * (N + M)})
-    if config.method != "vanilla":
-        need[cpu if config.offload == "all" else device] += training
-    if config.offload != "none":  # the teacher lies there while it is not asked
-        need[cpu] += dtype.itemsize * M
-    return need
+    held = dtype.itemsize * (N + M)
+    if config.method == "vanilla" or config.offload == "all":
+        return held
+    return held + 12 * N + 4 * N * (dtype != torch.float32)  # an fp32 weight is its own master
 
 
 def count_weights(model):
@@ -2106,12 +2086,8 @@ def save_checkpoint(agent, folder, results={}):
 
 def write_model(agent, folder, results):
     """Fill a folder that AutoModelForCausalLM.from_pretrained and HF-compatible servers load."""
-    student, ours = agent.student, agent.student.generation_config
-    student.generation_config = student.shipped_generation
-    try:
-        student.save_pretrained(folder)
-    finally:
-        student.generation_config = ours
+    agent.student.save_pretrained(folder)
+    agent.student.shipped_generation.save_pretrained(folder)  # in place of ours, which is empty
     agent.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(agent.config, results), encoding="utf-8")
 
@@ -2325,9 +2301,7 @@ def measure_and_train(agent, folder, problems):
                 measure("teacher", agent.teacher)
         save_checkpoint(agent, folder, results)
         tools.remove(folder / "saves")
-        for name in ("checkpoint", "metrics.jsonl", "rollouts.jsonl"):
-            if (folder / name).exists():
-                print(f"{name:15} {folder / name}")
+        print(f"checkpoint {folder / 'checkpoint'}")
         write_page(folder)
     if results:
         print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
