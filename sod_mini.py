@@ -84,8 +84,7 @@ class Sampling:
 class Config(Sampling):
     """Every knob: name, value, reason. Defaults train the embedded student on a CPU in minutes.
 
-    Two values change in a run: rollout_batch and micro_batch_tokens are halved where memory runs
-    out (see `phase`).
+    A run halves rollout_batch and micro_batch_tokens where memory runs out (see `phase`).
     """
     method: str = "sod"                     # vanilla only measures, sft imitates; see METHODS
     weights: str = "sod"                    # step weights of sod and sod_only: see WEIGHTS
@@ -221,8 +220,7 @@ def group_advantages(rewards, group_size):
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000,  0.0000,  0.0000])
     """
     r = rewards.view(-1, group_size)                             # (P, G)
-    # Minus the maximum: equal rewards become exactly 0. Minus a rounded mean alone they would
-    # become some 1e-8, which the division by 1e-6 would blow up.
+    # Minus the maximum: equal rewards become exactly 0, and not a rounding error over 1e-6.
     r = r - r.nan_to_num(-math.inf).amax(1, keepdim=True)
     centred = r - r.nanmean(1, keepdim=True)
     count = (~r.isnan()).sum(1, keepdim=True)                    # (P, 1)
@@ -264,7 +262,7 @@ def step_weights(d, epsilon=1e-6, delta=0.2):
     tensor([[1.0000, 0.5000, 1.2000]])
     """
     # Neighbours cancel in the product, so only the first and the k-th step remain. The cap is on
-    # the weight, not on the running product, so a step after a capped one does not suffer from it.
+    # the weight, not on the running product: a step after a capped one does not suffer from it.
     return ((d[:, :1] + epsilon) / (d + epsilon)).clamp(max=1 + delta)
 
 
@@ -367,11 +365,9 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
-# At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. Both
-# functions below, token_logprobs and reverse_kl, walk over tiles of the vocabulary, all tokens at
-# once, and compute each tile a second time in backward: a row of the head's gradient is finished
-# by one product, in place. A tile is worked on in place too, since reading and writing it is what
-# costs beside the products.
+# At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. So
+# token_logprobs and reverse_kl walk over tiles of the vocabulary, all tokens at once, and compute
+# each tile a second time in backward. Tiles are worked on in place, which saves memory and time.
 
 TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
 
@@ -587,8 +583,7 @@ def encode_prompt(tokenizer, problem, system="", view=""):
 def render_tool_turn(tokenizer, text):
     """What the template writes after the text of an assistant turn, its end token first.
 
-    Only this is rendered. Rendering the whole conversation again would change what the student
-    wrote: Qwen3's template drops the thoughts of earlier turns.
+    Only this is rendered: in a whole conversation Qwen3's template drops earlier thoughts.
     """
     anchor = "ANCHOR"
     rendered = tokenizer.apply_chat_template(
@@ -632,10 +627,8 @@ def phase(option, extent):
     option  rollout_batch or micro_batch_tokens: how much is worked on side by side
     extent  the phase's arguments -> the smallest and the largest value of it that makes sense
 
-    Where memory runs out the phase runs again with half of its option, which stays halved for the
-    rest of the run. It is the same work again: no weight has moved, every random number belongs
-    to its rollout, and the gradient differs by the rounding of sums (and by the masks of dropout,
-    in models that have it).
+    Where memory runs out the phase runs again with half of its option, for the rest of the run. It
+    is the same work: no weight has moved, and every random number belongs to its rollout.
     """
     def decorate(work):
         @functools.wraps(work)
@@ -734,10 +727,7 @@ class Rollout:
 
 def random_numbers(seed, purpose, *place):
     """The generator of one place in a run, such as (0, "rollouts", 17, 3): rollout 3 of
-    iteration 17 of seed 0.
-
-    Nothing random is carried along. A run can be continued anywhere, a batch sampled again comes
-    out the same, and no rollout depends on who happens to be beside it.
+    iteration 17 of seed 0. Nothing random is carried along, so a run can be continued anywhere.
     """
     return np.random.default_rng([seed, *place, *purpose.encode()])
 
@@ -747,8 +737,7 @@ def sample_rollouts(agent, model, prompts, key, first=0, temperature=None, top_p
     """Let a model solve problems in several turns with the tool.
 
     prompts  [(Problem, prompt ids), ...], one for each rollout
-    key      (seed, purpose, iteration): with the rollout's number, `first` and up, it names its
-             random numbers
+    key      (seed, purpose, iteration), which with a rollout's number names its random numbers
     returns  [Rollout, ...] in the same order, graded and rewarded
     """
     config = agent.config
@@ -822,8 +811,7 @@ def pick_tokens(logits, noise, temperature=1.0, top_p=1.0):
     if top_p < 1:
         ranked, order = p.sort(-1, descending=True)
         ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
-        # Back in the order of the vocabulary: rounding may exchange two neighbours in the ranking,
-        # and everything behind them would fall to other numbers.
+        # Back in the order of the vocabulary: rounding may exchange neighbours in the ranking.
         p = torch.zeros_like(p).scatter_(1, order, ranked)
     edges = p.cumsum(-1, dtype=torch.float64)  # fp32 would lose the rare tokens of a large V
     chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
@@ -958,11 +946,8 @@ def pad(rows, value, device):
 
 
 def micro_batches(lengths, budget):
-    """Cut rows into batches of at most `budget` padded tokens, rows of like length together.
-
-    A row that is longer than the budget is a batch of its own. A budget of 0 means 65,536, beyond
-    which nothing is gained.
-    """
+    """Cut rows into batches of at most `budget` padded tokens (0: 65,536), rows of like length
+    together. A longer row is a batch of its own."""
     order, rows = sorted(range(len(lengths)), key=lambda i: lengths[i]), []
     for i in order:
         if rows and (len(rows) + 1) * lengths[i] > (budget or 2**16):
@@ -982,8 +967,7 @@ def sampled_hidden(model, ids, step_id):
     """The hidden states from which the N sampled tokens were, or might have been, predicted.
 
     ids, step_id  (B, T)
-    returns       (N, D), row by row. Prompts and tool answers are read, but never multiplied with
-                  the vocabulary
+    returns       (N, D), row by row; other tokens are never multiplied with the vocabulary
     """
     hidden = hidden_states(model, ids).flatten(0, 1)  # (B * T, D)
     predicts = F.pad(step_id[:, 1:] >= 0, (0, 1))     # (B, T): position t predicts token t+1
@@ -1062,9 +1046,8 @@ class Optimizer:
     """AdamW on fp32 masters, whatever the model computes in.
 
     At lr 1e-6 an update is far below the spacing of bf16 numbers (2^-8 of the weight), so a bf16
-    weight that is updated in place never moves. So each has a master in fp32, and the gradients
-    of micro-batches add up in fp32 too, each freed as soon as it is added. In fp32 a weight is
-    its own master. With offload "all", masters, moments and gradients lie in the CPU's memory.
+    weight that is updated in place never moves. So each has a master in fp32, where gradients of
+    micro-batches add up, too. With offload "all", masters, moments and gradients lie on the CPU.
     """
 
     def __init__(self, model, learning_rate, config):
@@ -1220,42 +1203,42 @@ def train(agent):
     A generator: yields (numbers, Batch) of each iteration, for sft (numbers, None). Printing,
     files and evaluation live outside.
     """
-    if agent.config.method == "sft":
-        yield from imitate(agent)
-    elif agent.config.method != "vanilla":
-        yield from distil(agent)
-
-
-def distil(agent):
-    """Algorithm 1: sample, reward, score, weigh, update."""
-    config, student, method = agent.config, agent.student, METHODS[agent.config.method]
+    config = agent.config
+    if config.method == "vanilla":
+        return
     agent.optimizer = agent.optimizer or make_optimizer(agent)
-    for iteration in range(agent.iteration + 1, config.iterations + 1):
+    for iteration in range(agent.iteration + 1, num_iterations(agent) + 1):
         torch.manual_seed((config.seed << 32) + iteration)  # of dropout, in models that have it
-        prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
-        rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
-        check_sandbox(rollouts)
-        batch = collate(rollouts, student.device)                           # with their rewards
+        yield imitate(agent, iteration) if config.method == "sft" else distil(agent, iteration)
 
-        student.train()  # as in the update, so that the ratio begins at 1 even with dropout
-        batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
-        if method.view:
-            batch.logp_t, batch.entropy_t = score_by_teacher(agent, batch)  # on the same ids
-            batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id,
-                                      batch.failed.shape[1])                # Eq. 6
-            scheme = config.weights if method.weights == "sod" else "uniform"
-            batch.w = WEIGHTS[scheme](batch, config)                        # Eq. 7
-        batch.A = group_advantages(batch.reward, config.group_size)
-        coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
-        batch.advantages = token_advantages(config.method, batch.A, batch.logp_s,  # Eq. 8-10
-                                            batch.logp_t, batch.step_id, batch.w, coef)
 
-        updates = []  # one for each run of neighbouring groups
-        for rows in np.arange(len(rollouts)).reshape(config.updates, -1).tolist():
-            loss, clipped = backpropagate(agent, batch.rows(rows))
-            updates.append((loss, agent.optimizer.step(loss), clipped))
-        agent.iteration = iteration
-        yield batch_metrics(agent, batch, updates), batch
+def distil(agent, iteration):
+    """An iteration of Algorithm 1: sample, reward, score, weigh, update."""
+    config, student, method = agent.config, agent.student, METHODS[agent.config.method]
+    prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
+    rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
+    check_sandbox(rollouts)
+    batch = collate(rollouts, student.device)                           # with their rewards
+
+    student.train()  # as in the update, so that the ratio begins at 1 even with dropout
+    batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
+    if method.view:
+        batch.logp_t, batch.entropy_t = score_by_teacher(agent, batch)  # on the same ids
+        batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id,
+                                  batch.failed.shape[1])                # Eq. 6
+        scheme = config.weights if method.weights == "sod" else "uniform"
+        batch.w = WEIGHTS[scheme](batch, config)                        # Eq. 7
+    batch.A = group_advantages(batch.reward, config.group_size)
+    coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
+    batch.advantages = token_advantages(config.method, batch.A, batch.logp_s,  # Eq. 8-10
+                                        batch.logp_t, batch.step_id, batch.w, coef)
+
+    updates = []  # one for each run of neighbouring groups
+    for rows in np.arange(len(rollouts)).reshape(config.updates, -1).tolist():
+        loss, clipped = backpropagate(agent, batch.rows(rows))
+        updates.append((loss, agent.optimizer.step(loss), clipped))
+    agent.iteration = iteration
+    return batch_metrics(agent, batch, updates), batch
 
 
 def check_sandbox(rollouts):
@@ -1265,19 +1248,15 @@ def check_sandbox(rollouts):
                          "and whether the machine has memory and disk left")
 
 
-def imitate(agent):
-    """Supervised fine-tuning on demonstrations (method sft): the cold start before SOD."""
-    config, student, total = agent.config, agent.student, num_iterations(agent)
-    agent.optimizer = agent.optimizer or make_optimizer(agent)
-    student.train()
-    for iteration in range(agent.iteration + 1, total + 1):
-        torch.manual_seed((config.seed << 32) + iteration)
-        batch = collate(draw(agent.practice, config, iteration, config.sft_batch), student.device)
-        loss, _ = backpropagate(agent, batch)
-        norm = agent.optimizer.step(loss)
-        agent.iteration = iteration
-        yield {"iteration": iteration, "iterations": total, **update_metrics([(loss, norm, 0.0)]),
-               **machine_metrics(agent)}, None
+def imitate(agent, iteration):
+    """An update of supervised fine-tuning on demonstrations (sft): the cold start before SOD."""
+    config, student = agent.config, agent.student.train()
+    batch = collate(draw(agent.practice, config, iteration, config.sft_batch), student.device)
+    loss, _ = backpropagate(agent, batch)
+    norm = agent.optimizer.step(loss)
+    agent.iteration = iteration
+    return {"iteration": iteration, "iterations": num_iterations(agent),
+            **update_metrics([(loss, norm, 0.0)]), **machine_metrics(agent)}, None
 
 
 def draw(items, config, iteration, count, times=1):
@@ -1335,9 +1314,9 @@ class RaggedLayer(DynamicLayer):
 class Slots:
     """Room for some rollouts under way, each with its own row of the model's KV cache.
 
-    HF generate reads the whole conversation again at each turn, and its rows move in lockstep. Here
-    every row has its own length: a tool's answer is read in where the last turn ended, a finished
-    rollout makes room for the next, and one that waits for its tool takes no part.
+    HF generate reads the whole conversation again at each turn. Here a tool's answer is read in
+    where the last turn ended, a finished rollout makes room for the next, and one that waits for
+    its tool takes no part.
     """
 
     def __init__(self, model, size):
@@ -1421,8 +1400,8 @@ class Slots:
 def check_slots(model):
     """Refuse a model that cannot read rows of different length side by side.
 
-    The engine tells a model the positions of a row and what it may look at. Every layer must obey
-    both, and nothing may depend on the longest row of the batch. Tests show that of these families.
+    Every layer must obey the positions and the mask that it is given, and nothing may depend on
+    the longest row of the batch. Tests show that of these families.
     """
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "")
@@ -1440,9 +1419,7 @@ def sample_by_slots(agent, model, rollouts, pick):
 
     A call runs while the others sample `look` tokens; then its answer is read. Where it takes more
     than `tool_wait` seconds longer, the others go on without it. The rollouts are those of
-    sample_by_generate, token for token, up to the rounding of sums. While tool_wait is longer than
-    any program, they are also the same bit by bit each time; else the clock decides who is sampled
-    beside whom, and so the rounding.
+    sample_by_generate, but for the rounding of sums, which depends on who is sampled beside whom.
     """
     config, ends, queue = agent.config, end_ids(model, agent.tokenizer), deque(rollouts)
     slots = Slots(model, min(config.rollout_batch or len(rollouts), len(rollouts)))
@@ -1630,11 +1607,8 @@ def average_with_interval(correct):
     returns  mean, low, high: at each end the farthest of three intervals
 
     - Student's, from the spread of the problems' scores.
-    - Wilson's, with the same spread. Few easy problems among many hard ones have a smaller spread
-      where the mean is low by chance, so Student's high end is too low there.
-    - What P problems say at least. A mean m shows P zeros with a chance of at most (1 - m)^P, so
-      where all is wrong the high end is 1 - .025^(1/P), 11.6% for P = 30. One right sample more
-      cannot mean that the average is lower.
+    - Wilson's, with the same spread, for few easy problems among many hard ones.
+    - What P problems say at least: a mean m shows P zeros with a chance of at most (1 - m)^P.
 
     Together they hold the true mean in 94% to 100% of simulated draws (tests/test_metrics.py).
     """
@@ -2317,8 +2291,7 @@ def write_page(folder):
 def train_to_files(agent, folder):
     """Run the training loop: lines to the screen, numbers and rollouts to files, saves.
 
-    A signal is obeyed at once while the weights are those of the last iteration in the files; in
-    the middle of updates it waits for the end of the iteration.
+    A signal is obeyed at once, but for the middle of updates: there the iteration ends first.
     """
     config, history = agent.config, []
     place = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
@@ -2398,8 +2371,8 @@ def prepare_output():
 
 
 def ends_with_a_sentence(work, after_a_signal):
-    """Run a command, whatever stops it. Returns its exit status: 0 done, 1 stopped with a
-    sentence, 128 and more by a signal (2, of argparse, for wrong options)."""
+    """Run a command; returns its exit status: 0 done, 1 stopped with a sentence, 128 and more by a
+    signal."""
     prepare_output()
     try:
         with tools.stoppable(lambda: True):

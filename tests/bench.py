@@ -413,7 +413,7 @@ def methods():
         def learn(method):
             agent.config.method, agent.iteration = method, 0
             with mock.patch.object(sod, "sample_rollouts", lambda *_: found):
-                list(sod.distil(agent))
+                list(sod.train(agent))
         clock = time.process_time if device == "cpu" else gpu_clock
         seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 11, clock)
         yield Row(f"scoring and updates, 128 rollouts of the world, {device}",
