@@ -138,7 +138,7 @@ class Config(Sampling):
         for wrong, sentence in [
             (Path(self.name).name != self.name or not self.name.isprintable(),
              f"name is {self.name!r}; needed the name of one folder (--out says where it is made)"),
-            (method.weights != "sod" and self.weights != "sod",
+            (method.weights != "sod" and self.parameters != "sod",
              f"method {self.method} fixes its own weights; use --weights with sod or sod_only"),
             (self.kl == "full" and not method.view,
              f"method {self.method} has no teacher to compare with; use --kl sampled"),
@@ -1053,10 +1053,10 @@ class Optimizer:
     def __init__(self, model, learning_rate, config):
         self.learning_rate = learning_rate  # function of the number of the update, 1 and up
         self.updates, self.grad_clip = 0, config.grad_clip
-        place = torch.device("cpu") if config.offload == "all" else model.device
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 and p.device == place else
-                        p.detach().to(place, torch.float32) for p in self.weights]
+        home = torch.device("cpu") if config.offload == "all" else model.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 and p.device == home else
+                        p.detach().to(home, torch.float32) for p in self.parameters]
         self.adamw = torch.optim.AdamW(self.masters, betas=(config.beta1, config.beta2),
                                        weight_decay=config.weight_decay)
         self.hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, master))
@@ -1064,7 +1064,7 @@ class Optimizer:
 
     def apart(self):
         """(weight, master) where these are two tensors."""
-        return [(p, master) for p, master in zip(self.weights, self.masters) if p is not master]
+        return [(p, master) for p, master in zip(self.parameters, self.masters) if p is not master]
 
     def detach(self):
         """Come off the model, which then may have another optimiser."""
@@ -1155,19 +1155,15 @@ def backpropagate(agent, batch):
         else:
             loss = policy_loss(logp, part.logp_s, part.advantages, mask, config.clip_low,
                                config.clip_high, config.clip_dual, num_tokens)
-            clipped = count_clipped(logp.detach(), part.logp_s, mask, config) / num_tokens
+            ratio = torch.where(mask, logp.detach() - part.logp_s, 0.0).exp()
+            left = ratio != ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+            clipped = left.sum() / num_tokens
         if part.advantages is not None and config.kl == "full":
             w = per_token(part.w, part.step_id)[mask]  # (N,)
             loss = loss + config.opd_coef * (w * full_kl(agent, part, hidden)).sum() / num_tokens
         loss.backward()
         totals += torch.stack([loss.detach(), clipped.to(totals.device)])
     return totals.tolist()
-
-
-def count_clipped(logp, logp_old, mask, config):
-    """How many tokens have left the clip range, on the side that is clipped for them or not."""
-    ratio = torch.where(mask, logp - logp_old, 0.0).exp()
-    return ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum()
 
 
 def full_kl(agent, batch, hidden):
@@ -1844,25 +1840,17 @@ def check_pair(student, teacher, tokenizer_s, tokenizer_t, config):
 
 
 def check_memory(config, student, teacher, device, dtype):
-    """What a run holds on the device for certain, against what is free there.
-
-    Activations and caches come on top; they shrink by themselves (see `phase`).
-    """
-    need, free = memory_held(config, student, teacher, dtype) / GIB, free_memory(device) / GIB
+    """Weights, moments, gradient and masters against what is free. Activations and caches come on
+    top; they shrink by themselves (see `phase`)."""
+    N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
+    need, free = dtype.itemsize * (N + M) / GIB, free_memory(device) / GIB
+    if config.method != "vanilla" and config.offload != "all":
+        need += (12 * N + 4 * N * (dtype != torch.float32)) / GIB  # fp32: its own master
     if need > free and config.preflight:
         raise ValueError(f"models, optimiser and gradient take {need:.3f} GiB, and {free:.3f} are "
                          f"free on {device}; choose smaller models, try --offload all, or go on "
                          "all the same: --preflight false")
     return f"{need:.3f} GiB on {device} for weights, AdamW and gradient"
-
-
-def memory_held(config, student, teacher, dtype):
-    """Bytes of both models, and unless these lie elsewhere of moments, gradient and masters."""
-    N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
-    held = dtype.itemsize * (N + M)
-    if config.method == "vanilla" or config.offload == "all":
-        return held
-    return held + 12 * N + 4 * N * (dtype != torch.float32)  # an fp32 weight is its own master
 
 
 def count_weights(model):
@@ -1930,10 +1918,9 @@ def load_tool(config):
     tool = (tools.SilentTool(config.silent_rate, config.silent_persist, **options)
             if config.silent_rate else tools.PythonTool(**options))
     try:
-        tool.run(["1"])  # starts it
+        _, seen = [tool.run(["print(1 + 1)"])[0] for _ in range(2)]  # the first call starts it
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    seen = tool.run(["print(1 + 1)"])[0]
     if seen.text.strip() != "2":
         raise ValueError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
                          "print(1 + 1), not 2; see what `python tools.py` says, or raise "
@@ -1958,9 +1945,6 @@ def open_run_folder(config):
     except FileExistsError:
         raise ValueError(f"{folder} exists already; give this run another --name, or go on with "
                          f"that one: --resume {folder}") from None
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out"
-                         ) from None
     if (folder / "checkpoint").exists() and not (folder / "saves").exists():
         raise ValueError(f"{folder} is finished; to train its result further, start a run with "
                          f"--student {folder / 'checkpoint'}")
@@ -2024,8 +2008,7 @@ def rounded(values, digits):
 
 
 def rollout_rows(batch, iteration, tokenizer, with_tokens):
-    """A batch as JSON-ready dicts, one a rollout, one entry a step; d and w are null without a
-    teacher.
+    """A batch as JSON-ready dicts, one a rollout; d and w of a step are null without a teacher.
 
     with_tokens  of so many rollouts each step also holds its tokens (token_row)
     """
@@ -2054,8 +2037,8 @@ def token_row(batch, i, k, tokenizer):
 
 def save_checkpoint(agent, folder, results={}):
     """The trained student and its card, as folder/checkpoint."""
-    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as place:
-        write_model(agent, place, results)
+    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as aside:
+        write_model(agent, aside, results)
 
 
 def write_model(agent, folder, results):
@@ -2072,10 +2055,10 @@ def save_run(agent, folder):
     A save is a model folder with the state of the optimiser beside the weights. No state of a
     random generator is in it: every random number is a function of seed and iteration.
     """
-    place = folder / "saves" / f"iteration-{agent.iteration}"
-    if place.exists():
+    save = folder / "saves" / f"iteration-{agent.iteration}"
+    if save.exists():
         return
-    with tools.writing(folder), tools.whole_folder(place) as aside:
+    with tools.writing(folder), tools.whole_folder(save) as aside:
         write_config(agent.config, folder)  # with the sizes that have been halved
         write_model(agent, aside, {})
         torch.save({"iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
@@ -2087,29 +2070,24 @@ def save_run(agent, folder):
 
 def restore(agent, folder):
     """Take over the newest save, and cut the logs back to where they were at the time."""
-    saves = tools.numbered(folder / "saves")
-    lengths = take_over(agent, saves[-1]) if saves else {}
+    saves, state = tools.numbered(folder / "saves"), {}
+    try:
+        if saves:
+            state = torch.load(saves[-1] / "state.pt", map_location="cpu", weights_only=True)
+            saved = load_model(saves[-1], "cpu", agent.student.dtype)
+            agent.student.load_state_dict(saved.state_dict())
+            agent.optimizer = make_optimizer(agent)
+            agent.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{saves[-1]} cannot be taken over ({repr(error):.200}); resume with the "
+                         "--student, --dtype and --offload that it began with, or remove that "
+                         "folder to go on from the save before it") from error
+    agent.iteration = state.get("iteration", 0)
     for name in LOGS:
-        if note := tools.cut_back(folder / name, lengths.get(name, 0)):
+        if note := tools.cut_back(folder / name, state.get("lengths", {}).get(name, 0)):
             print(note)
     write_config(agent.config, folder)
     print(f"resumed {folder} after iteration {agent.iteration}")
-
-
-def take_over(agent, place):
-    """Weights, optimiser and counters of a save; returns the lengths of the logs."""
-    try:
-        state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-        saved = load_model(place, "cpu", agent.student.dtype)
-        agent.student.load_state_dict(saved.state_dict())
-        agent.optimizer = make_optimizer(agent)
-        agent.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{place} cannot be taken over ({repr(error):.200}); resume with the "
-                         "--student, --dtype and --offload that it began with, or remove that "
-                         "folder to go on from the save before it") from error
-    agent.iteration = state["iteration"]
-    return state["lengths"]
 
 
 def model_card(config, results):
@@ -2194,9 +2172,8 @@ def add_options(parser, kind, words):
     """
     # The fields of `kind` itself come before those that it inherits.
     source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
-    known = {f.name: f for f in fields(kind)}
     for name, comment in re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M):
-        f = known[name]
+        f = kind.__dataclass_fields__[name]
         parser.add_argument(f"--{name}", type=as_bool if f.type is bool else f.type,
                             default=argparse.SUPPRESS,
                             metavar=" | ".join(words.get(name, [f.type.__name__])),
@@ -2294,15 +2271,15 @@ def train_to_files(agent, folder):
     A signal is obeyed at once, but for the middle of updates: there the iteration ends first.
     """
     config, history = agent.config, []
-    place = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
-    written = place()
-    settled = lambda: place() == written
+    done = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
+    written = done()
+    settled = lambda: done() == written
     try:
         with tools.stoppable(settled) as asked:
             for m, batch in tqdm(train(agent), initial=agent.iteration, unit="iteration",
                                  desc=config.method, disable=None):  # no bar where nobody watches
                 write_iteration(agent, m, batch, folder)
-                written = place()
+                written = done()
                 if asked:
                     raise KeyboardInterrupt(asked[0])
                 history.append(m)
@@ -2363,11 +2340,9 @@ def note_shared_problems(practice, held_out):
 def prepare_output():
     """Show each line as it comes, and never die of a character or of a closed screen."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def ends_with_a_sentence(work, after_a_signal):
