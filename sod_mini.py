@@ -146,6 +146,8 @@ class Config(Sampling):
              "kl full needs the teacher in every update; use --offload none or --kl sampled"),
             (self.method == "grpo" and self.group_size == 1,
              "group_size is 1, and grpo compares the rollouts of a group: use 2 or more"),
+            (self.method == "vanilla" and not self.eval_data,
+             "method vanilla only measures: name problems with --eval_data"),
             (self.prompts % self.updates,
              f"prompts {self.prompts} does not divide into {self.updates} updates"),
             (explores and self.overlong > self.max_response,
@@ -270,7 +272,6 @@ def steps_since_failure(failed):
     """How many steps after its first failed call each step comes; 0 up to and at that call.
 
     failed   (B, K) bool: the tool call of step k failed
-    returns  (B, K) int
 
     >>> steps_since_failure(torch.tensor([[False, True, False, False]]))
     tensor([[0, 0, 1, 2]])
@@ -350,9 +351,8 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
     num_tokens      tokens of the whole update; default: those of this mask
     returns         scalar, the sum over `mask` divided by `num_tokens`
 
-    Differs from the authors' code, which takes a token mean in each micro-batch and weighs it by
-    its number of sequences: here is one token mean over the update, so the gradient does not
-    depend on how the update was cut into micro-batches.
+    Differs from the authors' code, which takes a token mean in each micro-batch: here is one over
+    the update, so the gradient does not depend on how the update was cut into micro-batches.
     """
     log_ratio = torch.where(mask, logp - logp_old, 0.0).clamp(-20, 20)  # exp stays finite
     advantages = torch.where(mask, advantages, 0.0)
@@ -525,13 +525,12 @@ class _ReverseKL(torch.autograd.Function):
 
 
 def reverse_kl(hidden_s, weight_s, hidden_t, weight_t, temperature=1.0):
-    """Exact KL(student || teacher) at each position, over the whole vocabulary (kl="full").
+    """Exact KL(student || teacher) at each position, over the whole vocabulary (kl="full"). Beyond
+    the paper, whose term is a one-sample estimate of this one's gradient.
 
     hidden_s, hidden_t  (..., D_s), (..., D_t) last hidden states
     weight_s, weight_t  (V, D_s), (V, D_t) of the two heads; the same V
     returns             (...) nats, fp32 or better, differentiable in the student's two arguments
-
-    Beyond the paper, whose term is a one-sample estimate of this one's gradient.
     """
     kl = _ReverseKL.apply(hidden_s.reshape(-1, hidden_s.shape[-1]), weight_s,
                           hidden_t.reshape(-1, hidden_t.shape[-1]), weight_t, temperature)
@@ -544,10 +543,8 @@ CUT = "\ufdd0"  # a code point no text may hold: marks where a control string is
 
 
 def defuse(tokenizer, text):
-    """Mark `text` so that encode() treats control strings in it as ordinary text.
-
-    A tool that prints "<|im_end|>" must not end the turn, nor "</tool_response>" its answer.
-    """
+    """Mark `text` so that encode() treats control strings in it as ordinary text: a tool that
+    prints "<|im_end|>" must not end the turn."""
     control = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
     return re.sub(f"(?=(?:{control}))(.)", rf"\1{CUT}", text.replace(CUT, "\ufffd"), flags=re.S)
 
@@ -565,10 +562,8 @@ def told_besides(problem, view):
 
 
 def encode_prompt(tokenizer, problem, system="", view=""):
-    """Ids up to and including the header of the first assistant turn.
-
-    Differs from the authors' code: there row 0 decides for a whole file how prompts are made.
-    """
+    """Ids up to and including the header of the first assistant turn. Differs from the authors'
+    code: there row 0 decides for a whole file how prompts are made."""
     messages = problem.messages or [{"role": "user", "content": problem.question}]
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
@@ -581,10 +576,8 @@ def encode_prompt(tokenizer, problem, system="", view=""):
 
 
 def render_tool_turn(tokenizer, text):
-    """What the template writes after the text of an assistant turn, its end token first.
-
-    Only this is rendered: in a whole conversation Qwen3's template drops earlier thoughts.
-    """
+    """What the template writes after the text of an assistant turn, its end token first. Only this
+    is rendered: in a whole conversation Qwen3's template drops earlier thoughts."""
     anchor = "ANCHOR"
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": anchor},
@@ -594,19 +587,16 @@ def render_tool_turn(tokenizer, text):
 
 
 def encode_tool_turn(tokenizer, text):
-    """Ids of everything between the student's end-of-turn token and its next turn.
-
-    Differs from the authors' code: there each tool turn loses two tokens.
-    """
+    """Ids of everything between the student's end-of-turn token and its next turn. Differs from the
+    authors' code: there each tool turn loses two tokens."""
     return encode(tokenizer, render_tool_turn(tokenizer, text).removeprefix(tokenizer.eos_token))
 
 
 def encode_demonstration(tokenizer, problem, messages, system=""):
-    """A finished conversation as a Rollout, put together exactly as a rollout grows.
+    """A finished conversation as a Rollout, put together exactly as a rollout grows. Differs from
+    the authors' code: there the loss mask is off by one token.
 
     messages  the turns after the question: assistant, tool, assistant, ...
-
-    Differs from the authors' code: there the loss mask is off by one token.
     """
     turns = []
     for message in messages:
@@ -622,13 +612,11 @@ def encode_demonstration(tokenizer, problem, messages, system=""):
 
 
 def phase(option, extent):
-    """Decorates a phase of an iteration: it is timed, and survives a lack of memory.
+    """Decorates a phase of an iteration: it is timed, and where memory runs out it runs again with
+    half of its option. It is the same work: no weight has moved, random numbers belong to rollouts.
 
     option  rollout_batch or micro_batch_tokens: how much is worked on side by side
     extent  the phase's arguments -> the smallest and the largest value of it that makes sense
-
-    Where memory runs out the phase runs again with half of its option, for the rest of the run. It
-    is the same work: no weight has moved, and every random number belongs to its rollout.
     """
     def decorate(work):
         @functools.wraps(work)
@@ -726,9 +714,8 @@ class Rollout:
 
 
 def random_numbers(seed, purpose, *place):
-    """The generator of one place in a run, such as (0, "rollouts", 17, 3): rollout 3 of
-    iteration 17 of seed 0. Nothing random is carried along, so a run can be continued anywhere.
-    """
+    """The generator of one place in a run, such as (0, "rollouts", 17, 3): rollout 3 of iteration
+    17 of seed 0. Nothing random is carried along, so a run can be continued anywhere."""
     return np.random.default_rng([seed, *place, *purpose.encode()])
 
 
@@ -872,10 +859,8 @@ def grade_rollout(r, tool, config):
 
 def outcome_reward(rollout, verdict, config):
     """+1 right, -1 wrong, wrong shaped by tool calls; less near the end of the token budget.
-
-    Differs from the authors' code: there the shaping never reaches the reward, and every wrong
-    answer gets -1.1.
-    """
+    Differs from the authors' code: there the shaping has no effect, and every wrong answer gets
+    -1.1."""
     if rollout.problem.kind == "program":
         reward = verdict.score  # share of tests passed; -1 without a program
     else:
@@ -922,10 +907,8 @@ PER_TOKEN = ("ids", "step_id", "logp_s", "entropy_s", "logp_t", "entropy_t", "ad
 
 
 def collate(rollouts, device, prompts=None):
-    """Rollouts as a Batch, after other prompts than their own where these are given.
-
-    A rollout that the machine failed has no tokens of the student's: nothing is learnt from it.
-    """
+    """Rollouts as a Batch, after other prompts than their own where these are given. One that the
+    machine failed has no tokens of the student's: nothing is learnt from it."""
     prompts = prompts or [r.prompt for r in rollouts]
     ids, step_ids = [], []
     for r, prompt in zip(rollouts, prompts):
@@ -964,11 +947,8 @@ def hidden_states(model, ids):
 
 
 def sampled_hidden(model, ids, step_id):
-    """The hidden states from which the N sampled tokens were, or might have been, predicted.
-
-    ids, step_id  (B, T)
-    returns       (N, D), row by row; other tokens are never multiplied with the vocabulary
-    """
+    """(B, T) ids -> (N, D): the states from which the N sampled tokens were predicted, row by row.
+    Other tokens are never multiplied with the vocabulary."""
     hidden = hidden_states(model, ids).flatten(0, 1)  # (B * T, D)
     predicts = F.pad(step_id[:, 1:] >= 0, (0, 1))     # (B, T): position t predicts token t+1
     return hidden.index_select(0, predicts.flatten().nonzero()[:, 0])
@@ -985,8 +965,8 @@ def spread(values, mask):
 
 
 def sampled_logprobs(model, ids, step_id, temperature):
-    """(B, T) log-probability of each sampled token given all before it, and (B, T) entropy of the
-    distribution it was drawn from, without gradient; nats, 0 for every other token."""
+    """(B, T) log-probability of each sampled token, with gradient, and (B, T) entropy of what it
+    was drawn from, without; nats, 0 for every other token."""
     mask = step_id >= 0
     logp, entropy = token_logprobs(sampled_hidden(model, ids, step_id), head(model), ids[mask],
                                    temperature, entropy=True)
@@ -996,10 +976,7 @@ def sampled_logprobs(model, ids, step_id, temperature):
 @phase("micro_batch_tokens", lambda model, batch: (batch.ids.shape[1], batch.ids.numel()))
 @torch.no_grad()
 def score(agent, model, batch):
-    """Log-probability and entropy of each sampled token, on the ids that were sampled.
-
-    returns  (B, T) and (B, T), nats, 0 for every other token
-    """
+    """sampled_logprobs of a whole batch, without gradient."""
     logp, entropy = (torch.zeros(batch.ids.shape, device=batch.ids.device) for _ in range(2))
     for rows in micro_batches(batch.lengths, agent.config.micro_batch_tokens):
         part = batch.rows(rows)
@@ -1043,12 +1020,9 @@ def visiting(model, device):
 
 
 class Optimizer:
-    """AdamW on fp32 masters, whatever the model computes in.
-
-    At lr 1e-6 an update is far below the spacing of bf16 numbers (2^-8 of the weight), so a bf16
-    weight that is updated in place never moves. So each has a master in fp32, where gradients of
-    micro-batches add up, too. With offload "all", masters, moments and gradients lie on the CPU.
-    """
+    """AdamW on fp32 masters, whatever the model computes in: at lr 1e-6 an update is far below the
+    spacing of bf16 numbers, so a weight that is updated in place never moves. The gradients of
+    micro-batches add up in fp32, too. With offload "all" all of this lies in the CPU's memory."""
 
     def __init__(self, model, learning_rate, config):
         self.learning_rate = learning_rate  # function of the number of the update, 1 and up
@@ -1080,10 +1054,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, loss):
-        """Move the weights once; returns the norm of the gradient before clipping.
-
-        Where the loss or the norm is not finite the weights stay, and nan or inf comes back.
-        """
+        """Move the weights once; returns the norm of the gradient before clipping. Where this or
+        the loss is not finite the weights stay."""
         norm = math.nan
         if math.isfinite(loss):
             norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.grad_clip))
@@ -1135,10 +1107,8 @@ def cosine_scale(n, total):
 
 @phase("micro_batch_tokens", lambda batch: (batch.ids.shape[1], batch.ids.numel()))
 def backpropagate(agent, batch):
-    """Leave the gradient of some rollouts with the optimiser.
-
-    returns  their loss and their share of clipped tokens
-    """
+    """Leave the gradient of some rollouts with the optimiser; returns their loss, a mean over
+    tokens, and their share of clipped tokens."""
     config, student = agent.config, agent.student
     num_tokens = int((batch.step_id >= 0).sum())
     if not num_tokens:  # the machine failed all of them
@@ -1187,6 +1157,7 @@ class Agent:
     tokenizer: object
     tool: object                     # submit(call, place) -> Future of an Observation; run
     practice: list = field(default_factory=list)  # (Problem, prompt ids), or sft's Rollouts
+    held_out: list = field(default_factory=list)  # Problems to measure on
     optimizer: Optimizer | None = None
     iteration: int = 0               # iterations done: where a resumed run goes on
     halvings: int = 0                # how often memory ran out
@@ -1194,11 +1165,8 @@ class Agent:
 
 
 def train(agent):
-    """Train the student with any method of METHODS, from the iteration after agent.iteration.
-
-    A generator: yields (numbers, Batch) of each iteration, for sft (numbers, None). Printing,
-    files and evaluation live outside.
-    """
+    """Train the student with any method of METHODS, from where it stands: yields (numbers, Batch)
+    of each iteration, for sft (numbers, None). Printing, files and evaluation live outside."""
     config = agent.config
     if config.method == "vanilla":
         return
@@ -1256,10 +1224,8 @@ def imitate(agent, iteration):
 
 
 def draw(items, config, iteration, count, times=1):
-    """The `count` items of an iteration, each `times` in a row.
-
-    They come from an endless list: all items, shuffled anew each epoch.
-    """
+    """The `count` items of an iteration, each `times` in a row, from an endless list: all items,
+    shuffled anew each epoch."""
     N, start, drawn = len(items), (iteration - 1) * count, []
     for n in range(start, start + count):
         order = shuffled(config.seed, n // N, N)
@@ -1288,15 +1254,12 @@ class RaggedLayer(DynamicLayer):
         super().__init__()
         self.slots = slots
 
-    def lazy_initialization(self, keys, values):
-        self.keys, self.values = (x.new_zeros(len(self.slots.rollouts), x.shape[1], 0, x.shape[3])
-                                  for x in (keys, values))  # (slots, heads, positions, head_dim)
-        self.is_initialized = True
-
     def update(self, keys, values, *args, **kwargs):
         """Write new keys and values, (R, heads, n, head_dim); returns all that these rows hold."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+        if not self.is_initialized:  # (slots, heads, positions, head_dim)
+            self.keys, self.values = (x.new_zeros(
+                len(self.slots.rollouts), x.shape[1], 0, x.shape[3]) for x in (keys, values))
+            self.is_initialized = True
         room, length = self.keys.shape[2], self.slots.length
         if length > room:  # grow by half, so that this is seldom
             more = max(length, room * 3 // 2) - room
@@ -1308,16 +1271,11 @@ class RaggedLayer(DynamicLayer):
 
 
 class Slots:
-    """Room for some rollouts under way, each with its own row of the model's KV cache.
-
-    HF generate reads the whole conversation again at each turn. Here a tool's answer is read in
-    where the last turn ended, a finished rollout makes room for the next, and one that waits for
-    its tool takes no part.
-    """
+    """Room for some rollouts under way, each with its own row of the model's KV cache: an answer of
+    the tool is read in where the last turn ended, and one that waits for it takes no part."""
 
     def __init__(self, model, size):
         check_slots(model)
-        # generate()'s trap, here too: dropout and checkpointing belong to training.
         assert not model.training, "call model.eval() before sampling"
         self.model, self.device = model, model.device
         self.window = getattr(model.config, "max_position_embeddings", None) or 2 ** 31
@@ -1394,11 +1352,8 @@ class Slots:
 
 
 def check_slots(model):
-    """Refuse a model that cannot read rows of different length side by side.
-
-    Every layer must obey the positions and the mask that it is given, and nothing may depend on
-    the longest row of the batch. Tests show that of these families.
-    """
+    """Refuse a model that is not known to read rows of different length side by side: every layer
+    must obey the positions and the mask, and nothing may depend on the longest row of the batch."""
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "")
     if (config.model_type not in ("qwen3", "qwen2", "llama", "gpt2")
@@ -1542,7 +1497,7 @@ HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
     # Their later w_k are near 0, whatever the student does.
     "d1_near_0": (0, 0.3, "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their "
                   "first step; compare --weights floor"),
-    # Where a third of the calls fail, many turns teach little; where none is made, all do.
+    # Where a third of the calls fail, many turns teach little.
     "tool_fail": (0, 0.3, "{:.0%} of tool calls fail: see the outcomes in metrics.jsonl"),
     "tool_calls": (0.1, math.inf, "the tool is called {:.2f} times a rollout: say in --system how, "
                    "or imitate first: --method sft"),
@@ -1553,7 +1508,6 @@ HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
                 "lower --lr, or raise --temperature"),
     "teacher_entropy": (0, 2.0, "the teacher is lost, its entropy is {:.1f} nats: does it know "
                         "this system text and tool?"),
-    # Both are rare in sound runs.
     "not_taken": (0, 0, "{:.0f} updates were not taken, for a score, the loss or the gradient was "
                   "not finite: lower --lr, or try --dtype float32"),
     "infrastructure": (0, 0, "the sandbox failed in {:.0f} rollouts, which are left out: see "
@@ -1584,9 +1538,7 @@ def news(history):
 
 def evaluate(agent, model, problems):
     """Sample every problem `eval_samples` times: a (problems, samples) array of right or wrong.
-
-    The seeds are the same for every model; the tool falls silent at the same rate.
-    """
+    Seeds and silences of the tool are the same for every model."""
     config = agent.config
     prompts, _ = fitting_prompts(problems, agent.tokenizer, config)
     repeated = [prompt for prompt in prompts for _ in range(config.eval_samples)]
@@ -1600,13 +1552,9 @@ def average_with_interval(correct):
     """average@k in percent with its 95% interval over problems.
 
     correct  (problems, k) of 0 and 1; the samples of one problem stay together, for they are alike
-    returns  mean, low, high: at each end the farthest of three intervals
-
-    - Student's, from the spread of the problems' scores.
-    - Wilson's, with the same spread, for few easy problems among many hard ones.
-    - What P problems say at least: a mean m shows P zeros with a chance of at most (1 - m)^P.
-
-    Together they hold the true mean in 94% to 100% of simulated draws (tests/test_metrics.py).
+    returns  mean, low, high: at each end the farthest of three intervals. Student's; Wilson's with
+             the same spread, for few easy problems among many hard ones; and what P problems say at
+             least: a mean m shows P zeros with a chance of at most (1 - m)^P
     """
     scores = np.asarray(correct, float).mean(1)
     P, m = len(scores), scores.mean()
@@ -1640,8 +1588,7 @@ GIB = 2 ** 30
 
 
 def preflight(config):
-    """Everything but the weights: an Agent that still lacks its models, or one sentence that says
-    why this run cannot work."""
+    """An Agent without its models' weights, or one sentence that says why this run cannot work."""
     device, dtype = choose_device(config)
     print(f"device  {device}, {str(dtype).removeprefix('torch.')}; seed {config.seed}")
     tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
@@ -1657,6 +1604,8 @@ def preflight(config):
         check_slots(student)
     agent = Agent(config, None, None, tokenizer, None)
     agent.practice = load_practice(tokenizer, config)
+    agent.held_out = eval_problems(tokenizer, config)
+    note_shared_problems(agent)
     agent.tool, milliseconds = load_tool(config)
     notes += [f"{len(agent.practice):,} rows to learn from",
               f"tool answers in {milliseconds:.0f} ms",
@@ -1665,10 +1614,9 @@ def preflight(config):
     return agent
 
 
-def load_agent(config, agent=None):
-    """Student, teacher, tool and data, after a preflight unless `agent` has had it."""
-    agent = agent or preflight(config)
-    device, dtype = choose_device(config)
+def load_agent(config):
+    """Student, teacher, tool and data, after a preflight."""
+    agent, (device, dtype) = preflight(config), choose_device(config)
     torch.manual_seed(config.seed)  # of --init random
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
@@ -1737,8 +1685,8 @@ def load_model(path, device, dtype, init="pretrained"):
         if wrong := read["missing_keys"] | read["unexpected_keys"] | other_size:
             raise ValueError(f"weights and config of {path} differ in {len(wrong)} tensors, such "
                              f"as {min(wrong)}; load the folder again")
-    # generate() fills every setting we leave open from model.generation_config: Qwen3 ships
-    # temperature .6, top-k 20 and top-p .95. Keep them for the saved checkpoint only.
+    # generate() fills what we leave open from model.generation_config: Qwen3 ships temperature .6,
+    # top-k 20 and top-p .95. Keep them for the saved checkpoint only.
     model.shipped_generation = model.generation_config
     model.generation_config = GenerationConfig()
     return model.to(device).eval()
@@ -1751,12 +1699,8 @@ def enable_checkpointing(model):
 
 @torch.no_grad()
 def describe(role, name, model, pretrained, agent):
-    """Print what was loaded, once it has shown that it is what it seems.
-
-    Its own logits must be hidden @ head^T, for that is what we compute. (Some models also scale
-    or cap them, or add a bias.) And one that knows its template finds a plain tool call there
-    likelier than chance.
-    """
+    """Print what was loaded, once its logits have proved to be hidden @ head^T, which is what we
+    compute, and a plain tool call in its own template likelier than chance."""
     batch = collate([encode_demonstration(agent.tokenizer, *EXAMPLE)], model.device)
     logp, _ = sampled_logprobs(model, batch.ids, batch.step_id, 1.0)
     own = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
@@ -1822,8 +1766,7 @@ def check_model(path, model, tokenizer, config):
 
 
 def check_pair(student, teacher, tokenizer_s, tokenizer_t, config):
-    """SOD compares log-probabilities id by id, so both sides must write the same ids. Returns what
-    to know of their templates."""
+    """Refuse two sides that write different ids for one text; returns what was found."""
     for text in PROBES:
         if encode(tokenizer_s, text) != encode(tokenizer_t, text):
             raise ValueError(f"{config.student} and {config.teacher} give different ids for "
@@ -1877,10 +1820,9 @@ def load_practice(tokenizer, config):
     else:
         problems = tools.load_problems(config.train_data)
         view = METHODS[config.method].view
-        missing = sum(not getattr(p, view, "") for p in problems)
-        if view in ("answer", "hint") and missing:
-            raise ValueError(f"{missing} of {len(problems)} problems in {config.train_data} have "
-                             f"no {view}; method {config.method} needs one in every row")
+        if view in ("answer", "hint") and not all(getattr(p, view) for p in problems):
+            raise ValueError(f"{config.train_data} has problems without {view}; method "
+                             f"{config.method} needs one in every row")
         kept, skipped = fitting_prompts(problems, tokenizer, config)
     if skipped:
         print(f"{skipped} problems or demonstrations are too long and skipped: max_prompt "
@@ -1904,10 +1846,8 @@ def fitting(rows, limit):
 
 
 def load_tool(config):
-    """The sandbox, tried once, and the milliseconds a call takes.
-
-    It refuses to start where it cannot contain a program.
-    """
+    """The sandbox, which refuses to start where it cannot contain a program, and the milliseconds
+    that a call takes."""
     modules = tuple(filter(None, config.tool_modules.split(",")))
     for name in modules:
         if not name.isidentifier() or importlib.util.find_spec(name) is None:
@@ -1961,10 +1901,8 @@ def write_config(config, folder):
 
 
 def resumed_config(given):
-    """The settings of an interrupted run, and what the command line changes in them.
-
-    given  {option: value} of the command line, "resume" among them
-    """
+    """The settings of an interrupted run, and what `given`, the options of the command line with
+    "resume" among them, changes in them."""
     folder = Path(given["resume"])
     if not folder.is_dir():  # the name of a run
         folder = Path(given.get("out", Config.out)) / folder
@@ -1981,10 +1919,8 @@ def resumed_config(given):
 
 
 def write_iteration(agent, m, batch, folder):
-    """The numbers and rollouts of an iteration, as lines of the logs.
-
-    What the machine did goes to a file of its own, so that the others depend on the seed alone.
-    """
+    """The numbers and rollouts of an iteration, as lines of the logs. What the machine did goes to
+    a file of its own, so that the others depend on the seed alone."""
     clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
     rows = ([{k: plain(v) for k, v in m.items() if k not in clock}],
             [{"iteration": m["iteration"], **clock}],
@@ -1995,25 +1931,20 @@ def write_iteration(agent, m, batch, folder):
             tools.append_rows(folder / name, new)
 
 
-def plain(value):
-    """A number or list as JSON can hold it: it knows neither NaN nor infinity, they become null."""
+def plain(value, digits=None):
+    """A value or list as JSON can hold it: it knows neither NaN nor infinity, they become null."""
     if isinstance(value, list):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def rounded(values, digits):
-    """(N,) tensor -> numbers that JSON can hold."""
-    return [plain(round(v, digits) + 0.0) for v in values.tolist()]  # + 0.0: no -0.0
+        return [plain(v, digits) for v in value]
+    if not isinstance(value, float) or digits is None and math.isfinite(value):
+        return value
+    return round(value, digits) + 0.0 if math.isfinite(value) else None  # + 0.0: no -0.0
 
 
 def rollout_rows(batch, iteration, tokenizer, with_tokens):
-    """A batch as JSON-ready dicts, one a rollout; d and w of a step are null without a teacher.
-
-    with_tokens  of so many rollouts each step also holds its tokens (token_row)
-    """
+    """A batch as JSON-ready dicts, one a rollout; d and w of a step are null without a teacher. The
+    first `with_tokens` rollouts also have the tokens of each step (token_row)."""
     for i, r in enumerate(batch.rollouts):
-        d, w = (rounded(x[i], 4) if x is not None else [None] * len(r.turns)
+        d, w = ([None] * len(r.turns) if x is None else plain(x[i].tolist(), 4)
                 for x in (batch.d, batch.w))
         turns = [{"text": turn.text, "outcome": turn.outcome, "d": d[k], "w": w[k],
                   "tool": turn.answer if turn.outcome not in ("", "not_run") else None}
@@ -2031,7 +1962,7 @@ def token_row(batch, i, k, tokenizer):
     for name, values in (("logp_s", batch.logp_s), ("logp_t", batch.logp_t),
                          ("token_advantages", batch.advantages)):
         if values is not None:
-            row[name] = rounded(values[i, step], 3)
+            row[name] = plain(values[i, step].tolist(), 3)
     return row
 
 
@@ -2050,11 +1981,8 @@ def write_model(agent, folder, results):
 
 
 def save_run(agent, folder):
-    """Save all that the rest of the run depends on; the newest two saves are kept.
-
-    A save is a model folder with the state of the optimiser beside the weights. No state of a
-    random generator is in it: every random number is a function of seed and iteration.
-    """
+    """Save all that the rest of the run depends on: a model folder, with the state of the optimiser
+    beside the weights. The newest two saves are kept."""
     save = folder / "saves" / f"iteration-{agent.iteration}"
     if save.exists():
         return
@@ -2170,7 +2098,6 @@ def add_options(parser, kind, words):
 
     words  {field: [allowed, ...]} for those that take one of a few
     """
-    # The fields of `kind` itself come before those that it inherits.
     source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
     for name, comment in re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M):
         f = kind.__dataclass_fields__[name]
@@ -2211,10 +2138,7 @@ def run(config, preset):
     with tools.locked(folder):
         print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items()))
         try:
-            agent = preflight(config)
-            problems = eval_problems(agent.tokenizer, config)
-            note_shared_problems(agent.practice, problems)
-            load_agent(config, agent)
+            agent = load_agent(config)
             if config.resume:
                 restore(agent, folder)
         except BaseException:
@@ -2222,22 +2146,22 @@ def run(config, preset):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
-            measure_and_train(agent, folder, problems)
+            measure_and_train(agent, folder)
         except BaseException:
             if folder.exists():
                 print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
 
 
-def measure_and_train(agent, folder, problems):
+def measure_and_train(agent, folder):
     """The run itself, from wherever it stands."""
     config, file = agent.config, folder / "results.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
     results = {name: np.array(correct, float) for name, correct in stored.items()}
 
     def measure(name, model):
-        if problems and name not in results:
-            results[name] = evaluate(agent, model, problems)
+        if agent.held_out and name not in results:
+            results[name] = evaluate(agent, model, agent.held_out)
             listed = {name: correct.tolist() for name, correct in results.items()}
             with tools.writing(folder):
                 tools.write_whole(file, json.dumps(listed) + "\n")
@@ -2255,8 +2179,8 @@ def measure_and_train(agent, folder, problems):
         print(f"checkpoint {folder / 'checkpoint'}")
         write_page(folder)
     if results:
-        print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
-              + results_table(results))
+        print(f"\naverage@{config.eval_samples} on {len(agent.held_out)} problems of "
+              f"{config.eval_data}\n" + results_table(results))
 
 
 def write_page(folder):
@@ -2266,10 +2190,8 @@ def write_page(folder):
 
 
 def train_to_files(agent, folder):
-    """Run the training loop: lines to the screen, numbers and rollouts to files, saves.
-
-    A signal is obeyed at once, but for the middle of updates: there the iteration ends first.
-    """
+    """Run the training loop: lines to the screen, numbers and rollouts to files, saves. A signal is
+    obeyed at once, but for the middle of updates: there the iteration ends first."""
     config, history = agent.config, []
     done = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
     written = done()
@@ -2316,9 +2238,6 @@ def stop_if_refused(history, most=3):
 
 def eval_problems(tokenizer, config):
     """The held-out problems that fit the prompt budget, at most eval_problems of them."""
-    if not config.eval_data and config.method == "vanilla":
-        raise ValueError("method vanilla only measures, and there is nothing to measure on; name "
-                         "problems with --eval_data")
     if not config.eval_data:
         return []
     problems = tools.load_problems(config.eval_data)[:config.eval_problems]
@@ -2328,13 +2247,13 @@ def eval_problems(tokenizer, config):
     return [problem for problem, _ in kept]
 
 
-def note_shared_problems(practice, held_out):
+def note_shared_problems(agent):
     """Say how many problems to measure on are also among those to learn from."""
     learnt = {(item.problem if isinstance(item, Rollout) else item[0]).question
-              for item in practice}
-    if shared := sum(problem.question in learnt for problem in held_out):
-        print(f"NOTE: {shared} of the {len(held_out)} problems to measure on are also among those "
-              "to learn from, so the results say little about others")
+              for item in agent.practice}
+    if shared := sum(problem.question in learnt for problem in agent.held_out):
+        print(f"NOTE: {shared} of the {len(agent.held_out)} problems to measure on are also among "
+              "those to learn from, so the results say little about others")
 
 
 def prepare_output():
@@ -2346,8 +2265,7 @@ def prepare_output():
 
 
 def ends_with_a_sentence(work, after_a_signal):
-    """Run a command; returns its exit status: 0 done, 1 stopped with a sentence, 128 and more by a
-    signal."""
+    """Run a command, and return its exit status: 0 done, 1 error, 128 and more by a signal."""
     prepare_output()
     try:
         with tools.stoppable(lambda: True):
