@@ -138,7 +138,7 @@ class Config(Sampling):
         for wrong, sentence in [
             (Path(self.name).name != self.name or not self.name.isprintable(),
              f"name is {self.name!r}; needed the name of one folder (--out says where it is made)"),
-            (method.weights != "sod" and self.parameters != "sod",
+            (method.weights != "sod" and self.weights != "sod",
              f"method {self.method} fixes its own weights; use --weights with sod or sod_only"),
             (self.kl == "full" and not method.view,
              f"method {self.method} has no teacher to compare with; use --kl sampled"),
