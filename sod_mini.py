@@ -1652,7 +1652,7 @@ def choose_device(config):
 def load_pretrained(read, path, **options):
     """read(path), such as from_pretrained, with one sentence in place of its traceback."""
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
-    if not Path(path).is_dir() and (Path(path).exists() or not is_hub_id):
+    if not os.path.isdir(path) and (os.path.exists(path) or not is_hub_id):
         raise ValueError(f"there is no folder {path!r}; name a folder that holds a model, "
                          "or a Hub id such as Qwen/Qwen3-0.6B")
     try:  # without the last option, transformers asks on the terminal, or runs the folder's code

@@ -93,7 +93,8 @@ def spoil(patch, who, value, iterations=(1,)):
 def test_scores_that_are_not_finite_move_no_weight(folder, monkeypatch, capsys, who, value):
     spoil(monkeypatch, who, value, iterations=(2,))
     assert command({**RUN, "iterations": 3, "updates": 1}) == 0
-    rows, rollouts = (json_lines(folder / f"runs/a/{name}.jsonl") for name in ("metrics", "rollouts"))
+    rows, rollouts = (json_lines(folder / f"runs/a/{name}.jsonl")
+                      for name in ("metrics", "rollouts"))
     assert [row["not_taken"] for row in rows] == [0, 1, 0] and rows[1]["loss"] is None
     assert "health: 1 updates were not taken" in capsys.readouterr().out and len(rollouts) == 18
 
