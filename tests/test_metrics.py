@@ -2,15 +2,12 @@
 import doctest
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import evaluate
 import sod_mini as sod
+import evaluate
 from evaluate import compare, majority, mean_and_std, pass_at_k, verdict
 
 

@@ -99,21 +99,6 @@ def test_scores_that_are_not_finite_move_no_weight(folder, monkeypatch, capsys, 
     assert "health: 1 updates were not taken" in capsys.readouterr().out and len(rollouts) == 18
 
 
-def test_an_update_not_taken_leaves_weights_and_moments_and_the_others_go_on(monkeypatch):
-    spoil(monkeypatch, "teacher", -math.inf, iterations=(1, 2))
-    agent = agent_of(updates=1, iterations=3)
-    before, iterations = weights(agent), sod.train(agent)
-    next(iterations), next(iterations)
-    assert torch.equal(weights(agent), before) and agent.optimizer.updates == 0
-    assert not agent.optimizer.adamw.state
-    next(iterations)
-    assert not torch.equal(weights(agent), before) and agent.optimizer.updates == 1
-    agent = agent_of(updates=2, iterations=1)  # rollout 4 is in the second update
-    spoil(monkeypatch, "teacher", math.nan)
-    (row, _), = sod.train(agent)
-    assert row["not_taken"] == 1 and agent.optimizer.updates == 1
-
-
 @pytest.mark.parametrize("method, iterations", [("sod", 5), ("sft", 3)])
 def test_after_three_in_a_row_the_run_stops_with_a_diagnosis(folder, monkeypatch, capsys, method,
                                                              iterations):
