@@ -1904,7 +1904,7 @@ def resumed_config(given):
     """The settings of an interrupted run, and what `given`, the options of the command line with
     "resume" among them, changes in them."""
     folder = Path(given["resume"])
-    if not folder.is_dir():  # the name of a run
+    if not (folder / "config.json").exists():  # the name of a run
         folder = Path(given.get("out", Config.out)) / folder
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))

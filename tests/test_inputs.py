@@ -9,12 +9,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MambaConfig
 
 import sod_mini as sod
 from conftest import ROOT, WORLD
@@ -127,33 +125,20 @@ def test_a_folder_that_is_there_already_stays_as_it_is(capsys, tmp_path):
 
 DATA = {
     "broken": (LINE + b'{"question": "1+1", "answer"\n', r"line 2: found broken JSON .*mend"),
-    "words": (b"What is 1+1?\n", r"line 1: found broken JSON .*needed one JSON object a line"),
-    "binary": (bytes(range(256)), r"found bytes that are no UTF-8 text .*decompress it or save it"),
     "keys": (b'{"q": "1+1", "a": "2"}\n', r"line 1: found no question \(columns: q, a\); needed"),
     "long": (json.dumps({**ROW, "question": "Add 1. " * 140_000}).encode(),
              r"all 1 rows are longer than 128 tokens .* raise --max_prompt"),
-    "blank": (b"\n \n\t\n", r"is empty; needed at least one"),
-    "utf16": (json.dumps(ROW).encode("utf-16"), r"no UTF-8 text"),
     "latin1": ('{"question": "caf\xe9", "answer": "1"}'.encode("latin-1"), r"no UTF-8 text"),
-    "list": (b'["question"]\n', r"line 1: found a str; needed a JSON object such as"),
-    "list_answer": (b'{"question": "1+1", "answer": ["2"]}\n', r"line 1: found no answer"),
     "dict_question": (b'{"question": {"a": 1}, "answer": "2"}\n', r"line 1: found no question"),
     "kind": (b'{"question": "1+1", "answer": "2", "kind": "essay"}\n',
              r"line 1: found the kind 'essay'; needed math, choice or program"),
-    "kind_list": (b'{"question": "1+1", "answer": "2", "kind": [1]}\n', r"found the kind \[1\]"),
     "program": (b'{"question": "1+1", "answer": "2", "kind": "program"}\n',
                 r"found the kind 'program' without tests; needed"),
-    "tests": (b'{"question": "1+1", "tests": 5}\n', r"line 1: found a column that holds another"),
-    "surrogate": (b'{"question": "half \\ud83d a pair", "answer": "2"}\n',
-                  r"line 1: found half a surrogate pair"),
     "half_pair": (b'{"messages": [{"role": "user", "content": "\\udc00"}], "answer": "2"}\n',
                   r"line 1: found half a surrogate pair"),
     "digits": (b'{"question": "1+1", "answer": ' + b"9" * 5000 + b"}\n", r"found broken JSON"),
 }
 SPECIAL = {  # what makes the thing at this path
-    "folder": (Path.mkdir, r"is a directory; give one of the files in it"),
-    "missing": (lambda path: None, r"does not exist; check the path"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), r"does not exist; check the path"),
     "loop": (lambda path: path.symlink_to(path), r"does not exist; check the path"),
     "pipe": (os.mkfifo, r"is no plain file; needed"),
     "device": (lambda path: path.symlink_to("/dev/zero"), r"is no plain file; needed"),
@@ -328,24 +313,6 @@ def test_code_in_a_model_folder_is_never_run_or_asked_about(capsys, tmp_path, mo
         else:
             assert command(tmp_path, f"{more} {path}") == 0
     assert not (tmp_path / "ran").exists()
-
-
-def mamba(path):
-    remove("model.safetensors", "config.json", "generation_config.json")(path)
-    shape = MambaConfig(vocab_size=512, hidden_size=16, num_hidden_layers=1, state_size=4,
-                        eos_token_id=505, pad_token_id=503, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(shape).save_pretrained(path)
-
-
-@pytest.mark.parametrize("engine", sod.ENGINES)
-def test_a_model_without_attention_heads_trains_or_is_refused_with_a_sentence(capsys, tmp_path,
-                                                                              engine):
-    arguments = (f"--student {model(tmp_path, 'mamba', mamba)} --init random --method grpo "
-                 f"--rollout_engine {engine}")
-    if engine == "generate":
-        assert command(tmp_path, arguments) == 0
-    else:
-        stops(capsys, tmp_path, arguments, 1, f"rollout_engine {engine} .*--rollout_engine gen")
 
 
 # --- What is accepted, but not in silence -------------------------------------------------------

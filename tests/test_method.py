@@ -278,27 +278,6 @@ def test_the_papers_per_token_advantage_is_the_gradient_of_each_tokens_own_kl():
     torch.testing.assert_close(tiny.gradient(full), own)
 
 
-def test_step_weights_and_length_only_scale_each_prefix_of_the_expected_gradient():
-    """With w_k fixed by the step, the gradient at a prefix of step k is w_k / length times the
-    unweighted one: the direction at each prefix stays that of its reverse KL."""
-    tiny = Policies()
-    weighted = tiny.advantages("sod_only", [0, 1, 2], [1.0, 0.4, 1.2])
-    plain = tiny.advantages("opd_only", [0, 1, 2], [1.0, 1.0, 1.0])
-    scale = torch.tensor([1.0, 0.4, 0.4, 1.2, 1.2, 1.2, 1.2], **T64)[:, None] / 3
-    torch.testing.assert_close(tiny.expected_gradient(weighted / 3),
-                               tiny.expected_gradient(plain) * scale)
-
-
-def test_clipping_stops_the_gradient_only_of_tokens_that_have_already_moved():
-    """On the first update ratio is 1 and nothing clips; later a token that its advantage has
-    pushed past the clip gets no more gradient, which biases the estimate towards 0."""
-    logp = torch.tensor([[0.0, 0.5, -0.5, 0.5]], requires_grad=True)
-    A = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
-    sod.policy_loss(logp, torch.zeros(1, 4), A, torch.ones(1, 4).bool(), num_tokens=1).backward()
-    grad = logp.grad[0].tolist()
-    assert grad == pytest.approx([-1.0, 0.0, -math.exp(-0.5), math.exp(0.5)])
-
-
 def test_docstring_examples_are_true():
     failed, tried = doctest.testmod(sod)
     assert tried and not failed
