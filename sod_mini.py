@@ -158,13 +158,12 @@ class Config(Sampling):
 
 
 def check_values(config):
-    """Each option alone: one of its words, or within its bounds."""
-    for name, allowed in choices().items():
-        if getattr(config, name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; choose from "
-                             f"{', '.join(allowed)}")
+    """Each option alone: one of its words, or of its kind and within its bounds."""
     for f in fields(config):
         value, (low, high) = getattr(config, f.name), BOUNDS.get(f.name, (0, math.inf))
+        words = choices().get(f.name, [value])
+        if value not in words:
+            raise ValueError(f"{f.name} is {value!r}; choose from {', '.join(words)}")
         if type(value) not in ((int, float) if f.type is float else (f.type,)):  # True is an int
             raise ValueError(f"{f.name} is {value!r}; needed {f.type.__name__}")
         if f.type in (int, float) and not low <= value < high:
@@ -415,20 +414,18 @@ def _add_tile(sums, z, x=None):
     return top, total, weighted if x is None else weighted * fade + x.mul_(e).sum(1)
 
 
-def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
+def _head_gradients(d_logits, scale, hidden, weight):
     """Gradients (N, D) and (V, D) of hidden states and head, from those of a tile of logits.
 
     d_logits  function: a slice of the vocabulary -> (N, n), but for the factor of each row
     scale     (N,) that factor: it joins the (N, D) matrices, not the far larger tiles
     """
-    d_weight = torch.empty_like(weight) if needs_weight else None
-    scaled = (hidden * scale[:, None]).to(hidden.dtype)
+    d_weight, scaled = torch.empty_like(weight), (hidden * scale[:, None]).to(hidden.dtype)
     d_hidden = torch.zeros_like(hidden, dtype=scale.dtype)
     for tile in _tiles(len(hidden), len(weight)):
         dz = d_logits(tile)
         _add_product(d_hidden, dz, weight[tile])
-        if needs_weight:
-            torch.mm(dz.T, scaled, out=d_weight[tile])
+        torch.mm(dz.T, scaled, out=d_weight[tile])
         del dz  # before the next tile takes its place
     return d_hidden.mul_(scale[:, None]).to(hidden.dtype), d_weight
 
@@ -464,9 +461,7 @@ class _TokenLogProbs(torch.autograd.Function):
             new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, column))
             return p.scatter_(1, column, new)
 
-        d_hidden, d_weight = _head_gradients(d_logits, grad / -ctx.temperature, hidden, weight,
-                                             ctx.needs_input_grad[1])
-        return d_hidden, d_weight, None, None, None
+        return *_head_gradients(d_logits, grad / -ctx.temperature, hidden, weight), None, None, None
 
 
 def _columns(targets, tile):
@@ -519,9 +514,8 @@ class _ReverseKL(torch.autograd.Function):
             gap = torch.sub(log_p, gap, out=gap)
             return torch.mul(log_p.exp_(), gap, out=torch.empty_like(gap, dtype=hidden_s.dtype))
 
-        d_hidden, d_weight = _head_gradients(d_logits, grad / ctx.temperature, hidden_s, weight_s,
-                                             ctx.needs_input_grad[1])
-        return d_hidden, d_weight, None, None, None
+        return (*_head_gradients(d_logits, grad / ctx.temperature, hidden_s, weight_s),
+                None, None, None)
 
 
 def reverse_kl(hidden_s, weight_s, hidden_t, weight_t, temperature=1.0):
@@ -2162,9 +2156,8 @@ def measure_and_train(agent, folder):
     def measure(name, model):
         if agent.held_out and name not in results:
             results[name] = evaluate(agent, model, agent.held_out)
-            listed = {name: correct.tolist() for name, correct in results.items()}
             with tools.writing(folder):
-                tools.write_whole(file, json.dumps(listed) + "\n")
+                tools.write_whole(file, json.dumps({k: v.tolist() for k, v in results.items()}))
 
     if agent.iteration == 0:
         measure("student before", agent.student)
