@@ -1353,9 +1353,9 @@ def check_slots(model):
     if (config.model_type not in ("qwen3", "qwen2", "llama", "gpt2")
             or any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
             or rope in ("dynamic", "longrope") or config._attn_implementation != "sdpa"):
-        raise ValueError(f"rollout_engine slots is known to serve Qwen3, Qwen2, Llama and GPT-2 "
-                         "with full attention and fixed rotary frequencies, and this "
-                         f"{config.model_type} model is another; use --rollout_engine generate")
+        raise ValueError("rollout_engine slots serves Qwen3, Qwen2, Llama and GPT-2 with full "
+                         "attention and fixed rotary frequencies, not this "
+                         f"{config.model_type} model; use --rollout_engine generate")
 
 
 @torch.inference_mode()  # 6% faster than no_grad with 64 rollouts of the world
@@ -1364,7 +1364,8 @@ def sample_by_slots(agent, model, rollouts, pick):
 
     A call runs while the others sample `look` tokens; then its answer is read. Where it takes more
     than `tool_wait` seconds longer, the others go on without it. The rollouts are those of
-    sample_by_generate, but for the rounding of sums, which depends on who is sampled beside whom.
+    sample_by_generate, but for the rounding of sums, which depends on who is sampled beside whom;
+    the clock has a say in that only where a program takes longer than `tool_wait`.
     """
     config, ends, queue = agent.config, end_ids(model, agent.tokenizer), deque(rollouts)
     slots = Slots(model, min(config.rollout_batch or len(rollouts), len(rollouts)))

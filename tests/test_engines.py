@@ -170,7 +170,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_is_not_known_to_be_served_is_refused_with_a_sentence(name):
     kind, settings = REFUSED[name]
-    with pytest.raises(ValueError, match=f"this {kind} model is another; use --rollout_engine gen"):
+    with pytest.raises(ValueError, match=f"not this {kind} model; use --rollout_engine generate"):
         sod.check_slots(skeleton(kind, settings))
 
 

@@ -100,12 +100,6 @@ def test_methods_differ_only_in_view_and_token_advantage(method, A_it, half):
         assert not got.requires_grad
 
 
-def test_the_table_of_methods_has_their_views_and_no_more():
-    assert {name: m.view for name, m in sod.METHODS.items()} == dict(
-        vanilla="", sft="", grpo="", opd="teacher", opd_only="teacher", opsd_gt="answer",
-        opsd_hint="hint", sod="teacher", sod_only="teacher")
-
-
 # --- Policy loss ------------------------------------------------------------------------------
 
 

@@ -184,19 +184,6 @@ def test_a_program_is_worth_the_share_of_its_tests():
         assert sod.outcome_reward(rollout, tools.Verdict(False, "", score), small()) == score
 
 
-def test_silence_is_seeded_and_persists_at_the_stated_rate():
-    tool = sod.load_tool(small(silent_rate=0.1, silent_persist=0.5))[0]
-    place = lambda seed, i, k: (seed, "test", 0, i, k)
-    first, second, other = (
-        [tool.submit(tools.ToolCall("1"), place(seed, i, k)).result().outcome == "timeout"
-         for i in range(2000)] for seed, k in ((0, 0), (0, 1), (1, 0)))
-    down = [b for a, b in zip(first, second) if a]
-    assert first != other and tool.is_silent(place(0, 7, 1)) == second[7]
-    assert len(down) / 2000 == pytest.approx(0.1, abs=0.02)
-    assert sum(down) / len(down) == pytest.approx(0.5, abs=0.1)
-    tool.close()
-
-
 # --- HF generate ------------------------------------------------------------------------------
 
 
