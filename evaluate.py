@@ -784,7 +784,7 @@ def evaluate_all(models, datas, given):
     for name in models:  # what would end the evaluation in an hour is said in seconds
         for config in configs.values():
             sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
-    device, dtype, _ = sod.choose_device(config)
+    device, dtype = sod.choose_device(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     finished = defaultdict(list)

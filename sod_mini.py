@@ -21,7 +21,6 @@ import argparse
 import copy
 import functools
 import gc
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -85,8 +84,7 @@ class Sampling:
 class Config(Sampling):
     """Every knob: name, value, reason. Defaults train the embedded student on a CPU in minutes.
 
-    Two values change in a run: rollout_batch and micro_batch_tokens are halved where memory runs
-    out (see `phase`).
+    A run halves rollout_batch and micro_batch_tokens where memory runs out (see `phase`).
     """
     method: str = "sod"                     # vanilla only measures, sft imitates; see METHODS
     weights: str = "sod"                    # step weights of sod and sod_only: see WEIGHTS
@@ -139,45 +137,35 @@ class Config(Sampling):
         method, explores = METHODS[self.method], self.method not in ("sft", "vanilla")
         for wrong, sentence in [
             (Path(self.name).name != self.name or not self.name.isprintable(),
-             f"name is {self.name!r}; needed one folder name, such as first-try (--out says where "
-             "it is made)"),
-            (self.system != self.system.encode(errors="replace").decode(),
-             f"system holds bytes that are no UTF-8 ({self.system!r:.60}); type it again in UTF-8"),
+             f"name is {self.name!r}; needed the name of one folder (--out says where it is made)"),
             (method.weights != "sod" and self.weights != "sod",
-             f"method {self.method} fixes its own weights; --weights {self.weights} goes with "
-             "--method sod or sod_only"),
+             f"method {self.method} fixes its own weights; use --weights with sod or sod_only"),
             (self.kl == "full" and not method.view,
-             f"method {self.method} has no teacher, and kl full compares with one; use --kl "
-             "sampled"),
+             f"method {self.method} has no teacher to compare with; use --kl sampled"),
             (self.kl == "full" and self.offload != "none",
-             f"kl full needs the teacher in every update, and offload {self.offload} sends it "
-             "away; use --offload none or --kl sampled"),
+             "kl full needs the teacher in every update; use --offload none or --kl sampled"),
             (self.method == "grpo" and self.group_size == 1,
              "group_size is 1, and grpo compares the rollouts of a group: use 2 or more"),
+            (self.method == "vanilla" and not self.eval_data,
+             "method vanilla only measures: name problems with --eval_data"),
             (self.prompts % self.updates,
-             f"prompts {self.prompts} does not divide into {self.updates} updates; choose a "
-             "multiple"),
+             f"prompts {self.prompts} does not divide into {self.updates} updates"),
             (explores and self.overlong > self.max_response,
              f"overlong {self.overlong} is more than max_response {self.max_response}: lower it"),
-            (self.method == "sft" and not self.demonstrations.strip(),
-             "method sft imitates demonstrations, and none are named: use --demonstrations FILE"),
-            (explores and not self.train_data.strip(),
-             f"method {self.method} needs problems to practise on: use --train_data FILE"),
         ]:
             if wrong:
                 raise ValueError(sentence)
 
 
 def check_values(config):
-    """Each option alone: one of its words, or within its bounds."""
-    for name, allowed in choices().items():
-        if getattr(config, name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; choose from "
-                             f"{', '.join(allowed)}")
+    """Each option alone: one of its words, or of its kind and within its bounds."""
     for f in fields(config):
         value, (low, high) = getattr(config, f.name), BOUNDS.get(f.name, (0, math.inf))
+        words = choices().get(f.name, [value])
+        if value not in words:
+            raise ValueError(f"{f.name} is {value!r}; choose from {', '.join(words)}")
         if type(value) not in ((int, float) if f.type is float else (f.type,)):  # True is an int
-            raise ValueError(f"{f.name} is {value!r}; needed {KINDS[f.type]}")
+            raise ValueError(f"{f.name} is {value!r}; needed {f.type.__name__}")
         if f.type in (int, float) and not low <= value < high:
             raise ValueError(f"{f.name} is {value}; it must be at least {low} and below {high}")
 
@@ -189,7 +177,6 @@ def choices():
             "offload": ["none", "teacher", "all"], "dtype": ["auto", "float32", "bfloat16"]}
 
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 # What is not "at least 0 and finite": name -> (lowest, first value that is too high).
 TINY = 1e-12
 BOUNDS = {
@@ -234,8 +221,7 @@ def group_advantages(rewards, group_size):
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000,  0.0000,  0.0000])
     """
     r = rewards.view(-1, group_size)                             # (P, G)
-    # Minus the maximum: equal rewards become exactly 0. Minus a rounded mean alone they would
-    # become some 1e-8, which the division by 1e-6 would blow up.
+    # Minus the maximum: equal rewards become exactly 0, and not a rounding error over 1e-6.
     r = r - r.nan_to_num(-math.inf).amax(1, keepdim=True)
     centred = r - r.nanmean(1, keepdim=True)
     count = (~r.isnan()).sum(1, keepdim=True)                    # (P, 1)
@@ -277,7 +263,7 @@ def step_weights(d, epsilon=1e-6, delta=0.2):
     tensor([[1.0000, 0.5000, 1.2000]])
     """
     # Neighbours cancel in the product, so only the first and the k-th step remain. The cap is on
-    # the weight, not on the running product, so a step after a capped one does not suffer from it.
+    # the weight, not on the running product: a step after a capped one does not suffer from it.
     return ((d[:, :1] + epsilon) / (d + epsilon)).clamp(max=1 + delta)
 
 
@@ -285,7 +271,6 @@ def steps_since_failure(failed):
     """How many steps after its first failed call each step comes; 0 up to and at that call.
 
     failed   (B, K) bool: the tool call of step k failed
-    returns  (B, K) int
 
     >>> steps_since_failure(torch.tensor([[False, True, False, False]]))
     tensor([[0, 0, 1, 2]])
@@ -365,9 +350,8 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
     num_tokens      tokens of the whole update; default: those of this mask
     returns         scalar, the sum over `mask` divided by `num_tokens`
 
-    Differs from the authors' code, which takes a token mean in each micro-batch and weighs it by
-    its number of sequences: here is one token mean over the update, so the gradient does not
-    depend on how the update was cut into micro-batches.
+    Differs from the authors' code, which takes a token mean in each micro-batch: here is one over
+    the update, so the gradient does not depend on how the update was cut into micro-batches.
     """
     log_ratio = torch.where(mask, logp - logp_old, 0.0).clamp(-20, 20)  # exp stays finite
     advantages = torch.where(mask, advantages, 0.0)
@@ -380,11 +364,9 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
-# At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. Both
-# functions below, token_logprobs and reverse_kl, walk over tiles of the vocabulary, all tokens at
-# once, and compute each tile a second time in backward: a row of the head's gradient is finished
-# by one product, in place. A tile is worked on in place too, since reading and writing it is what
-# costs beside the products.
+# At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. So
+# token_logprobs and reverse_kl walk over tiles of the vocabulary, all tokens at once, and compute
+# each tile a second time in backward. Tiles are worked on in place, which saves memory and time.
 
 TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
 
@@ -432,20 +414,18 @@ def _add_tile(sums, z, x=None):
     return top, total, weighted if x is None else weighted * fade + x.mul_(e).sum(1)
 
 
-def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
+def _head_gradients(d_logits, scale, hidden, weight):
     """Gradients (N, D) and (V, D) of hidden states and head, from those of a tile of logits.
 
     d_logits  function: a slice of the vocabulary -> (N, n), but for the factor of each row
     scale     (N,) that factor: it joins the (N, D) matrices, not the far larger tiles
     """
-    d_weight = torch.empty_like(weight) if needs_weight else None
-    scaled = (hidden * scale[:, None]).to(hidden.dtype)
+    d_weight, scaled = torch.empty_like(weight), (hidden * scale[:, None]).to(hidden.dtype)
     d_hidden = torch.zeros_like(hidden, dtype=scale.dtype)
     for tile in _tiles(len(hidden), len(weight)):
         dz = d_logits(tile)
         _add_product(d_hidden, dz, weight[tile])
-        if needs_weight:
-            torch.mm(dz.T, scaled, out=d_weight[tile])
+        torch.mm(dz.T, scaled, out=d_weight[tile])
         del dz  # before the next tile takes its place
     return d_hidden.mul_(scale[:, None]).to(hidden.dtype), d_weight
 
@@ -481,9 +461,7 @@ class _TokenLogProbs(torch.autograd.Function):
             new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, column))
             return p.scatter_(1, column, new)
 
-        d_hidden, d_weight = _head_gradients(d_logits, grad / -ctx.temperature, hidden, weight,
-                                             ctx.needs_input_grad[1])
-        return d_hidden, d_weight, None, None, None
+        return *_head_gradients(d_logits, grad / -ctx.temperature, hidden, weight), None, None, None
 
 
 def _columns(targets, tile):
@@ -536,19 +514,17 @@ class _ReverseKL(torch.autograd.Function):
             gap = torch.sub(log_p, gap, out=gap)
             return torch.mul(log_p.exp_(), gap, out=torch.empty_like(gap, dtype=hidden_s.dtype))
 
-        d_hidden, d_weight = _head_gradients(d_logits, grad / ctx.temperature, hidden_s, weight_s,
-                                             ctx.needs_input_grad[1])
-        return d_hidden, d_weight, None, None, None
+        return (*_head_gradients(d_logits, grad / ctx.temperature, hidden_s, weight_s),
+                None, None, None)
 
 
 def reverse_kl(hidden_s, weight_s, hidden_t, weight_t, temperature=1.0):
-    """Exact KL(student || teacher) at each position, over the whole vocabulary (kl="full").
+    """Exact KL(student || teacher) at each position, over the whole vocabulary (kl="full"). Beyond
+    the paper, whose term is a one-sample estimate of this one's gradient.
 
     hidden_s, hidden_t  (..., D_s), (..., D_t) last hidden states
     weight_s, weight_t  (V, D_s), (V, D_t) of the two heads; the same V
     returns             (...) nats, fp32 or better, differentiable in the student's two arguments
-
-    Beyond the paper, whose term is a one-sample estimate of this one's gradient.
     """
     kl = _ReverseKL.apply(hidden_s.reshape(-1, hidden_s.shape[-1]), weight_s,
                           hidden_t.reshape(-1, hidden_t.shape[-1]), weight_t, temperature)
@@ -561,10 +537,8 @@ CUT = "\ufdd0"  # a code point no text may hold: marks where a control string is
 
 
 def defuse(tokenizer, text):
-    """Mark `text` so that encode() treats control strings in it as ordinary text.
-
-    A tool that prints "<|im_end|>" must not end the turn, nor "</tool_response>" its answer.
-    """
+    """Mark `text` so that encode() treats control strings in it as ordinary text: a tool that
+    prints "<|im_end|>" must not end the turn."""
     control = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
     return re.sub(f"(?=(?:{control}))(.)", rf"\1{CUT}", text.replace(CUT, "\ufffd"), flags=re.S)
 
@@ -582,10 +556,8 @@ def told_besides(problem, view):
 
 
 def encode_prompt(tokenizer, problem, system="", view=""):
-    """Ids up to and including the header of the first assistant turn.
-
-    Differs from the authors' code: there row 0 decides for a whole file how prompts are made.
-    """
+    """Ids up to and including the header of the first assistant turn. Differs from the authors'
+    code: there row 0 decides for a whole file how prompts are made."""
     messages = problem.messages or [{"role": "user", "content": problem.question}]
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
@@ -598,11 +570,8 @@ def encode_prompt(tokenizer, problem, system="", view=""):
 
 
 def render_tool_turn(tokenizer, text):
-    """What the template writes after the text of an assistant turn, its end token first.
-
-    Only this is rendered. Rendering the whole conversation again would change what the student
-    wrote: Qwen3's template drops the thoughts of earlier turns.
-    """
+    """What the template writes after the text of an assistant turn, its end token first. Only this
+    is rendered: in a whole conversation Qwen3's template drops earlier thoughts."""
     anchor = "ANCHOR"
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": anchor},
@@ -612,19 +581,16 @@ def render_tool_turn(tokenizer, text):
 
 
 def encode_tool_turn(tokenizer, text):
-    """Ids of everything between the student's end-of-turn token and its next turn.
-
-    Differs from the authors' code: there each tool turn loses two tokens.
-    """
+    """Ids of everything between the student's end-of-turn token and its next turn. Differs from the
+    authors' code: there each tool turn loses two tokens."""
     return encode(tokenizer, render_tool_turn(tokenizer, text).removeprefix(tokenizer.eos_token))
 
 
 def encode_demonstration(tokenizer, problem, messages, system=""):
-    """A finished conversation as a Rollout, put together exactly as a rollout grows.
+    """A finished conversation as a Rollout, put together exactly as a rollout grows. Differs from
+    the authors' code: there the loss mask is off by one token.
 
     messages  the turns after the question: assistant, tool, assistant, ...
-
-    Differs from the authors' code: there the loss mask is off by one token.
     """
     turns = []
     for message in messages:
@@ -640,15 +606,11 @@ def encode_demonstration(tokenizer, problem, messages, system=""):
 
 
 def phase(option, extent):
-    """Decorates a phase of an iteration: it is timed, and survives a lack of memory.
+    """Decorates a phase of an iteration: it is timed, and where memory runs out it runs again with
+    half of its option. It is the same work: no weight has moved, random numbers belong to rollouts.
 
     option  rollout_batch or micro_batch_tokens: how much is worked on side by side
     extent  the phase's arguments -> the smallest and the largest value of it that makes sense
-
-    Where memory runs out the phase runs again with half of its option, which stays halved for the
-    rest of the run. It is the same work again: no weight has moved, every random number belongs
-    to its rollout, and the gradient differs by the rounding of sums (and by the masks of dropout,
-    in models that have it).
     """
     def decorate(work):
         @functools.wraps(work)
@@ -746,12 +708,8 @@ class Rollout:
 
 
 def random_numbers(seed, purpose, *place):
-    """The generator of one place in a run, such as (0, "rollouts", 17, 3): rollout 3 of
-    iteration 17 of seed 0.
-
-    Nothing random is carried along. A run can be continued anywhere, a batch sampled again comes
-    out the same, and no rollout depends on who happens to be beside it.
-    """
+    """The generator of one place in a run, such as (0, "rollouts", 17, 3): rollout 3 of iteration
+    17 of seed 0. Nothing random is carried along, so a run can be continued anywhere."""
     return np.random.default_rng([seed, *place, *purpose.encode()])
 
 
@@ -760,8 +718,7 @@ def sample_rollouts(agent, model, prompts, key, first=0, temperature=None, top_p
     """Let a model solve problems in several turns with the tool.
 
     prompts  [(Problem, prompt ids), ...], one for each rollout
-    key      (seed, purpose, iteration): with the rollout's number, `first` and up, it names its
-             random numbers
+    key      (seed, purpose, iteration), which with a rollout's number names its random numbers
     returns  [Rollout, ...] in the same order, graded and rewarded
     """
     config = agent.config
@@ -835,8 +792,7 @@ def pick_tokens(logits, noise, temperature=1.0, top_p=1.0):
     if top_p < 1:
         ranked, order = p.sort(-1, descending=True)
         ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)
-        # Back in the order of the vocabulary: rounding may exchange two neighbours in the ranking,
-        # and everything behind them would fall to other numbers.
+        # Back in the order of the vocabulary: rounding may exchange neighbours in the ranking.
         p = torch.zeros_like(p).scatter_(1, order, ranked)
     edges = p.cumsum(-1, dtype=torch.float64)  # fp32 would lose the rare tokens of a large V
     chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
@@ -897,10 +853,8 @@ def grade_rollout(r, tool, config):
 
 def outcome_reward(rollout, verdict, config):
     """+1 right, -1 wrong, wrong shaped by tool calls; less near the end of the token budget.
-
-    Differs from the authors' code: there the shaping never reaches the reward, and every wrong
-    answer gets -1.1.
-    """
+    Differs from the authors' code: there the shaping has no effect, and every wrong answer gets
+    -1.1."""
     if rollout.problem.kind == "program":
         reward = verdict.score  # share of tests passed; -1 without a program
     else:
@@ -947,10 +901,8 @@ PER_TOKEN = ("ids", "step_id", "logp_s", "entropy_s", "logp_t", "entropy_t", "ad
 
 
 def collate(rollouts, device, prompts=None):
-    """Rollouts as a Batch, after other prompts than their own where these are given.
-
-    A rollout that the machine failed has no tokens of the student's: nothing is learnt from it.
-    """
+    """Rollouts as a Batch, after other prompts than their own where these are given. One that the
+    machine failed has no tokens of the student's: nothing is learnt from it."""
     prompts = prompts or [r.prompt for r in rollouts]
     ids, step_ids = [], []
     for r, prompt in zip(rollouts, prompts):
@@ -971,11 +923,8 @@ def pad(rows, value, device):
 
 
 def micro_batches(lengths, budget):
-    """Cut rows into batches of at most `budget` padded tokens, rows of like length together.
-
-    A row that is longer than the budget is a batch of its own. A budget of 0 means 65,536, beyond
-    which nothing is gained.
-    """
+    """Cut rows into batches of at most `budget` padded tokens (0: 65,536), rows of like length
+    together. A longer row is a batch of its own."""
     order, rows = sorted(range(len(lengths)), key=lambda i: lengths[i]), []
     for i in order:
         if rows and (len(rows) + 1) * lengths[i] > (budget or 2**16):
@@ -992,12 +941,8 @@ def hidden_states(model, ids):
 
 
 def sampled_hidden(model, ids, step_id):
-    """The hidden states from which the N sampled tokens were, or might have been, predicted.
-
-    ids, step_id  (B, T)
-    returns       (N, D), row by row. Prompts and tool answers are read, but never multiplied with
-                  the vocabulary
-    """
+    """(B, T) ids -> (N, D): the states from which the N sampled tokens were predicted, row by row.
+    Other tokens are never multiplied with the vocabulary."""
     hidden = hidden_states(model, ids).flatten(0, 1)  # (B * T, D)
     predicts = F.pad(step_id[:, 1:] >= 0, (0, 1))     # (B, T): position t predicts token t+1
     return hidden.index_select(0, predicts.flatten().nonzero()[:, 0])
@@ -1014,8 +959,8 @@ def spread(values, mask):
 
 
 def sampled_logprobs(model, ids, step_id, temperature):
-    """(B, T) log-probability of each sampled token given all before it, and (B, T) entropy of the
-    distribution it was drawn from, without gradient; nats, 0 for every other token."""
+    """(B, T) log-probability of each sampled token, with gradient, and (B, T) entropy of what it
+    was drawn from, without; nats, 0 for every other token."""
     mask = step_id >= 0
     logp, entropy = token_logprobs(sampled_hidden(model, ids, step_id), head(model), ids[mask],
                                    temperature, entropy=True)
@@ -1025,10 +970,7 @@ def sampled_logprobs(model, ids, step_id, temperature):
 @phase("micro_batch_tokens", lambda model, batch: (batch.ids.shape[1], batch.ids.numel()))
 @torch.no_grad()
 def score(agent, model, batch):
-    """Log-probability and entropy of each sampled token, on the ids that were sampled.
-
-    returns  (B, T) and (B, T), nats, 0 for every other token
-    """
+    """sampled_logprobs of a whole batch, without gradient."""
     logp, entropy = (torch.zeros(batch.ids.shape, device=batch.ids.device) for _ in range(2))
     for rows in micro_batches(batch.lengths, agent.config.micro_batch_tokens):
         part = batch.rows(rows)
@@ -1072,21 +1014,17 @@ def visiting(model, device):
 
 
 class Optimizer:
-    """AdamW on fp32 masters, whatever the model computes in.
-
-    At lr 1e-6 an update is far below the spacing of bf16 numbers (2^-8 of the weight), so a bf16
-    weight that is updated in place never moves. So each has a master in fp32, and the gradients
-    of micro-batches add up in fp32 too, each freed as soon as it is added. In fp32 a weight is
-    its own master. With offload "all", masters, moments and gradients lie in the CPU's memory.
-    """
+    """AdamW on fp32 masters, whatever the model computes in: at lr 1e-6 an update is far below the
+    spacing of bf16 numbers, so a weight that is updated in place never moves. The gradients of
+    micro-batches add up in fp32, too. With offload "all" all of this lies in the CPU's memory."""
 
     def __init__(self, model, learning_rate, config):
         self.learning_rate = learning_rate  # function of the number of the update, 1 and up
         self.updates, self.grad_clip = 0, config.grad_clip
-        place = torch.device("cpu") if config.offload == "all" else model.device
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 and p.device == place else
-                        p.detach().to(place, torch.float32) for p in self.weights]
+        home = torch.device("cpu") if config.offload == "all" else model.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 and p.device == home else
+                        p.detach().to(home, torch.float32) for p in self.parameters]
         self.adamw = torch.optim.AdamW(self.masters, betas=(config.beta1, config.beta2),
                                        weight_decay=config.weight_decay)
         self.hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, master))
@@ -1094,7 +1032,7 @@ class Optimizer:
 
     def apart(self):
         """(weight, master) where these are two tensors."""
-        return [(p, master) for p, master in zip(self.weights, self.masters) if p is not master]
+        return [(p, master) for p, master in zip(self.parameters, self.masters) if p is not master]
 
     def detach(self):
         """Come off the model, which then may have another optimiser."""
@@ -1110,10 +1048,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, loss):
-        """Move the weights once; returns the norm of the gradient before clipping.
-
-        Where the loss or the norm is not finite the weights stay, and nan or inf comes back.
-        """
+        """Move the weights once; returns the norm of the gradient before clipping. Where this or
+        the loss is not finite the weights stay."""
         norm = math.nan
         if math.isfinite(loss):
             norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.grad_clip))
@@ -1141,12 +1077,20 @@ class Optimizer:
             mine.copy_(theirs)
 
 
-def make_optimizer(agent, total):
-    """The optimiser of a run, with its learning rate: constant, or sft's cosine over `total`."""
-    config = agent.config
+def make_optimizer(agent):
+    """The optimiser of a run, with its learning rate: constant, or sft's cosine."""
+    config, total = agent.config, num_iterations(agent)
     constant = lambda n: config.lr * min(1.0, n / max(config.warmup, 1))
     cosine = lambda n: config.sft_lr * cosine_scale(n, total)
     return Optimizer(agent.student, cosine if config.method == "sft" else constant, config)
+
+
+def num_iterations(agent):
+    """Iterations of the whole run: an option, but for sft, which passes over its data."""
+    config = agent.config
+    if config.method != "sft":
+        return config.iterations
+    return math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
 
 
 def cosine_scale(n, total):
@@ -1157,10 +1101,8 @@ def cosine_scale(n, total):
 
 @phase("micro_batch_tokens", lambda batch: (batch.ids.shape[1], batch.ids.numel()))
 def backpropagate(agent, batch):
-    """Leave the gradient of some rollouts with the optimiser.
-
-    returns  their loss and their share of clipped tokens
-    """
+    """Leave the gradient of some rollouts with the optimiser; returns their loss, a mean over
+    tokens, and their share of clipped tokens."""
     config, student = agent.config, agent.student
     num_tokens = int((batch.step_id >= 0).sum())
     if not num_tokens:  # the machine failed all of them
@@ -1177,19 +1119,15 @@ def backpropagate(agent, batch):
         else:
             loss = policy_loss(logp, part.logp_s, part.advantages, mask, config.clip_low,
                                config.clip_high, config.clip_dual, num_tokens)
-            clipped = count_clipped(logp.detach(), part.logp_s, mask, config) / num_tokens
+            ratio = torch.where(mask, logp.detach() - part.logp_s, 0.0).exp()
+            left = ratio != ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+            clipped = left.sum() / num_tokens
         if part.advantages is not None and config.kl == "full":
             w = per_token(part.w, part.step_id)[mask]  # (N,)
             loss = loss + config.opd_coef * (w * full_kl(agent, part, hidden)).sum() / num_tokens
         loss.backward()
         totals += torch.stack([loss.detach(), clipped.to(totals.device)])
     return totals.tolist()
-
-
-def count_clipped(logp, logp_old, mask, config):
-    """How many tokens have left the clip range, on the side that is clipped for them or not."""
-    ratio = torch.where(mask, logp - logp_old, 0.0).exp()
-    return ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum()
 
 
 def full_kl(agent, batch, hidden):
@@ -1213,6 +1151,7 @@ class Agent:
     tokenizer: object
     tool: object                     # submit(call, place) -> Future of an Observation; run
     practice: list = field(default_factory=list)  # (Problem, prompt ids), or sft's Rollouts
+    held_out: list = field(default_factory=list)  # Problems to measure on
     optimizer: Optimizer | None = None
     iteration: int = 0               # iterations done: where a resumed run goes on
     halvings: int = 0                # how often memory ran out
@@ -1220,48 +1159,44 @@ class Agent:
 
 
 def train(agent):
-    """Train the student with any method of METHODS.
-
-    A generator: yields (numbers, Batch) of each iteration, for sft (numbers, None). Printing,
-    files and evaluation live outside. An agent that has done some iterations goes on after them.
-    """
-    if agent.config.method == "sft":
-        yield from imitate(agent)
-    elif agent.config.method != "vanilla":
-        yield from distil(agent)
-
-
-def distil(agent):
-    """Algorithm 1: sample, reward, score, weigh, update."""
-    config, student, method = agent.config, agent.student, METHODS[agent.config.method]
-    agent.optimizer = agent.optimizer or make_optimizer(agent, config.iterations)
-    for iteration in range(agent.iteration + 1, config.iterations + 1):
+    """Train the student with any method of METHODS, from where it stands: yields (numbers, Batch)
+    of each iteration, for sft (numbers, None). Printing, files and evaluation live outside."""
+    config = agent.config
+    if config.method == "vanilla":
+        return
+    agent.optimizer = agent.optimizer or make_optimizer(agent)
+    for iteration in range(agent.iteration + 1, num_iterations(agent) + 1):
         torch.manual_seed((config.seed << 32) + iteration)  # of dropout, in models that have it
-        prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
-        rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
-        check_sandbox(rollouts)
-        batch = collate(rollouts, student.device)                           # with their rewards
+        yield imitate(agent, iteration) if config.method == "sft" else distil(agent, iteration)
 
 
-        student.train()  # as in the update, so that the ratio begins at 1 even with dropout
-        batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
-        if method.view:
-            batch.logp_t, batch.entropy_t = score_by_teacher(agent, batch)  # on the same ids
-            batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id,
-                                      batch.failed.shape[1])                # Eq. 6
-            scheme = config.weights if method.weights == "sod" else "uniform"
-            batch.w = WEIGHTS[scheme](batch, config)                        # Eq. 7
-        batch.A = group_advantages(batch.reward, config.group_size)
-        coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
-        batch.advantages = token_advantages(config.method, batch.A, batch.logp_s,  # Eq. 8-10
-                                            batch.logp_t, batch.step_id, batch.w, coef)
+def distil(agent, iteration):
+    """An iteration of Algorithm 1: sample, reward, score, weigh, update."""
+    config, student, method = agent.config, agent.student, METHODS[agent.config.method]
+    prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
+    rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
+    check_sandbox(rollouts)
+    batch = collate(rollouts, student.device)                           # with their rewards
 
-        updates = []  # one for each run of neighbouring groups
-        for rows in np.arange(len(rollouts)).reshape(config.updates, -1).tolist():
-            loss, clipped = backpropagate(agent, batch.rows(rows))
-            updates.append((loss, agent.optimizer.step(loss), clipped))
-        agent.iteration = iteration
-        yield batch_metrics(agent, batch, updates), batch
+    student.train()  # as in the update, so that the ratio begins at 1 even with dropout
+    batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
+    if method.view:
+        batch.logp_t, batch.entropy_t = score_by_teacher(agent, batch)  # on the same ids
+        batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id,
+                                  batch.failed.shape[1])                # Eq. 6
+        scheme = config.weights if method.weights == "sod" else "uniform"
+        batch.w = WEIGHTS[scheme](batch, config)                        # Eq. 7
+    batch.A = group_advantages(batch.reward, config.group_size)
+    coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
+    batch.advantages = token_advantages(config.method, batch.A, batch.logp_s,  # Eq. 8-10
+                                        batch.logp_t, batch.step_id, batch.w, coef)
+
+    updates = []  # one for each run of neighbouring groups
+    for rows in np.arange(len(rollouts)).reshape(config.updates, -1).tolist():
+        loss, clipped = backpropagate(agent, batch.rows(rows))
+        updates.append((loss, agent.optimizer.step(loss), clipped))
+    agent.iteration = iteration
+    return batch_metrics(agent, batch, updates), batch
 
 
 def check_sandbox(rollouts):
@@ -1271,27 +1206,20 @@ def check_sandbox(rollouts):
                          "and whether the machine has memory and disk left")
 
 
-def imitate(agent):
-    """Supervised fine-tuning on demonstrations (method sft): the cold start before SOD."""
-    config, student = agent.config, agent.student
-    total = math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
-    agent.optimizer = agent.optimizer or make_optimizer(agent, total)
-    student.train()
-    for iteration in range(agent.iteration + 1, total + 1):
-        torch.manual_seed((config.seed << 32) + iteration)
-        batch = collate(draw(agent.practice, config, iteration, config.sft_batch), student.device)
-        loss, _ = backpropagate(agent, batch)
-        norm = agent.optimizer.step(loss)
-        agent.iteration = iteration
-        yield {"iteration": iteration, "iterations": total, **update_metrics([(loss, norm, 0.0)]),
-               **machine_metrics(agent)}, None
+def imitate(agent, iteration):
+    """An update of supervised fine-tuning on demonstrations (sft): the cold start before SOD."""
+    config, student = agent.config, agent.student.train()
+    batch = collate(draw(agent.practice, config, iteration, config.sft_batch), student.device)
+    loss, _ = backpropagate(agent, batch)
+    norm = agent.optimizer.step(loss)
+    agent.iteration = iteration
+    return {"iteration": iteration, "iterations": num_iterations(agent),
+            **update_metrics([(loss, norm, 0.0)]), **machine_metrics(agent)}, None
 
 
 def draw(items, config, iteration, count, times=1):
-    """The `count` items of an iteration, each `times` in a row.
-
-    They come from an endless list: all items, shuffled anew each epoch.
-    """
+    """The `count` items of an iteration, each `times` in a row, from an endless list: all items,
+    shuffled anew each epoch."""
     N, start, drawn = len(items), (iteration - 1) * count, []
     for n in range(start, start + count):
         order = shuffled(config.seed, n // N, N)
@@ -1320,15 +1248,12 @@ class RaggedLayer(DynamicLayer):
         super().__init__()
         self.slots = slots
 
-    def lazy_initialization(self, keys, values):
-        self.keys, self.values = (x.new_zeros(len(self.slots.rollouts), x.shape[1], 0, x.shape[3])
-                                  for x in (keys, values))  # (slots, heads, positions, head_dim)
-        self.is_initialized = True
-
     def update(self, keys, values, *args, **kwargs):
         """Write new keys and values, (R, heads, n, head_dim); returns all that these rows hold."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+        if not self.is_initialized:  # (slots, heads, positions, head_dim)
+            self.keys, self.values = (x.new_zeros(
+                len(self.slots.rollouts), x.shape[1], 0, x.shape[3]) for x in (keys, values))
+            self.is_initialized = True
         room, length = self.keys.shape[2], self.slots.length
         if length > room:  # grow by half, so that this is seldom
             more = max(length, room * 3 // 2) - room
@@ -1340,16 +1265,11 @@ class RaggedLayer(DynamicLayer):
 
 
 class Slots:
-    """Room for some rollouts under way, each with its own row of the model's KV cache.
-
-    HF generate reads the whole conversation again at each turn, and its rows move in lockstep. Here
-    every row has its own length: a tool's answer is read in where the last turn ended, a finished
-    rollout makes room for the next, and one that waits for its tool takes no part.
-    """
+    """Room for some rollouts under way, each with its own row of the model's KV cache: an answer of
+    the tool is read in where the last turn ended, and one that waits for it takes no part."""
 
     def __init__(self, model, size):
         check_slots(model)
-        # generate()'s trap, here too: dropout and checkpointing belong to training.
         assert not model.training, "call model.eval() before sampling"
         self.model, self.device = model, model.device
         self.window = getattr(model.config, "max_position_embeddings", None) or 2 ** 31
@@ -1426,29 +1346,16 @@ class Slots:
 
 
 def check_slots(model):
-    """Refuse a model that cannot read rows of different length side by side.
-
-    The engine tells a model the positions of a row and what it may look at. Every layer must obey
-    both, and nothing may depend on the longest row of the batch.
-    """
+    """Refuse a model that is not known to read rows of different length side by side: every layer
+    must obey the positions and the mask, and nothing may depend on the longest row of the batch."""
     config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [str(x.get("rope_type")) for x in (rope, *rope.values()) if isinstance(x, dict)]
-    fault = ""
-    if model._is_stateful or not hasattr(config, "num_attention_heads"):
-        fault = "it has layers without attention"
-    elif ("position_ids" not in inspect.signature(model.forward).parameters
-          or getattr(config, "alibi", False)):
-        fault = "it takes no position ids"
-    elif any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
-        fault = "it has layers that do not see the whole past"
-    elif any("dynamic" in kind or kind == "longrope" for kind in kinds):
-        fault = "its rotary frequencies depend on the longest row of a batch"
-    elif config._attn_implementation != "sdpa":
-        fault = f"its attention ({config._attn_implementation}) takes no boolean mask"
-    if fault:
-        raise ValueError(f"rollout_engine slots cannot serve this {config.model_type} model: "
-                         f"{fault}; use --rollout_engine generate")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "")
+    if (config.model_type not in ("qwen3", "qwen2", "llama", "gpt2")
+            or any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+            or rope in ("dynamic", "longrope") or config._attn_implementation != "sdpa"):
+        raise ValueError("rollout_engine slots serves Qwen3, Qwen2, Llama and GPT-2 with full "
+                         "attention and fixed rotary frequencies, not this "
+                         f"{config.model_type} model; use --rollout_engine generate")
 
 
 @torch.inference_mode()  # 6% faster than no_grad with 64 rollouts of the world
@@ -1457,9 +1364,8 @@ def sample_by_slots(agent, model, rollouts, pick):
 
     A call runs while the others sample `look` tokens; then its answer is read. Where it takes more
     than `tool_wait` seconds longer, the others go on without it. The rollouts are those of
-    sample_by_generate, token for token, up to the rounding of sums. While tool_wait is longer than
-    any program, they are also the same bit by bit each time; else the clock decides who is sampled
-    beside whom, and so the rounding.
+    sample_by_generate, but for the rounding of sums, which depends on who is sampled beside whom;
+    the clock has a say in that only where a program takes longer than `tool_wait`.
     """
     config, ends, queue = agent.config, end_ids(model, agent.tokenizer), deque(rollouts)
     slots = Slots(model, min(config.rollout_batch or len(rollouts), len(rollouts)))
@@ -1523,17 +1429,11 @@ def batch_metrics(agent, batch, updates):
 
 
 def call_metrics(turns, num_rollouts):
-    """Tool calls: how many a rollout, what came of them, and what went wrong in those that failed
-    (the Python error by name, else the outcome)."""
+    """Tool calls: how many a rollout, the share that failed, and how each kind of them ended."""
     outcomes = Counter(turn.outcome for turn in turns if turn.outcome)
-    faults = Counter()
-    for turn in turns:
-        error = re.search(r"^(\w+)(?::.*)?\s*\Z", turn.answer.rstrip().rpartition("\n")[2])
-        if turn.failed:
-            faults[error[1] if turn.outcome == "error" and error else turn.outcome] += 1
     calls = sum(outcomes.values())
-    return {"tool_calls": calls / num_rollouts, "tool_fail": sum(faults.values()) / max(calls, 1),
-            "outcomes": dict(outcomes), "faults": dict(faults)}
+    return {"tool_calls": calls / num_rollouts, "outcomes": dict(outcomes),
+            "tool_fail": sum(turn.failed for turn in turns) / max(calls, 1)}
 
 
 def teacher_metrics(batch, config):
@@ -1579,91 +1479,53 @@ MACHINE = ("seconds", "out_of_memory", "rollout_batch", "micro_batch_tokens", "t
 # --- Health: what the numbers of a run say, in words -------------------------------------------
 
 NEAR_0 = 0.02  # nats/token: a usual d_k of .2 then gets w_k = .1 or less
-WINDOW = 10    # iterations in which a trend shows, and before a sentence is said again
-HEALTH = {  # metric: (highest value without a word, why there, the sentence)
-    "cut_budget": (0.3, "cut rollouts have no answer, and are all wrong alike",
-                   "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
-    "cut_turns": (0.3, "they are wrong alike, too",
-                  "{:.0%} of rollouts ran out of turns: raise --max_turns"),
-    "groups_agree": (0.9, "the outcome advantage of a group that agrees is 0",
-                     "{:.0%} of groups agree, so GRPO has nothing to learn from in them: raise "
+WINDOW = 10    # iterations without any right rollout, before that is said
+HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
+    # Cut rollouts have no answer, and are all wrong alike.
+    "cut_budget": (0, 0.3, "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
+    "cut_turns": (0, 0.3, "{:.0%} of rollouts ran out of turns: raise --max_turns"),
+    # The outcome advantage of a group that agrees is 0.
+    "groups_agree": (0, 0.9, "{:.0%} of groups agree, so GRPO learns nothing from them: raise "
                      "--group_size, or take problems that are sometimes solved"),
-    "w_capped": (0.4, "a cap that is met so often has become the weight",
-                 "w is at its cap in {:.0%} of steps: d falls after the first step; raise --delta "
-                 "to tell those steps apart"),
-    "d1_near_0": (0.3, "their later w_k are near 0 whatever the student does",
-                  "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their first "
-                  "step; compare --weights floor"),
-    "tool_fail": (0.3, "a third of all turns then teaches little", "tool failures {:.0%}{}"),
-    "clipped": (0.2, "the student has left what was sampled", "{:.0%} of tokens left the clip "
-                "range: lower --lr or --updates"),
-    "not_taken": (0, "rare in sound runs", "{:.0f} updates were not taken, for a score, the loss "
-                  "or the gradient was not finite: lower --lr, or try --dtype float32"),
-    "teacher_entropy": (2.0, "the paper's lost teacher has 2.4 nats", "the teacher is lost, its "
-                        "entropy is {:.1f} nats: does it know this system text and tool?"),
-    "infrastructure": (0, "they are left out, so the batch is smaller", "the sandbox itself failed "
-                       "in {:.0f} rollouts, which are left out: see `python tools.py`, and whether "
-                       "the machine has memory left"),
-}
-TOO_LOW = {  # metric: (lowest value without a word, why there, the sentence)
-    "entropy": (0.1, "one token in fifty is open", "entropy fell to {:.2f} nats: the student has "
-                "stopped exploring; lower --lr, or raise --temperature"),
-    "tool_calls": (0.1, "the tool is hardly called", "the tool is called {:.2f} times a rollout: "
-                   "say in --system how, or imitate first: --method sft"),
+    # A cap that is met so often has become the weight.
+    "w_capped": (0, 0.4, "w is at its cap in {:.0%} of steps: raise --delta to tell them apart"),
+    # Their later w_k are near 0, whatever the student does.
+    "d1_near_0": (0, 0.3, "d_1 is near 0 in {:.0%} of rollouts: distillation is off after their "
+                  "first step; compare --weights floor"),
+    # Where a third of the calls fail, many turns teach little.
+    "tool_fail": (0, 0.3, "{:.0%} of tool calls fail: see the outcomes in metrics.jsonl"),
+    "tool_calls": (0.1, math.inf, "the tool is called {:.2f} times a rollout: say in --system how, "
+                   "or imitate first: --method sft"),
+    # The student has left what was sampled.
+    "clipped": (0, 0.2, "{:.0%} of tokens left the clip range: lower --lr or --updates"),
+    # At .1 nats one token in fifty is open; the paper's lost teacher has 2.4 nats.
+    "entropy": (0.1, math.inf, "entropy fell to {:.2f} nats: the student has stopped exploring; "
+                "lower --lr, or raise --temperature"),
+    "teacher_entropy": (0, 2.0, "the teacher is lost, its entropy is {:.1f} nats: does it know "
+                        "this system text and tool?"),
+    "not_taken": (0, 0, "{:.0f} updates were not taken, for a score, the loss or the gradient was "
+                  "not finite: lower --lr, or try --dtype float32"),
+    "infrastructure": (0, 0, "the sandbox failed in {:.0f} rollouts, which are left out: see "
+                       "`python tools.py`, and whether the machine has memory left"),
 }
 
 
 def health(history):
-    """{topic: sentence} of what deserves a word, from the numbers of all iterations so far."""
-    m, said = history[-1], {}
-    for name, (limit, _, sentence) in HEALTH.items():
-        if m.get(name, 0) > limit:
-            said[name] = sentence.format(m[name], common_fault(m))
-    for name, (limit, _, sentence) in TOO_LOW.items():
-        if m.get(name, limit) < limit:
-            said[name] = sentence.format(m[name])
-    return said | trends(history[-WINDOW:])
-
-
-def trends(window):
-    """The sentences that need WINDOW iterations of history."""
-    said, right = {}, [m["right"] for m in window if "right" in m]
-    kl = [m["reverse_kl"] for m in window if "reverse_kl" in m]
-    if len(kl) == WINDOW and rises(kl):
-        said["reverse_kl"] = (f"reverse KL rises for {WINDOW} iterations, {kl[0]:.2f} to "
-                              f"{kl[-1]:.2f}: lower --lr")
+    """{metric: sentence} of what deserves a word, from the numbers of all iterations so far."""
+    m = history[-1] if history else {}
+    said = {name: sentence.format(m[name]) for name, (low, high, sentence) in HEALTH.items()
+            if m.get(name, low) < low or m.get(name, high) > high}
+    right = [m["right"] for m in history[-WINDOW:] if "right" in m]
     if len(right) == WINDOW and max(right) == 0:
         said["right"] = (f"no rollout was right for {WINDOW} iterations: take easier problems, "
                          "imitate first (--method sft), or check the answers in the data")
-    if len(right) == WINDOW and min(right) == 1:
-        said["right"] = f"every rollout was right for {WINDOW} iterations: take harder problems"
     return said
 
 
-def rises(values):
-    """True where nearly every later value is above nearly every earlier one, by a tenth in all."""
-    pairs = [b > a for i, a in enumerate(values) for b in values[i + 1:]]
-    half = len(values) // 2
-    return np.mean(pairs) >= 0.85 and (
-        np.mean(values[half:]) > 1.1 * np.mean(values[:half]) > 0)
-
-
-def common_fault(m):
-    """", 20 of 25 SyntaxError", from the counts of one iteration."""
-    counts = Counter(m.get("faults", {})).most_common(1)
-    return f", {counts[0][1]} of {sum(m['faults'].values())} {counts[0][0]}" if counts else ""
-
-
-def news(history, last_said):
-    """The sentences of health() that were not said in the last WINDOW iterations.
-
-    last_said  {topic: iteration}, kept up to date
-    """
-    now = history[-1]["iteration"]
-    for topic, sentence in health(history).items():
-        if now >= last_said.get(topic, -WINDOW) + WINDOW:
-            last_said[topic] = now
-            yield sentence
+def news(history):
+    """The sentences about the last iteration, but for what was said of the one before, too."""
+    before = health(history[:-1])
+    return [sentence for name, sentence in health(history).items() if name not in before]
 
 
 # --- Evaluation -------------------------------------------------------------------------------
@@ -1671,9 +1533,7 @@ def news(history, last_said):
 
 def evaluate(agent, model, problems):
     """Sample every problem `eval_samples` times: a (problems, samples) array of right or wrong.
-
-    The seeds are the same for every model; the tool falls silent at the same rate.
-    """
+    Seeds and silences of the tool are the same for every model."""
     config = agent.config
     prompts, _ = fitting_prompts(problems, agent.tokenizer, config)
     repeated = [prompt for prompt in prompts for _ in range(config.eval_samples)]
@@ -1687,16 +1547,9 @@ def average_with_interval(correct):
     """average@k in percent with its 95% interval over problems.
 
     correct  (problems, k) of 0 and 1; the samples of one problem stay together, for they are alike
-    returns  mean, low, high: at each end the farthest of three intervals
-
-    - Student's, from the spread of the problems' scores.
-    - Wilson's, with the same spread. Few easy problems among many hard ones have a smaller spread
-      where the mean is low by chance, so Student's high end is too low there.
-    - What P problems say at least. A mean m shows P zeros with a chance of at most (1 - m)^P, so
-      where all is wrong the high end is 1 - .025^(1/P), 11.6% for P = 30. One right sample more
-      cannot mean that the average is lower.
-
-    Together they hold the true mean in 94% to 100% of simulated draws (tests/test_metrics.py).
+    returns  mean, low, high: at each end the farthest of three intervals. Student's; Wilson's with
+             the same spread, for few easy problems among many hard ones; and what P problems say at
+             least: a mean m shows P zeros with a chance of at most (1 - m)^P
     """
     scores = np.asarray(correct, float).mean(1)
     P, m = len(scores), scores.mean()
@@ -1730,36 +1583,35 @@ GIB = 2 ** 30
 
 
 def preflight(config):
-    """Everything but the weights: an Agent that still lacks its models, or one sentence that says
-    why this run cannot work."""
-    device, dtype, reason = choose_device(config)
-    print(f"device  {device}, {str(dtype).removeprefix('torch.')} ({reason}); seed {config.seed}")
+    """An Agent without its models' weights, or one sentence that says why this run cannot work."""
+    device, dtype = choose_device(config)
+    print(f"device  {device}, {str(dtype).removeprefix('torch.')}; seed {config.seed}")
     tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
     check_model(config.student, student, tokenizer, config)
     view, teacher, notes = METHODS[config.method].view, None, []
     if view == "teacher":
         other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
         check_model(config.teacher, teacher, tokenizer, config)
-        check_pair(student, teacher, tokenizer, other, config)
-        notes = [f"same ids on {len(PROBES)} probes", same_template(tokenizer, other)]
+        notes = [check_pair(student, teacher, tokenizer, other, config)]
     elif view:  # self-distillation: the frozen start, told more
         teacher = student
     if config.rollout_engine == "slots":
         check_slots(student)
     agent = Agent(config, None, None, tokenizer, None)
     agent.practice = load_practice(tokenizer, config)
+    agent.held_out = eval_problems(tokenizer, config)
+    note_shared_problems(agent)
     agent.tool, milliseconds = load_tool(config)
     notes += [f"{len(agent.practice):,} rows to learn from",
               f"tool answers in {milliseconds:.0f} ms",
-              check_memory(config, student, teacher, device, dtype), *template_notes(tokenizer)]
-    print("preflight  " + ", ".join(filter(None, notes)))
+              check_memory(config, student, teacher, device, dtype)]
+    print("preflight  " + ", ".join(notes))
     return agent
 
 
-def load_agent(config, agent=None):
-    """Student, teacher, tool and data, after a preflight unless `agent` has had it."""
-    agent = agent or preflight(config)
-    device, dtype, _ = choose_device(config)
+def load_agent(config):
+    """Student, teacher, tool and data, after a preflight."""
+    agent, (device, dtype) = preflight(config), choose_device(config)
     torch.manual_seed(config.seed)  # of --init random
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
@@ -1779,117 +1631,71 @@ def load_agent(config, agent=None):
 
 
 def choose_device(config):
-    """(device, dtype, the reason for both)."""
+    """(device, dtype): bf16 has half the memory and full speed on a GPU, and neither on a CPU."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is none that torch knows; use cpu, cuda or cuda:1"
-                         ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for and no CUDA GPU is visible; use --device "
-                         "cpu")
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]:.80}); use "
+                         "--device cpu, or cuda where torch sees a GPU") from None
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
-    if config.dtype != "auto":
-        return device, dtype, "as asked"
-    return device, dtype, ("half the memory and full speed; the optimiser keeps fp32 weights"
-                           if dtype == torch.bfloat16 else "exact; bf16 is for GPUs")
-
-
-# Given to every call that loads: left out, transformers asks on the terminal, or runs the code.
-OWN_CODE = dict(trust_remote_code=False)
+    return device, default if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def load_pretrained(read, path, **options):
     """read(path), such as from_pretrained, with one sentence in place of its traceback."""
-    if Path(path).is_file():
-        raise ValueError(f"{path} is a file; name the folder that holds the model")
-    is_hub_id = str(path).count("/") == 1 and not str(path).startswith((".", "/"))
-    if not path or not Path(path).exists() and not is_hub_id:
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
+    if not os.path.isdir(path) and (os.path.exists(path) or not is_hub_id):
         raise ValueError(f"there is no folder {path!r}; name a folder that holds a model, "
                          "or a Hub id such as Qwen/Qwen3-0.6B")
-    try:
-        return read(path, **options)
+    try:  # without the last option, transformers asks on the terminal, or runs the folder's code
+        return read(path, **options, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
-        raise ValueError(f"cannot load {path}: {why_unreadable(path, str(error) or repr(error))}"
-                         ) from error
+        first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
+        raise ValueError(f"cannot load {path}: {first}; a folder must hold config, weights and "
+                         "tokenizer, and no code of its own; a Hub id needs a machine that can "
+                         "reach the Hub") from error
 
 
-def why_unreadable(path, message):
-    """What is wrong with a model folder, and what to do."""
-    first = next(line for line in message.splitlines() if line.strip()).strip()
-    if "trust_remote_code" in message or "custom code" in message:
-        return ("it brings code of its own, which this project never runs; use a model whose "
-                "architecture is part of transformers")
-    for file in Path(path).glob("*"):
-        if file.is_file() and file.open("rb").read(23) == b"version https://git-lfs":
-            return (f"its {file.name} is a Git LFS pointer in place of the file; run git lfs pull "
-                    "in that folder")
-    if (Path(path) / "adapter_config.json").exists():
-        return "it holds an adapter; merge it into its base model first (peft: merge_and_unload)"
-    if "size mismatch" in message or "ignore_mismatched_sizes" in message:
-        return ("its weights have other sizes than its config.json says, such as another "
-                "vocabulary; load the folder again, or mend its config.json")
-    if lacks_tokenizer(path):
-        return "it holds no tokenizer; copy there the tokenizer that the model was trained with"
-    return (f"{first.rstrip(':.')}. A Hub id needs a machine that can reach the Hub; a folder must "
-            "hold a config, weights and a tokenizer")
-
-
-def lacks_tokenizer(path):
-    """Is it a folder without any file that a tokenizer could come from?"""
-    names = ("tokenizer.*", "vocab*", "*.tiktoken")
-    return Path(path).is_dir() and not any(file for n in names for file in Path(path).glob(n))
-
-
-def skeleton(path):
-    """A model on the meta device: every shape and no numbers, at once, whatever its size."""
-    def read(path):
-        with torch.device("meta"):
+def skeleton(path, dtype=None, device="meta"):
+    """A model without its weights: on the meta device at once, whatever its size."""
+    def read(path, **options):
+        with torch.device(device):
             return AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path, **OWN_CODE), **OWN_CODE)
+                AutoConfig.from_pretrained(path, **options), dtype=dtype, **options)
     return load_pretrained(read, path)
 
 
 def load_model(path, device, dtype, init="pretrained"):
     """A causal language model whose shipped sampling settings cannot reach our rollouts."""
     if init == "random":
-        shape = load_pretrained(AutoConfig.from_pretrained, path, **OWN_CODE)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, **OWN_CODE)
+        model = skeleton(path, dtype, "cpu")  # with random numbers
     else:
         model, read = load_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=dtype,
-                                      output_loading_info=True, **OWN_CODE)
+                                      output_loading_info=True, ignore_mismatched_sizes=True)
         # transformers fills what a file lacks with random numbers, and only warns.
-        for verb, names in (("lack", read["missing_keys"]), ("hold", read["unexpected_keys"])):
-            if names:
-                raise ValueError(f"the weights of {path} {verb} {len(names)} tensors that its "
-                                 f"config does{' not' * (verb == 'hold')} name, such as "
-                                 f"{min(names)}; load the folder again, or mend its config.json")
-    # generate() fills every setting we leave open from model.generation_config: Qwen3 ships
-    # temperature .6, top-k 20 and top-p .95. Keep them for the saved checkpoint only.
+        other_size = {name for name, *_ in read["mismatched_keys"]}
+        if wrong := read["missing_keys"] | read["unexpected_keys"] | other_size:
+            raise ValueError(f"weights and config of {path} differ in {len(wrong)} tensors, such "
+                             f"as {min(wrong)}; load the folder again")
+    # generate() fills what we leave open from model.generation_config: Qwen3 ships temperature .6,
+    # top-k 20 and top-p .95. Keep them for the saved checkpoint only.
     model.shipped_generation = model.generation_config
     model.generation_config = GenerationConfig()
     return model.to(device).eval()
 
 
 def enable_checkpointing(model):
-    """Recompute activations in backward; newer releases of transformers have a newer name."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    """Recompute activations in backward."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @torch.no_grad()
 def describe(role, name, model, pretrained, agent):
-    """Print what was loaded, once it has shown that it is what it seems.
-
-    Its own logits must be hidden @ head^T, for that is what we compute. (Some models also scale
-    or cap them, or add a bias.) And one that knows its template finds a plain tool call there
-    likelier than chance.
-    """
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    """Print what was loaded, once its logits have proved to be hidden @ head^T, which is what we
+    compute, and a plain tool call in its own template likelier than chance."""
     batch = collate([encode_demonstration(agent.tokenizer, *EXAMPLE)], model.device)
     logp, _ = sampled_logprobs(model, batch.ids, batch.step_id, 1.0)
     own = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
@@ -1897,17 +1703,16 @@ def describe(role, name, model, pretrained, agent):
     ours = logp[batch.step_id >= 0]
     if (own - ours).abs().mean() > (0.002 if model.dtype == torch.float32 else 0.1):
         raise ValueError(f"{name} does more to its logits than hidden states times head (a cap, a "
-                         f"scale or a bias: they differ by {(own - ours).abs().mean():.2f} nats a "
-                         "token), so its tokens would be scored wrongly; use Qwen3, Qwen2, Llama "
-                         "or another model with a plain head")
+                         "scale or a bias), so its tokens would be scored wrongly; use Qwen3, "
+                         "Qwen2, Llama or another model with a plain head")
     mean, chance = float(ours.mean()), -math.log(len(head(model)))
     if pretrained and not mean > 0.9 * chance and agent.config.preflight:  # NaN too
         raise ValueError(f"{name} gives a plain tool call in its own template {mean:.2f} nats a "
                          f"token, and chance is {chance:.2f}: its weights are random, damaged or "
-                         "for another tokenizer; load them again, use --init random for a student "
-                         "that is to start from nothing, or go on all the same: --preflight false")
-    print(f"{role} {name}, {size}; {mean:.2f} nats a token of a plain tool call, chance "
-          f"{chance:.2f}")
+                         "for another tokenizer; load them again, or use --init random or "
+                         "--preflight false")
+    print(f"{role} {name}, {count_weights(model):,} parameters; {mean:.2f} nats a token of a plain "
+          f"tool call, chance {chance:.2f}")
 
 
 EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
@@ -1922,41 +1727,25 @@ PROBES = [
 
 def load_tokenizer(path):
     """The tokenizer, checked for what a conversation with a tool needs."""
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path, **OWN_CODE)
-    if lacks_tokenizer(path):  # transformers has made an empty one
-        raise ValueError(f"cannot load {path}: {why_unreadable(path, 'no tokenizer')}")
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
     probe = "the text of a tool"
     try:
-        told = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0]))
-        shown = repr(tokenizer.decode(encode_tool_turn(tokenizer, probe)))
+        shown = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])
+                                 + encode_tool_turn(tokenizer, probe))
         after = render_tool_turn(tokenizer, probe)
     except Exception as error:  # a template may raise anything
-        told, shown, after = "", f"nothing ({error})", tokenizer.eos_token
-    if probe not in shown:
-        raise ValueError(f"the chat template of {path} does not show tool answers: it gave {shown};"
-                         " use a model whose template knows the role tool")
+        shown, after = f"an error ({error})", tokenizer.eos_token
+    if tools.TOOL_NAME not in shown or probe not in shown:
+        raise ValueError(f"the chat template of {path} does not show a tool or its answers: it "
+                         f"gave {shown!r}; use a model whose template knows tools")
     if not after.startswith(tokenizer.eos_token):
         raise ValueError(f"the chat template of {path} ends a turn with {after[:12]!r} and its "
-                         f"tokenizer with {tokenizer.eos_token!r}: a turn would hold both; set "
-                         "eos_token in tokenizer_config.json to what the template writes")
-    if tools.TOOL_NAME not in told:
-        raise ValueError(f"the chat template of {path} does not tell the model of its tool, "
-                         f"{tools.TOOL_NAME}; use a model whose template shows tools")
+                         f"tokenizer with {tokenizer.eos_token!r}: set eos_token in "
+                         "tokenizer_config.json to what the template writes")
     return tokenizer
-
-
-def template_notes(tokenizer):
-    """A server renders structured tool calls: what if the template does not show them?"""
-    call = {"function": {"name": tools.TOOL_NAME, "arguments": {"code": "print(12 + 30)"}}}
-    shown = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "",
-                                            "tool_calls": [call]}], tokenize=False)
-    if "print(12 + 30)" not in shown:
-        yield ("NOTE: the student's template does not show tool_calls, so a server would hide a "
-               "call from the turns after it")
 
 
 def check_model(path, model, tokenizer, config):
@@ -1972,63 +1761,34 @@ def check_model(path, model, tokenizer, config):
 
 
 def check_pair(student, teacher, tokenizer_s, tokenizer_t, config):
-    """SOD compares log-probabilities id by id, so both sides must write the same ids."""
-    where = ""
-    for probe in PROBES:
-        ids_s, ids_t = encode(tokenizer_s, probe), encode(tokenizer_t, probe)
-        if ids_s != ids_t:
-            t = first_difference(ids_s, ids_t)
-            where = f"they differ from token {t} of {probe!r}, {tokenizer_s.decode(ids_s[t:])!r}"
-            break
-    if not where and tokenizer_s.eos_token_id != tokenizer_t.eos_token_id:
-        where = (f"their end-of-turn tokens differ, {tokenizer_s.eos_token} and "
-                 f"{tokenizer_t.eos_token}")
-    if where:
-        raise ValueError(f"{config.student} and {config.teacher} give different ids for the same "
-                         f"text ({where}); SOD compares log-probabilities id by id. Use two models "
-                         "of one family.")
+    """Refuse two sides that write different ids for one text; returns what was found."""
+    for text in PROBES:
+        if encode(tokenizer_s, text) != encode(tokenizer_t, text):
+            raise ValueError(f"{config.student} and {config.teacher} give different ids for "
+                             f"{text!r}, and SOD compares log-probabilities id by id; use two "
+                             "models of one family")
     rows_s, rows_t = len(head(student)), len(head(teacher))
     if config.kl == "full" and rows_s != rows_t:
         raise ValueError(f"student and teacher have {rows_s} and {rows_t} vocabulary rows; "
                          "--kl full compares row by row, so use --kl sampled")
-
-
-def first_difference(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def same_template(tokenizer_s, tokenizer_t):
-    """Whether the teacher's own template writes what the student's does; what to expect if not."""
-    ids_s, ids_t = (encode_demonstration(t, *EXAMPLE).ids for t in (tokenizer_s, tokenizer_t))
-    if ids_s == ids_t:
-        return "same template"
-    t = first_difference(ids_s, ids_t)
-    ours, theirs = tokenizer_s.decode(ids_s[t:t + 8]), tokenizer_t.decode(ids_t[t:t + 8])
-    return (f"NOTE: their templates differ from token {t} on ({ours!r}, the teacher's {theirs!r}), "
-            "and the teacher scores the student's")
+    same = f"same ids on {len(PROBES)} probes"
+    if len({tuple(encode_demonstration(t, *EXAMPLE).ids) for t in (tokenizer_s, tokenizer_t)}) > 1:
+        return f"{same}, NOTE: the teacher has another template, and scores the student's"
+    return f"{same}, same template"
 
 
 def check_memory(config, student, teacher, device, dtype):
-    """What a run holds for certain, against what is free: weights, masters, moments, gradient.
-
-    Activations and caches come on top; they shrink by themselves (see `phase`).
-    """
+    """Weights, moments, gradient and masters against what is free. Activations and caches come on
+    top; they shrink by themselves (see `phase`)."""
     N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
-    apart = dtype != torch.float32 or config.offload == "all" and device.type != "cpu"
-    masters = 4 * N * apart
-    training = 0 if config.method == "vanilla" else masters + 8 * N + 4 * N  # moments, gradient
-    need = Counter({device: dtype.itemsize * (N + M)})
-    need[torch.device("cpu") if config.offload == "all" else device] += training
-    if config.offload != "none":  # the teacher lies there while it is not asked
-        need[torch.device("cpu")] += dtype.itemsize * M
-    for place, size in need.items():
-        if size > free_memory(place) and config.preflight:
-            raise ValueError(
-                f"models, optimiser and gradient take {in_bytes(size)}, and "
-                f"{in_bytes(free_memory(place))} are free on {place}; choose smaller models, try "
-                "--offload all, or go on all the same: --preflight false")
-    return " and ".join(f"{in_bytes(size)} on {place} for weights, AdamW and gradient"
-                        for place, size in need.items())
+    need, free = dtype.itemsize * (N + M) / GIB, free_memory(device) / GIB
+    if config.method != "vanilla" and config.offload != "all":
+        need += (12 * N + 4 * N * (dtype != torch.float32)) / GIB  # fp32: its own master
+    if need > free and config.preflight:
+        raise ValueError(f"models, optimiser and gradient take {need:.3f} GiB, and {free:.3f} are "
+                         f"free on {device}; choose smaller models, try --offload all, or go on "
+                         "all the same: --preflight false")
+    return f"{need:.3f} GiB on {device} for weights, AdamW and gradient"
 
 
 def count_weights(model):
@@ -2042,23 +1802,22 @@ def free_memory(device):
     return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
-def in_bytes(size):
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
 def load_practice(tokenizer, config):
     """What the student learns from: [(Problem, prompt ids), ...], or for sft [Rollout, ...]."""
     if config.method == "vanilla":
         return []
     if config.method == "sft":
-        kept, skipped = fitting_demonstrations(tokenizer, config)
+        rows = [encode_demonstration(tokenizer, problem, turns, config.system)
+                for problem, turns in tools.load_demonstrations(config.demonstrations)]
+        pairs, skipped = fitting([(row, row.ids) for row in rows],
+                                 config.max_prompt + config.max_response)
+        kept = [row for row, _ in pairs]
     else:
         problems = tools.load_problems(config.train_data)
         view = METHODS[config.method].view
-        missing = sum(not getattr(p, view, "") for p in problems)
-        if view in ("answer", "hint") and missing:
-            raise ValueError(f"{missing} of {len(problems)} problems in {config.train_data} have "
-                             f"no {view}; method {config.method} needs one in every row")
+        if view in ("answer", "hint") and not all(getattr(p, view) for p in problems):
+            raise ValueError(f"{config.train_data} has problems without {view}; method "
+                             f"{config.method} needs one in every row")
         kept, skipped = fitting_prompts(problems, tokenizer, config)
     if skipped:
         print(f"{skipped} problems or demonstrations are too long and skipped: max_prompt "
@@ -2068,32 +1827,22 @@ def load_practice(tokenizer, config):
 
 def fitting_prompts(problems, tokenizer, config):
     """[(Problem, ids)] of the problems whose prompt fits the budget, and how many do not."""
-    limit = config.max_prompt
-    prompts = [(p, encode_prompt(tokenizer, p, config.system)) for p in problems]
-    kept = [(p, ids) for p, ids in prompts if len(ids) <= limit]
-    if not kept:
-        raise ValueError(f"all {len(prompts)} prompts are longer than {limit} tokens (the shortest "
-                         f"has {min(len(ids) for _, ids in prompts)}); raise --max_prompt")
-    return kept, len(prompts) - len(kept)
+    return fitting([(p, encode_prompt(tokenizer, p, config.system)) for p in problems],
+                   config.max_prompt)
 
 
-def fitting_demonstrations(tokenizer, config):
-    """The conversations that fit both budgets, as Rollouts, and how many do not."""
-    limit = config.max_prompt + config.max_response
-    rows = [encode_demonstration(tokenizer, problem, turns, config.system)
-            for problem, turns in tools.load_demonstrations(config.demonstrations)]
-    kept = [row for row in rows if len(row.ids) <= limit]
+def fitting(rows, limit):
+    """The rows [(item, ids), ...] of at most `limit` ids, and how many others there are."""
+    kept = [(item, ids) for item, ids in rows if len(ids) <= limit]
     if not kept:
-        raise ValueError(f"all {len(rows)} demonstrations are longer than {limit} tokens; "
-                         "raise --max_response")
+        raise ValueError(f"all {len(rows)} rows are longer than {limit} tokens (the shortest has "
+                         f"{min(len(ids) for _, ids in rows)}); raise --max_prompt")
     return kept, len(rows) - len(kept)
 
 
 def load_tool(config):
-    """The sandbox, tried once, and the milliseconds a call takes.
-
-    It refuses to start where it cannot contain a program.
-    """
+    """The sandbox, which refuses to start where it cannot contain a program, and the milliseconds
+    that a call takes."""
     modules = tuple(filter(None, config.tool_modules.split(",")))
     for name in modules:
         if not name.isidentifier() or importlib.util.find_spec(name) is None:
@@ -2104,10 +1853,9 @@ def load_tool(config):
     tool = (tools.SilentTool(config.silent_rate, config.silent_persist, **options)
             if config.silent_rate else tools.PythonTool(**options))
     try:
-        tool.run(["1"])  # starts it
+        _, seen = [tool.run(["print(1 + 1)"])[0] for _ in range(2)]  # the first call starts it
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    seen = tool.run(["print(1 + 1)"])[0]
     if seen.text.strip() != "2":
         raise ValueError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
                          "print(1 + 1), not 2; see what `python tools.py` says, or raise "
@@ -2130,11 +1878,8 @@ def open_run_folder(config):
         if not config.resume:
             write_config(config, folder)
     except FileExistsError:
-        go_on = f"go on with it by --resume {folder}, or " * (stored_settings(folder) is not None)
-        raise ValueError(f"{folder} exists already; {go_on}give this run another --name") from None
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another --out"
-                         ) from None
+        raise ValueError(f"{folder} exists already; give this run another --name, or go on with "
+                         f"that one: --resume {folder}") from None
     if (folder / "checkpoint").exists() and not (folder / "saves").exists():
         raise ValueError(f"{folder} is finished; to train its result further, start a run with "
                          f"--student {folder / 'checkpoint'}")
@@ -2151,46 +1896,26 @@ def write_config(config, folder):
 
 
 def resumed_config(given):
-    """The settings of an interrupted run, and what the command line changes in them.
-
-    given  {option: value} of the command line, "resume" among them
-    """
+    """The settings of an interrupted run, and what `given`, the options of the command line with
+    "resume" among them, changes in them."""
     folder = Path(given["resume"])
-    if not (folder / "config.json").exists():  # not a folder: the name of a run
+    if not (folder / "config.json").exists():  # the name of a run
         folder = Path(given.get("out", Config.out)) / folder
-    stored = stored_settings(folder)
-    if stored is None:
-        raise ValueError(f"{given['resume']} holds no run to resume (no config.json that can be "
-                         "read); name its folder, such as runs/NAME")
-    if unknown := stored.keys() - {f.name for f in fields(Config)}:
-        raise ValueError(f"{folder}/config.json has options unknown to this version: "
-                         f"{', '.join(sorted(unknown))}")
     try:
-        before = Config(**stored)
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json cannot be used: {error}") from None
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        before = Config(**{name: stored[name] for name in stored.keys() - {"versions"}})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} holds no run that can be resumed ({error}); name its folder, "
+                         "such as runs/NAME") from None
     for name, value in given.items():
         if name != "resume" and getattr(before, name) != value:
             print(f"changed: {name} {value!r}, was {getattr(before, name)!r}")
-    return Config(**{**stored, **given, "resume": str(folder)})
-
-
-def stored_settings(folder):
-    """{option: value} from the config.json of a run, or None where there is none to read."""
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(stored, dict):
-        return None
-    return {name: value for name, value in stored.items() if name != "versions"}
+    return Config(**{**asdict(before), **given, "resume": str(folder)})
 
 
 def write_iteration(agent, m, batch, folder):
-    """The numbers and rollouts of an iteration, as lines of the logs.
-
-    What the machine did goes to a file of its own, so that the others depend on the seed alone.
-    """
+    """The numbers and rollouts of an iteration, as lines of the logs. What the machine did goes to
+    a file of its own, so that the others depend on the seed alone."""
     clock = {k: v for k, v in m.items() if k.startswith(MACHINE)}
     rows = ([{k: plain(v) for k, v in m.items() if k not in clock}],
             [{"iteration": m["iteration"], **clock}],
@@ -2198,34 +1923,23 @@ def write_iteration(agent, m, batch, folder):
             if batch else [])
     with tools.writing(folder):
         for name, new in zip(LOGS, rows):
-            if m["iteration"] > 1 and not (folder / name).exists():
-                tqdm.write(f"NOTE: {folder / name} is gone, and with it the lines of earlier "
-                           "iterations; it begins anew")
             tools.append_rows(folder / name, new)
 
 
-def plain(value):
-    """A number or list as JSON can hold it: it knows neither NaN nor infinity, they become null."""
+def plain(value, digits=None):
+    """A value or list as JSON can hold it: it knows neither NaN nor infinity, they become null."""
     if isinstance(value, list):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def rounded(values, digits):
-    """(N,) tensor -> numbers that JSON can hold; None stays None."""
-    if values is None:
-        return None
-    return [plain(round(v, digits) + 0.0) for v in values.tolist()]  # + 0.0: no -0.0
+        return [plain(v, digits) for v in value]
+    if not isinstance(value, float) or digits is None and math.isfinite(value):
+        return value
+    return round(value, digits) + 0.0 if math.isfinite(value) else None  # + 0.0: no -0.0
 
 
 def rollout_rows(batch, iteration, tokenizer, with_tokens):
-    """A batch as JSON-ready dicts, one a rollout, one entry a step; d and w are null without a
-    teacher.
-
-    with_tokens  of so many rollouts each step also holds its tokens (token_row)
-    """
+    """A batch as JSON-ready dicts, one a rollout; d and w of a step are null without a teacher. The
+    first `with_tokens` rollouts also have the tokens of each step (token_row)."""
     for i, r in enumerate(batch.rollouts):
-        d, w = (rounded(x[i], 4) if x is not None else [None] * len(r.turns)
+        d, w = ([None] * len(r.turns) if x is None else plain(x[i].tolist(), 4)
                 for x in (batch.d, batch.w))
         turns = [{"text": turn.text, "outcome": turn.outcome, "d": d[k], "w": w[k],
                   "tool": turn.answer if turn.outcome not in ("", "not_run") else None}
@@ -2243,130 +1957,81 @@ def token_row(batch, i, k, tokenizer):
     for name, values in (("logp_s", batch.logp_s), ("logp_t", batch.logp_t),
                          ("token_advantages", batch.advantages)):
         if values is not None:
-            row[name] = rounded(values[i, step], 3)
+            row[name] = plain(values[i, step].tolist(), 3)
     return row
 
 
 def save_checkpoint(agent, folder, results={}):
     """The trained student and its card, as folder/checkpoint."""
-    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as place:
-        write_model(agent, place, results)
+    with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as aside:
+        write_model(agent, aside, results)
 
 
 def write_model(agent, folder, results):
     """Fill a folder that AutoModelForCausalLM.from_pretrained and HF-compatible servers load."""
-    student, ours = agent.student, agent.student.generation_config
-    student.generation_config = student.shipped_generation
-    try:
-        student.save_pretrained(folder)
-    finally:
-        student.generation_config = ours
+    agent.student.save_pretrained(folder)
+    agent.student.shipped_generation.save_pretrained(folder)  # in place of ours, which is empty
     agent.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(agent.config, results), encoding="utf-8")
 
 
 def save_run(agent, folder):
-    """Save all that the rest of the run depends on; the newest two saves are kept.
-
-    A save is a model folder with the state of the optimiser beside the weights. No state of a
-    random generator is in it: every random number is a function of seed and iteration.
-    """
-    place = folder / "saves" / f"iteration-{agent.iteration}"
-    if place.exists():
+    """Save all that the rest of the run depends on: a model folder, with the state of the optimiser
+    beside the weights. The newest two saves are kept."""
+    save = folder / "saves" / f"iteration-{agent.iteration}"
+    if save.exists():
         return
-    with tools.writing(folder), tools.whole_folder(place) as aside:
+    with tools.writing(folder), tools.whole_folder(save) as aside:
         write_config(agent.config, folder)  # with the sizes that have been halved
         write_model(agent, aside, {})
-        torch.save({
-            "iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
-            "practice": digest(agent.practice),
-            "lengths": {name: (folder / name).stat().st_size for name in LOGS
-                        if (folder / name).exists()}}, aside / "state.pt")
+        torch.save({"iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
+                    "lengths": {name: (folder / name).stat().st_size for name in LOGS
+                                if (folder / name).exists()}}, aside / "state.pt")
     for old in tools.numbered(folder / "saves")[:-2]:
         tools.remove(old)
 
 
-def digest(practice):
-    """A short text that changes with any problem, demonstration or token id to be trained on."""
-    return hashlib.sha256(repr(practice).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
 def restore(agent, folder):
     """Take over the newest save, and cut the logs back to where they were at the time."""
-    place = next(iter(reversed(tools.numbered(folder / "saves"))), None)
-    lengths = take_over(agent, place) if place else {}
+    saves, state = tools.numbered(folder / "saves"), {}
+    try:
+        if saves:
+            state = torch.load(saves[-1] / "state.pt", map_location="cpu", weights_only=True)
+            saved = load_model(saves[-1], "cpu", agent.student.dtype)
+            agent.student.load_state_dict(saved.state_dict())
+            agent.optimizer = make_optimizer(agent)
+            agent.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{saves[-1]} cannot be taken over ({repr(error):.200}); resume with the "
+                         "--student, --dtype and --offload that it began with, or remove that "
+                         "folder to go on from the save before it") from error
+    agent.iteration = state.get("iteration", 0)
     for name in LOGS:
-        if note := tools.cut_back(folder / name, lengths.get(name, 0)):
+        if note := tools.cut_back(folder / name, state.get("lengths", {}).get(name, 0)):
             print(note)
     write_config(agent.config, folder)
-    print(f"resumed {place}" if place else f"resumed {folder}, which has no save yet: it begins "
-          "with iteration 1")
+    print(f"resumed {folder} after iteration {agent.iteration}")
 
 
-def take_over(agent, place):
-    """Weights, optimiser and counters of a save; returns the lengths of the logs."""
-    config = agent.config
-    try:
-        state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-        saved = load_model(place, "cpu", agent.student.dtype).state_dict()
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{place} cannot be read ({repr(error):.200}); remove that folder, and "
-                         "--resume goes on from the save before it") from error
-    if state["practice"] != digest(agent.practice):
-        raise ValueError("the training data are not those that this run began with; bring them "
-                         f"back, or begin a new run with --student {place}")
-    total = (math.ceil(config.sft_epochs * len(agent.practice) / config.sft_batch)
-             if config.method == "sft" else config.iterations)
-    if total < state["iteration"]:
-        raise ValueError(f"{place} has done {state['iteration']} iterations and {total} are asked "
-                         "for; ask for more, or leave the option out")
-    try:
-        agent.student.load_state_dict(saved)
-        agent.optimizer = make_optimizer(agent, total)
-        agent.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{place} does not fit this run; resume with the --student, --dtype and "
-                         "--offload that it began with") from error
-    agent.iteration = state["iteration"]
-    return state["lengths"]
-
-
-CARD = """---
-base_model: {c.student}
+def model_card(config, results):
+    """What the checkpoint is, how it was trained and measured: Hub metadata and markdown."""
+    measured = (f"average@{config.eval_samples} on `{config.eval_data}`, 95% interval over "
+                f"problems:\n\n{results_table(results)}") if results else "Not evaluated."
+    return f"""---
+base_model: {config.student}
 library_name: transformers
 pipeline_tag: text-generation
 tags: [sod, on-policy-distillation, tool-use]
 ---
 
-# {title}
+{config.student} trained with sod-mini, method `{config.method}`, to solve problems in several turns
+with a Python tool (Hermes tool calls, one tool named `code_interpreter`). Its licence is that of
+{config.student}.
 
-{c.student} trained with sod-mini, method `{c.method}`, teacher: {teacher}. It solves problems in
-several turns with a Python tool (Hermes tool calls, one tool named `code_interpreter`). Its licence
-is that of {c.student}.
+{measured}
 
-{results}
-
-Settings: {settings}
+Settings: {json.dumps(settings(config))}
 """
-
-
-def model_card(config, results):
-    """What the checkpoint is, how it was trained and measured: Hub metadata and markdown.
-
-    results  {name: (problems, k) array} of what was measured
-    """
-    view = METHODS[config.method].view
-    measured = "Not evaluated."
-    if results:
-        number = len(next(iter(results.values())))
-        measured = (f"average@{config.eval_samples} on {number} problems of `{config.eval_data}`, "
-                    f"temperature {config.eval_temperature}, top-p {config.eval_top_p}; 95% "
-                    "interval over problems:\n\n" + results_table(results))
-    return CARD.format(
-        c=config, title=config.name or config.method, results=measured,
-        teacher={"": "none", "teacher": config.teacher}.get(
-            view, f"its own start, told the {view}"),
-        settings=json.dumps(settings(config)))
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -2381,25 +2046,24 @@ def results_table(results):
     return "\n".join(lines)
 
 
-SHOWN = {"reward": "reward {reward:+.2f}", "right": "right {right:.0%}", "reverse_kl":
-         "kl {reverse_kl:.2f}", "d": "d {d:.2f}", "w": "w {w:.2f}", "tool_fail":
-         "tool fail {tool_fail:.0%}", "cut_budget": "cut {cut_budget:.0%}", "tokens":
-         "{tokens:,} tokens", "iterations": "loss {loss:.3f} nats | grad {grad_norm:.2f}"}
-TROUBLES = {"not_taken": "{not_taken} updates not taken",
-            "infrastructure": "{infrastructure} rollouts lost to the machine",
-            "tool_retries": "{tool_retries} tool calls tried again so far",
-            "out_of_memory": "{out_of_memory} times out of memory so far: rollout_batch "
-                             "{rollout_batch}, micro_batch_tokens {micro_batch_tokens}"}
+SHOWN = {"reward": "reward {:+.2f}", "right": "right {:.0%}", "reverse_kl": "kl {:.2f}",
+         "d": "d {:.2f}", "w": "w {:.2f}", "tool_fail": "tool fail {:.0%}",
+         "cut_budget": "cut {:.0%}", "tokens": "{:,} tokens", "loss": "loss {:.3f} nats",
+         "grad_norm": "grad {:.2f}"}
 
 
 def progress_line(m, config):
-    """One dense line an iteration: the numbers that its method has, and what went wrong."""
+    """One dense line an iteration: the numbers that its method has."""
     parts = [f"iteration {m['iteration']}/{m.get('iterations', config.iterations)}"]
-    parts += [text.format(**m) for name, text in SHOWN.items() if name in m]
+    parts += [text.format(m[name]) for name, text in SHOWN.items() if name in m]
     parts.append(f"{sum(v for name, v in m.items() if name.startswith('seconds')):.1f} s")
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
-    parts += [text.format(**m) for name, text in TROUBLES.items() if m.get(name)]
+    if m["tool_retries"]:
+        parts.append(f"{m['tool_retries']} tool calls tried again so far")
+    if m["out_of_memory"]:
+        parts.append(f"{m['out_of_memory']} times out of memory so far: rollout_batch "
+                     f"{m['rollout_batch']}, micro_batch_tokens {m['micro_batch_tokens']}")
     return " | ".join(parts)
 
 
@@ -2411,10 +2075,10 @@ def show_rollout(batch):
     lines = [f"    {r.problem.question}  [truth {r.problem.answer}, reward {r.reward:+.1f}]"]
     for k, turn in enumerate(r.turns):
         call = tools.parse_tool_call(turn.text)
-        said = call.code if call and not call.fault else turn.text
-        last_line = ((turn.answer or r.finish).strip().splitlines() or [""])[-1]
+        said = call.code if call and call.code else turn.text
+        came = (turn.answer or r.finish).strip().rpartition("\n")[2]
         trust = "" if batch.d is None else f"d {batch.d[i, k]:.2f}  w {batch.w[i, k]:.2f}  "
-        lines.append(f"    turn {k + 1}  {trust}{said.strip()[:60]!r} -> {last_line[:50]}")
+        lines.append(f"    turn {k + 1}  {trust}{said.strip()[:60]!r} -> {came[:50]}")
     return "\n".join(lines)
 
 
@@ -2424,25 +2088,18 @@ def as_bool(text):
     return text.lower() == "true"
 
 
-@functools.lru_cache
-def field_comments(kind):
-    """{field: its comment} from the source of a dataclass and of those it comes from."""
-    source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
-    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
-
-
 def add_options(parser, kind, words):
     """An option for each field of a dataclass; its comment in the source is the help.
 
     words  {field: [allowed, ...]} for those that take one of a few
     """
-    comments = field_comments(kind)
-    order = list(comments)  # the fields of `kind` itself come before those that it inherits
-    for f in sorted(fields(kind), key=lambda f: order.index(f.name)):
-        parser.add_argument(f"--{f.name}", type=as_bool if f.type is bool else f.type,
+    source = "".join(inspect.getsource(cls) for cls in kind.__mro__[:-1])
+    for name, comment in re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M):
+        f = kind.__dataclass_fields__[name]
+        parser.add_argument(f"--{name}", type=as_bool if f.type is bool else f.type,
                             default=argparse.SUPPRESS,
-                            metavar=" | ".join(words.get(f.name, [f.type.__name__])),
-                            help=f"{comments[f.name]} [{f.default}]".replace("%", "%%"))
+                            metavar=" | ".join(words.get(name, [f.type.__name__])),
+                            help=f"{comment} [{f.default}]".replace("%", "%%"))
     parser.add_argument("--version", action="version", version=", ".join(
         f"{name} {number}" for name, number in VERSIONS.items()))
 
@@ -2464,33 +2121,9 @@ def parse_config(argv=None):
         if given.get("resume"):
             return resumed_config({**PRESETS[preset or "world"], **given}), preset or "as before"
         preset = preset or ("world" if embedded else "gpu")
-        config = Config(**{**PRESETS[preset], **given})
+        return Config(**{**PRESETS[preset], **given}), preset
     except ValueError as error:
         parser.error(str(error))
-    if idle := sorted(given.keys() & unused(config)):
-        print(f"not used by this run: {', '.join(idle)}")
-    return config, preset
-
-
-def unused(config):
-    """The options that do nothing in this run."""
-    method, view, weights = config.method, METHODS[config.method].view, config.weights
-    scheme = METHODS[method].weights == "sod"  # does the option `weights` count?
-    groups = [(method == "sft", ["demonstrations", "sft_epochs", "sft_batch", "sft_lr"]),
-              (method not in ("sft", "vanilla"), [
-                  "train_data", "iterations", "prompts", "group_size", "updates", "lr", "warmup",
-                  "clip_low", "clip_high", "clip_dual", "tool_shaping", "overlong", "temperature",
-                  "show_every", "store_tokens"]),
-              (method != "vanilla", ["beta1", "beta2", "weight_decay", "grad_clip", "save_every",
-                                     "offload", "gradient_checkpointing"]),
-              (view == "teacher", ["teacher"]), (view, ["opd_coef"]), (scheme, ["weights"]),
-              (scheme and weights in ("sod", "floor", "unclipped"), ["epsilon"]),
-              (scheme and weights in ("sod", "floor"), ["delta"]),
-              (weights == "floor", ["floor"]), (config.silent_rate, ["silent_persist"]),
-              (config.rollout_engine == "slots", ["look", "tool_wait"]),
-              (config.eval_data, ["eval_problems", "eval_samples", "eval_temperature",
-                                  "eval_top_p"])]
-    return {name for used, names in groups if not used for name in names}
 
 
 def run(config, preset):
@@ -2500,12 +2133,7 @@ def run(config, preset):
     with tools.locked(folder):
         print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items()))
         try:
-            agent = preflight(config)
-            problems = eval_problems(agent.tokenizer, config)
-            for note in data_notes(agent.tokenizer, agent.practice, problems):
-                print(note)
-            load_agent(config, agent)
-            results = read_results(folder)
+            agent = load_agent(config)
             if config.resume:
                 restore(agent, folder)
         except BaseException:
@@ -2513,23 +2141,24 @@ def run(config, preset):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         try:
-            measure_and_train(agent, folder, problems, results)
+            measure_and_train(agent, folder)
         except BaseException:
             if folder.exists():
                 print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
 
 
-def measure_and_train(agent, folder, problems, results):
+def measure_and_train(agent, folder):
     """The run itself, from wherever it stands."""
-    config = agent.config
+    config, file = agent.config, folder / "results.json"
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    results = {name: np.array(correct, float) for name, correct in stored.items()}
 
     def measure(name, model):
-        if problems and name not in results:
-            results[name] = evaluate(agent, model, problems)
-            listed = {name: correct.tolist() for name, correct in results.items()}
+        if agent.held_out and name not in results:
+            results[name] = evaluate(agent, model, agent.held_out)
             with tools.writing(folder):
-                tools.write_whole(folder / "results.json", json.dumps(listed) + "\n")
+                tools.write_whole(file, json.dumps({k: v.tolist() for k, v in results.items()}))
 
     if agent.iteration == 0:
         measure("student before", agent.student)
@@ -2541,61 +2170,36 @@ def measure_and_train(agent, folder, problems, results):
                 measure("teacher", agent.teacher)
         save_checkpoint(agent, folder, results)
         tools.remove(folder / "saves")
-        for name in ("checkpoint", "metrics.jsonl", "rollouts.jsonl"):
-            if (folder / name).exists():
-                print(f"{name:15} {folder / name}")
-        print(f"page            {page_of(folder)}")
+        print(f"checkpoint {folder / 'checkpoint'}")
+        write_page(folder)
     if results:
-        print(f"\naverage@{config.eval_samples} on {len(problems)} problems of {config.eval_data}\n"
-              + results_table(results))
+        print(f"\naverage@{config.eval_samples} on {len(agent.held_out)} problems of "
+              f"{config.eval_data}\n" + results_table(results))
 
 
-def read_results(folder):
-    """What an interrupted run has measured: {name: (problems, samples) array}."""
-    path = folder / "results.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {name: np.array(correct, float) for name, correct in stored.items()}
-    except (ValueError, AttributeError):
-        print(f"NOTE: {path} cannot be read; what it held is left out of the results")
-        return {}
-
-
-def page_of(folder):
-    """Have evaluate.py write the page of a run; its path and size, or why there is none.
-
-    A process of its own, for imports go one way: evaluate.py imports this file. The run is done
-    and saved, so whatever happens there is told and does no harm.
-    """
+def write_page(folder):
+    """Have evaluate.py write the page of a run, in a process of its own: it imports this file."""
     script = Path(__file__).with_name("evaluate.py")
-    done = subprocess.run([sys.executable, script, "--page", folder],
-                          capture_output=True, text=True)
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    last = lines[-1] if lines else f"exit status {done.returncode}"
-    return last if done.returncode == 0 else (
-        f"not written ({last}); to try again: python evaluate.py --page {folder}")
+    subprocess.run([sys.executable, script, "--page", folder])
 
 
 def train_to_files(agent, folder):
-    """Run the training loop: lines to the screen, numbers and rollouts to files, saves.
-
-    A signal is obeyed at once while the weights are those of the last iteration in the files; in
-    the middle of updates it waits for the end of the iteration.
-    """
-    config, history, last_said = agent.config, [], {}
-    place = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
-    written = place()
-    settled = lambda: place() == written
+    """Run the training loop: lines to the screen, numbers and rollouts to files, saves. A signal is
+    obeyed at once, but for the middle of updates: there the iteration ends first."""
+    config, history = agent.config, []
+    done = lambda: (agent.iteration, agent.optimizer.updates if agent.optimizer else 0)
+    written = done()
+    settled = lambda: done() == written
     try:
         with tools.stoppable(settled) as asked:
             for m, batch in tqdm(train(agent), initial=agent.iteration, unit="iteration",
                                  desc=config.method, disable=None):  # no bar where nobody watches
                 write_iteration(agent, m, batch, folder)
-                written = place()
+                written = done()
                 if asked:
                     raise KeyboardInterrupt(asked[0])
                 history.append(m)
-                show_iteration(m, batch, history, last_said, config)
+                show_iteration(m, batch, history, config)
                 stop_if_refused(history)
                 if config.save_every and m["iteration"] % config.save_every == 0:
                     save_run(agent, folder)
@@ -2609,30 +2213,25 @@ def train_to_files(agent, folder):
         raise
 
 
-def show_iteration(m, batch, history, last_said, config):
+def show_iteration(m, batch, history, config):
     """Write to the screen: the line of an iteration, health, now and then a rollout."""
     if batch or m["not_taken"] or m["iteration"] % 20 == 0 or m["iteration"] == m["iterations"]:
         tqdm.write(progress_line(m, config))
-    for sentence in news(history, last_said):
+    for sentence in news(history):
         tqdm.write(f"    health: {sentence}")
     if batch and config.show_every and (m["iteration"] - 1) % config.show_every == 0:
         tqdm.write(show_rollout(batch))
 
 
 def stop_if_refused(history, most=3):
-    """Three iterations in a row in which an update could not be taken will not be followed by a
-    better one."""
+    """After so many iterations in a row with updates not taken, no better one will follow."""
     if len(history) >= most and all(m["not_taken"] for m in history[-most:]):
-        raise ValueError(f"{most} iterations in a row had updates that could not be taken: a "
-                         "log-probability, the loss or the gradient was not finite. Resume with a "
-                         "lower --lr, or begin anew with --dtype float32")
+        raise ValueError(f"{most} iterations in a row had updates that could not be taken; resume "
+                         "with a lower --lr, or begin anew with --dtype float32")
 
 
 def eval_problems(tokenizer, config):
     """The held-out problems that fit the prompt budget, at most eval_problems of them."""
-    if not config.eval_data and config.method == "vanilla":
-        raise ValueError("method vanilla only measures, and there is nothing to measure on; name "
-                         "problems with --eval_data")
     if not config.eval_data:
         return []
     problems = tools.load_problems(config.eval_data)[:config.eval_problems]
@@ -2642,35 +2241,25 @@ def eval_problems(tokenizer, config):
     return [problem for problem, _ in kept]
 
 
-def data_notes(tokenizer, practice, held_out):
-    """What a reader of the results should know about the data.
-
-    practice  what the student learns from: [(Problem, ids), ...] or [Rollout, ...]
-    """
-    learnt = [item.problem if isinstance(item, Rollout) else item[0] for item in practice]
-    again = {problem.question for problem in learnt}
-    if shared := sum(problem.question in again for problem in held_out):
-        yield (f"NOTE: {shared} of the {len(held_out)} problems to measure on are also among those "
-               "to learn from, so the results say little about others")
-    texts = [problem.question for problem in [*learnt, *held_out]]
-    if control := sum(defuse(tokenizer, text) != text for text in texts):
-        yield (f"NOTE: {control} questions hold control strings such as {tokenizer.eos_token}; "
-               "they are spelled letter by letter and end no turn")
+def note_shared_problems(agent):
+    """Say how many problems to measure on are also among those to learn from."""
+    learnt = {(item.problem if isinstance(item, Rollout) else item[0]).question
+              for item in agent.practice}
+    if shared := sum(problem.question in learnt for problem in agent.held_out):
+        print(f"NOTE: {shared} of the {len(agent.held_out)} problems to measure on are also among "
+              "those to learn from, so the results say little about others")
 
 
 def prepare_output():
     """Show each line as it comes, and never die of a character or of a closed screen."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def ends_with_a_sentence(work, after_a_signal):
-    """Run a command, whatever stops it. Returns its exit status: 0 done, 1 stopped with a
-    sentence, 128 and more by a signal (2, of argparse, for wrong options)."""
+    """Run a command, and return its exit status: 0 done, 1 error, 128 and more by a signal."""
     prepare_output()
     try:
         with tools.stoppable(lambda: True):

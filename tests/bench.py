@@ -192,7 +192,7 @@ def methods():
     def learn(method):
         agent.config.method, agent.iteration = method, 0
         with mock.patch.object(sod, "sample_rollouts", lambda *_: found):
-            list(sod.distil(agent))
+            list(sod.train(agent))
     seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 11, clock)
     yield (f"scoring and updates, 128 rollouts of the world, {DEVICE}",
            f"{show(seconds['sod'])}, sod", f"{show(seconds['opd'])}, opd",

@@ -1,4 +1,5 @@
 """What the tests share: settings, stand-ins for models and tools, batches of the embedded world."""
+import json
 import os
 import sys
 from collections import Counter
@@ -41,6 +42,35 @@ def tokenizer(request):
     if request.param == "qwen3" and not QWEN.exists():
         pytest.skip("the real Qwen3 tokenizer is not here")
     return AutoTokenizer.from_pretrained(QWEN if request.param == "qwen3" else WORLD / "student")
+
+
+def a_dozen(folder):
+    """Twelve problems and twelve demonstrations of the world: few.jsonl and shown.jsonl."""
+    for name, source in (("few", "train"), ("shown", "demonstrations")):
+        rows = (WORLD / f"{source}.jsonl").read_text().splitlines()[:12]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+
+
+@pytest.fixture
+def dozen(tmp_path, monkeypatch):
+    """The test's folder, with a dozen rows to learn from; runs write no page."""
+    a_dozen(tmp_path)
+    monkeypatch.setattr(sod, "write_page", lambda run: None)
+    return tmp_path
+
+
+def command(options, *more):
+    """The exit status of sod_mini.py in this process."""
+    try:
+        return sod.main([str(w) for k, v in options.items() for w in (f"--{k}", v)] + [*more])
+    except SystemExit as stop:
+        return stop.code
+
+
+def json_lines(path):
+    """The rows of a log; what JSON does not know fails the test."""
+    return [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+            for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="session", autouse=True)

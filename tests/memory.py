@@ -158,7 +158,7 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
         instead = dict(sample_rollouts=lambda *_: rows, draw=lambda *_: [], visiting=visiting,
                        backpropagate=learn, batch_metrics=lambda *_: {})
         with mock.patch.multiple(sod, **instead):
-            list(sod.distil(agent))
+            list(sod.train(agent))
         found["step"] = memory.peak
     assert memory.operators["_scaled_dot_product_flash_attention_for_cpu"], "no flash kernel"
     return {phase: size / GIB for phase, size in found.items()}

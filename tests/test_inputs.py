@@ -9,18 +9,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MambaConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import sod_mini as sod
+from conftest import ROOT, WORLD
 
-WORLD = ROOT / "data" / "world"
 BASE = ("--preset world --iterations 1 --eval_data '' --prompts 2 --group_size 2 --show_every 0 "
         "--max_response 100 --overlong 0")
 REAL_LOAD_TOOL = sod.load_tool
@@ -29,13 +25,9 @@ LINE = json.dumps(ROW).encode() + b"\n"
 
 
 @pytest.fixture(autouse=True)
-def few_problems(tmp_path, monkeypatch):
-    """Each test runs in the repository, with a file of a dozen problems."""
+def few_problems(dozen, monkeypatch):
+    """Each test runs in the repository, with a file of a dozen problems, and one tool for all."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sod, "page_of", lambda run: "not wanted")
-    for name, source in (("few", "train"), ("shown", "demonstrations")):
-        few = (WORLD / f"{source}.jsonl").read_text().splitlines()[:12]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(few))
     monkeypatch.setattr(sod, "load_tool", lambda config: load_tool_once(
         config.tool_modules, config.silent_rate))
 
@@ -73,28 +65,26 @@ OPTIONS = [
     ("--iter 3", 2, r"unrecognized arguments: --iter 3"),
     ("--preset big", 2, r"argument --preset: invalid choice: 'big'"),
     ("--offload teacher --kl full", 2, r"kl full needs the teacher .* use --offload none"),
-    ("--method grpo --kl full", 2, r"grpo has no teacher, .*use --kl sampled"),
+    ("--method grpo --kl full", 2, r"grpo has no teacher .*use --kl sampled"),
     ("--method grpo --weights uniform", 2, r"method grpo fixes its own weights"),
     ("--method grpo --group_size 1", 2, r"group_size is 1, and grpo compares .*: use 2 or more"),
     ("--updates 5", 2, r"prompts 2 does not divide into 5"),
     ("--overlong 101", 2, r"overlong 101 is more than max_response 100: lower it"),
-    ("--train_data ''", 2, r"method sod needs problems to practise on: use --train_data FILE"),
-    ("--method sft --demonstrations ' '", 2, r"none are named: use --demonstrations FILE"),
-    ("--name a/../../b", 2, r"name is 'a/../../b'; needed one folder name.*--out says where"),
-    ("--name 'a\0b'", 2, r"name is 'a\\x00b'; needed one folder name"),
-    ("--system 'caf\udce9'", 2, r"system holds .* no UTF-8 .*; type it again in UTF-8"),
-    ("--resume HERE", 2, r"holds no run to resume .*name its folder"),
-    ("--device cuda", 1, r"device cuda was asked for and no CUDA GPU .*; use --device cpu"),
-    ("--device tpu", 1, r"device 'tpu' is none that torch knows; use cpu, cuda or cuda:1"),
-    ("--device ''", 1, r"device '' is none that torch knows"),
-    ("--name " + "n" * 300, 1, r"cannot write to .*: File name too long; choose another"),
+    ("--train_data ''", 1, r"is a directory; give one of the files in it"),
+    ("--method sft --demonstrations ' '", 1, r"does not exist; check the path"),
+    ("--name a/../../b", 2, r"name is 'a/../../b'; needed the name of one folder"),
+    ("--name 'a\0b'", 2, r"name is 'a\\x00b'; needed the name of one folder"),
+    ("--resume HERE", 2, r"holds no run that can be resumed .*name its folder"),
+    ("--device cuda", 1, r"device 'cuda' cannot be used .*; use --device cpu"),
+    ("--device tpu", 1, r"device 'tpu' cannot be used .*; use --device cpu"),
+    ("--name " + "n" * 300, 1, r"File name too long: "),
     ("--tool_modules no_such_module", 1, r"tool_modules .*no_such_module.* not installed; "),
     ("--max_response 5000", 1, r"reads 1024 tokens; max_prompt 128 and max_response 5000"),
-    ("--max_prompt 3", 1, r"all 12 prompts are longer than 3 tokens .*; raise --max_prompt"),
-    ("--method vanilla", 1, r"nothing to measure on; name problems with --eval_data"),
+    ("--max_prompt 3", 1, r"all 12 rows are longer than 3 tokens .*; raise --max_prompt"),
+    ("--method vanilla", 2, r"method vanilla only measures: name problems with --eval_data"),
     ("--student HERE/gone", 1, r"there is no folder .*name a folder"),
     ("--teacher nobody/nothing", 1, r"cannot load nobody/nothing: .*Hub"),
-    ("--student data/world/train.jsonl", 1, r"is a file; name the folder"),
+    ("--student data/world/train.jsonl", 1, r"there is no folder .*name a folder"),
     ("--teacher ''", 1, r"there is no folder"),
 ]
 BEYOND = ("lr -1, lr nan, lr inf, iterations 0, temperature 0, eval_top_p 1.5, clip_dual .5, "
@@ -122,48 +112,33 @@ def test_wrong_options_end_with_a_sentence(capsys, tmp_path, arguments, status, 
 
 
 def test_a_folder_that_is_there_already_stays_as_it_is(capsys, tmp_path):
-    """And whoever has no run in it is not told to resume it."""
     mine = tmp_path / "out" / "mine"
-    for name, advice in (("notes", "already; give"), ("config.json", "already; go on with it by")):
-        mine.mkdir(parents=True, exist_ok=True)
-        (mine / name).write_text("{}")
-        assert command(tmp_path, "--name mine") == 1
-        said = capsys.readouterr().err
-        assert f"{advice} " in said and "this run another --name" in said
-    assert sorted(p.name for p in mine.rglob("*")) == ["config.json", "notes"]
+    mine.mkdir(parents=True)
+    (mine / "notes").write_text("")
+    assert command(tmp_path, "--name mine") == 1
+    assert f"already; give this run another --name, or go on with that one: --resume {mine}" in (
+        capsys.readouterr().err)
+    assert [p.name for p in mine.rglob("*")] == ["notes"]
 
 
 # --- Data files ---------------------------------------------------------------------------------
 
 DATA = {
     "broken": (LINE + b'{"question": "1+1", "answer"\n', r"line 2: found broken JSON .*mend"),
-    "words": (b"What is 1+1?\n", r"line 1: found broken JSON .*needed one JSON object a line"),
-    "binary": (bytes(range(256)), r"found bytes that are no UTF-8 text .*decompress it or save it"),
     "keys": (b'{"q": "1+1", "a": "2"}\n', r"line 1: found no question \(columns: q, a\); needed"),
     "long": (json.dumps({**ROW, "question": "Add 1. " * 140_000}).encode(),
-             r"all 1 prompts are longer than 128 tokens .* raise --max_prompt"),
-    "blank": (b"\n \n\t\n", r"is empty; needed at least one"),
-    "utf16": (json.dumps(ROW).encode("utf-16"), r"no UTF-8 text"),
+             r"all 1 rows are longer than 128 tokens .* raise --max_prompt"),
     "latin1": ('{"question": "caf\xe9", "answer": "1"}'.encode("latin-1"), r"no UTF-8 text"),
-    "list": (b'["question"]\n', r"line 1: found a str; needed a JSON object such as"),
-    "list_answer": (b'{"question": "1+1", "answer": ["2"]}\n', r"line 1: found no answer"),
     "dict_question": (b'{"question": {"a": 1}, "answer": "2"}\n', r"line 1: found no question"),
     "kind": (b'{"question": "1+1", "answer": "2", "kind": "essay"}\n',
              r"line 1: found the kind 'essay'; needed math, choice or program"),
-    "kind_list": (b'{"question": "1+1", "answer": "2", "kind": [1]}\n', r"found the kind \[1\]"),
     "program": (b'{"question": "1+1", "answer": "2", "kind": "program"}\n',
                 r"found the kind 'program' without tests; needed"),
-    "tests": (b'{"question": "1+1", "tests": 5}\n', r"line 1: found a column that holds another"),
-    "surrogate": (b'{"question": "half \\ud83d a pair", "answer": "2"}\n',
-                  r"line 1: found half a surrogate pair"),
     "half_pair": (b'{"messages": [{"role": "user", "content": "\\udc00"}], "answer": "2"}\n',
                   r"line 1: found half a surrogate pair"),
     "digits": (b'{"question": "1+1", "answer": ' + b"9" * 5000 + b"}\n", r"found broken JSON"),
 }
 SPECIAL = {  # what makes the thing at this path
-    "folder": (Path.mkdir, r"is a directory; give one of the files in it"),
-    "missing": (lambda path: None, r"does not exist; check the path"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), r"does not exist; check the path"),
     "loop": (lambda path: path.symlink_to(path), r"does not exist; check the path"),
     "pipe": (os.mkfifo, r"is no plain file; needed"),
     "device": (lambda path: path.symlink_to("/dev/zero"), r"is no plain file; needed"),
@@ -185,7 +160,7 @@ FILES += [(f"--method sft --demonstrations HERE/{name}.jsonl",
            json.dumps({"messages": [Q, *turns]}).encode(), sentence)
           for name, (turns, sentence) in TURNS.items()]
 FILES += [
-    ("--method opsd_hint --train_data HERE/plain.jsonl", LINE, r"1 of 1 .* have no hint; method"),
+    ("--method opsd_hint --train_data HERE/plain.jsonl", LINE, r"has problems without hint"),
     ("--method sft --demonstrations HERE/problem.jsonl", LINE, r"found no conversation; needed"),
     ("--method sft --demonstrations HERE/dict.jsonl", b'{"messages": {"role": "user"}}',
      r"line 1: found messages that are no list"),
@@ -197,7 +172,7 @@ EVALUATED = [  # and what tests of evaluate.py do not ask
     ("--data HERE/rows.xlsx", b"PK", r"a .xlsx file; needed .jsonl or .json or .csv or .parquet"),
     ("--data HERE/half.jsonl", b'{"question": "\\ud800", "answer": "2"}', r"half a surrogate pair"),
     ("--data gsm8k --benchmarks HERE/nowhere", LINE, r"found no file .*put it there, or fetch"),
-    ("--compare data/world/student HERE/file.jsonl", LINE, r"no file of samples|is a file; name"),
+    ("--compare data/world/student HERE/file.jsonl", LINE, r"no file of samples|no folder"),
 ]
 
 
@@ -258,11 +233,6 @@ def layers(n):
     return settings("config.json", num_hidden_layers=n, layer_types=["full_attention"] * n)
 
 
-def adapter(path):
-    remove("config.json", "model.safetensors")(path)
-    write("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "x"}')(path)
-
-
 def swap(path):
     data = json.loads((path / "tokenizer.json").read_text())
     vocab = data["model"]["vocab"]
@@ -278,40 +248,34 @@ def reworded(old, new):
     return change
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
 TEMPLATE = "chat_template.jinja"
 MODELS = {
-    "no_config": (remove("config.json"), r"cannot load .*a folder must hold"),
+    "no_config": (remove("config.json"), r"cannot load .*Unrecognized model.*; a folder must hold"),
     "no_weights": (remove("model.safetensors"), r"cannot load .*safetensors"),
-    "no_tokenizer": (remove("tokenizer*", TEMPLATE), r"holds no tokenizer; copy there the tokeniz"),
-    "no_tokens": (remove("tokenizer.json"), r"holds no tokenizer; copy there the tokenizer"),
+    "no_tokenizer": (remove("tokenizer*", TEMPLATE), r"no chat template .*use a chat"),
+    "no_tokens": (remove("tokenizer.json"), r"cannot load .* tokenizer"),
     "half_weights": (cut("model.safetensors", 300_000), r"cannot load "),
-    "no_bytes": (cut("model.safetensors", 0), r"cannot load "),
     "half_tokenizer": (cut("tokenizer.json", 9000), r"cannot load "),
     "half_config": (cut("config.json", 100), r"cannot load .*JSON"),
-    "pointer": (write("model.safetensors", POINTER), r"model.safetensors is a Git LFS .*git lfs"),
-    "pointers": (write("tokenizer.json", POINTER), r"tokenizer.json is a Git LFS .*git lfs pull"),
-    "adapter": (adapter, r"holds an adapter; merge it into its base model first"),
-    "wrong_shape": (settings("config.json", intermediate_size=300), r"other sizes than its config"),
-    "many_rows": (settings("config.json", vocab_size=600), r"other sizes .* such as another voc"),
+    "wrong_shape": (settings("config.json", intermediate_size=300), r"differ in 12 tensors"),
+    "many_rows": (settings("config.json", vocab_size=600), r"differ in 1 tensors, such as .*embed"),
     "few_rows": (settings("config.json", vocab_size=506),
                  r"writes ids up to \d+ and .* has 506 vocabulary rows; use the tokenizer"),
-    "more_layers": (layers(9), r"the weights of .* lack \d+ tensors .*config"),
-    "fewer_layers": (layers(2), r"the weights of .* hold \d+ tensors .*config"),
+    "more_layers": (layers(9), r"weights and config of .* differ in \d+ tensors"),
+    "fewer_layers": (layers(2), r"weights and config of .* differ in \d+ tensors"),
     "unknown_kind": (settings("config.json", model_type="novel"), r"cannot load "),
     "no_decoder": (write("config.json", '{"model_type": "t5"}'), r"cannot load "),
     "nan": (weights("model.norm.weight", lambda t: t.fill_(float("nan"))),
             r"plain tool call .* nan nats .* random, damaged or for another tokenizer"),
     "noise": (weights("model.embed_tokens.weight", lambda t: t.normal_()),
               r"plain tool call .* chance is -6.24: its weights are random"),
-    "other_ids": (swap, r"different ids for the same text .they differ from token .*one family"),
+    "other_ids": (swap, r"give different ids for .*use two models of one family"),
     "no_answers": (reworded("{{ message.content }}\n</tool_response>", "</tool_response>"),
-                   r"does not show tool answers.*role tool"),
-    "no_tools": (reworded("{{ tool.function.name }}", ""), r"does not tell the model of its tool"),
+                   r"does not show a tool or its answers.* use a model whose template knows tools"),
+    "no_tools": (reworded("{{ tool.function.name }}", ""), r"does not show a tool or its answers"),
     "other_end": (settings("tokenizer_config.json", eos_token="<|endoftext|>"),
                   r"ends a turn with '<\|im_end\|>.* tokenizer with '<\|endoftext\|>'.*set eos"),
-    "no_template": (remove(TEMPLATE), r"no chat template .*use a chat"),
-    "syntax": (write(TEMPLATE, "{% for m in messages %}"), r"template .* does not show"),
+    "syntax": (write(TEMPLATE, "{% for m in messages %}"), r"does not show .*gave .an error"),
     "no_end": (settings("tokenizer_config.json", eos_token=None), r"no end-of-turn token; use a"),
 }
 
@@ -331,9 +295,6 @@ def test_models_from_hell(capsys, tmp_path, name):
 AUTO = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
 CODE = {
     "novel": (settings("config.json", model_type="novel", auto_map=AUTO), True),
-    "encoder": (write("config.json", json.dumps({"model_type": "t5", "auto_map": AUTO})), True),
-    "half": (write("config.json", json.dumps(
-        {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "own.Own"}})), True),
     "known": (settings("config.json", auto_map=AUTO), False),  # transformers' own code serves
     "tokenizer": (settings("tokenizer_config.json", tokenizer_class="Own",
                            auto_map={"AutoTokenizer": ["own.Own", "own.Own"]}), False),
@@ -348,61 +309,24 @@ def test_code_in_a_model_folder_is_never_run_or_asked_about(capsys, tmp_path, mo
     write("own.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")(path)
     for more in ("--teacher", "--method grpo --init random --student"):
         if refused:
-            stops(capsys, tmp_path, f"{more} {path}", 1, "code of its own, which this project")
+            stops(capsys, tmp_path, f"{more} {path}", 1, "custom code .* no code of its own")
         else:
             assert command(tmp_path, f"{more} {path}") == 0
     assert not (tmp_path / "ran").exists()
 
 
-def mamba(path):
-    remove("model.safetensors", "config.json", "generation_config.json")(path)
-    shape = MambaConfig(vocab_size=512, hidden_size=16, num_hidden_layers=1, state_size=4,
-                        eos_token_id=505, pad_token_id=503, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(shape).save_pretrained(path)
-
-
-@pytest.mark.parametrize("engine", sod.ENGINES)
-def test_a_model_without_attention_heads_trains_or_is_refused_with_a_sentence(capsys, tmp_path,
-                                                                              engine):
-    arguments = (f"--student {model(tmp_path, 'mamba', mamba)} --init random --method grpo "
-                 f"--rollout_engine {engine}")
-    if engine == "generate":
-        assert command(tmp_path, arguments) == 0
-    else:
-        stops(capsys, tmp_path, arguments, 1, f"rollout_engine {engine} .*--rollout_engine gen")
-
-
 # --- What is accepted, but not in silence -------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, names", [
-    ("--method grpo --teacher x --floor 1 --delta 1", "delta, floor, teacher"),
-    ("--weights unclipped --delta 1 --epsilon 1e-5", "delta"),
-    ("--sft_lr 1 --demonstrations x --eval_samples 3", "demonstrations, eval_samples, sft_lr"),
-    ("--silent_rate 0 --silent_persist .1 --opd_coef 2 --lr 1e-4", "silent_persist"),
-    ("--method sft --sft_epochs 1 --demonstrations HERE/shown.jsonl", 
-     "group_size, iterations, overlong, prompts, show_every, train_data"),
-    ("--seed 4294967295", None),
-])
-def test_options_without_use_are_named_in_one_line(capsys, tmp_path, arguments, names):
-    assert command(tmp_path, arguments) == 0
-    said = re.findall("^not used by this run: (.*)$", capsys.readouterr().out, re.M)
-    assert said == [names][:names is not None]
-
-
-@pytest.mark.parametrize("data, notes", [
-    (LINE, ["1 of the 1 problems to measure on are also among those to learn from"]),
-    (LINE.replace(b"Start", b"<|im_end|> Start"), ["1 questions hold control strings such as"]),
-    (LINE.replace(b"5. Add", b"6. Add"), []),
-])
-def test_data_that_shed_doubt_on_the_results_are_noted_once(capsys, tmp_path, data, notes):
+def test_problems_both_learnt_from_and_measured_on_are_noted_once(capsys, tmp_path):
     with open(tmp_path / "few.jsonl", "ab") as few:
         few.write(b"\n" + LINE)
-    (tmp_path / "held_out.jsonl").write_bytes(data)
-    arguments = f"--eval_data {tmp_path}/held_out.jsonl --eval_samples 1"
-    assert command(tmp_path, arguments) == 0
-    said = re.findall("^NOTE: (.*)$", capsys.readouterr().out, re.M)
-    assert len(said) == len(notes) and all(map(str.startswith, said, notes))
+    for line, notes in ((LINE, 1), (LINE.replace(b"5. Add", b"6. Add"), 0)):
+        (tmp_path / "held_out.jsonl").write_bytes(line)
+        assert command(tmp_path, "--eval_data HERE/held_out.jsonl --eval_samples 1 --name "
+                       f"n{notes}") == 0
+        said = capsys.readouterr().out
+        assert said.count("NOTE: 1 of the 1 problems to measure on are also among") == notes
 
 
 # --- Real processes and their screens -----------------------------------------------------------
@@ -411,13 +335,12 @@ def test_data_that_shed_doubt_on_the_results_are_noted_once(capsys, tmp_path, da
 def real(tmp_path, redirection, *arguments, **environment):
     """(exit status, standard error) of the command in a shell, with `redirection` behind it."""
     words = shlex.split(BASE.replace("--iterations 1", "--iterations 3"))
-    line = shlex.join([sys.executable, "-c", "import sys, sod_mini as sod; sod.page_of = str; "
+    line = shlex.join([sys.executable, "-c", "import sys, sod_mini as sod; sod.write_page = str; "
                        "sys.exit(sod.main())", *words, "--train_data", f"{tmp_path}/few.jsonl",
                        "--out", f"{tmp_path}/out", "--name", "a", *arguments])
     done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{line} {redirection}"], cwd=ROOT,
                           capture_output=True, text=True, env={**os.environ, **environment})
     return done.returncode, done.stderr
-
 
 
 @pytest.mark.parametrize("redirection, status", [(">&-", 0), ("| head -1", 1),

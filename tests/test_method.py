@@ -2,8 +2,6 @@
 import doctest
 import itertools
 import math
-import random
-import statistics
 
 import pytest
 import torch
@@ -46,16 +44,6 @@ def test_divergence_is_the_mean_gap_within_each_step_and_ignores_everything_else
     assert sod.step_tokens(step_id, 3).tolist() == [[2, 1, 0], [1, 0, 0]]
 
 
-def test_divergence_equals_a_loop_over_tokens():
-    torch.manual_seed(1)
-    logp_s, logp_t = torch.randn(2, 6, 40, **T64)
-    step_id = torch.randint(-1, 5, (6, 40))
-    d = sod.step_divergence(logp_s, logp_t, step_id)
-    for b, k in itertools.product(range(6), range(5)):
-        gaps = [abs(float(logp_s[b, t] - logp_t[b, t])) for t in range(40) if step_id[b, t] == k]
-        assert float(d[b, k]) == pytest.approx(sum(gaps) / max(len(gaps), 1))
-
-
 # What each scheme makes of one rollout: d, and that its second of four calls failed.
 @pytest.mark.parametrize("scheme, d, w", [
     ("sod", [.3, .6, .2, .3], [1, .5, 1.2, 1]),
@@ -87,25 +75,6 @@ def test_group_advantage_is_the_z_score_with_ddof_1():
     assert A[4:].tolist() == pytest.approx([.5, .5, .5, -1.5], abs=1e-4)
 
 
-def plain_group_advantages(rewards, G):
-    """The same in plain Python, group by group."""
-    for start in range(0, len(rewards), G):
-        counted = [r for r in rewards[start:start + G] if not math.isnan(r)]
-        std = statistics.stdev(counted) if len(counted) > 1 else 0.0
-        for r in rewards[start:start + G]:
-            yield 0.0 if math.isnan(r) else (r - statistics.mean(counted)) / (std + 1e-6)
-
-
-def test_group_advantages_equal_plain_python_where_some_rollouts_do_not_count():
-    draw = random.Random(0)
-    for _ in range(2000):
-        G, P = draw.randint(1, 9), draw.randint(1, 4)
-        rewards = [draw.choice([1.0, -1.0, -0.7, draw.uniform(-2, 1), math.nan])
-                   for _ in range(P * G)]
-        got = sod.group_advantages(torch.tensor(rewards, **T64), G).tolist()
-        assert got == pytest.approx(list(plain_group_advantages(rewards, G)), abs=1e-5)
-
-
 @pytest.mark.parametrize("rewards, G", [
     ([-0.7] * 48, 16),  # its fp32 mean is not -.7
     ([0.3], 1), ([math.nan] * 4, 4), ([0.1, math.nan, 0.1, 0.1], 4), ([math.nan, -0.9], 2)])
@@ -129,12 +98,6 @@ def test_methods_differ_only_in_view_and_token_advantage(method, A_it, half):
         assert got[0, 1::2].tolist() == expected
         assert got[0, ::2].tolist() == [0, 0]  # tool tokens, NaN or not
         assert not got.requires_grad
-
-
-def test_the_table_of_methods_has_their_views_and_no_more():
-    assert {name: m.view for name, m in sod.METHODS.items()} == dict(
-        vanilla="", sft="", grpo="", opd="teacher", opd_only="teacher", opsd_gt="answer",
-        opsd_hint="hint", sod="teacher", sod_only="teacher")
 
 
 # --- Policy loss ------------------------------------------------------------------------------
@@ -219,14 +182,6 @@ def test_reverse_kl_equals_the_sum_over_the_vocabulary_and_its_gradient(monkeypa
     assert_same_value_and_gradient(kl, (log_p.exp() * (log_p - log_q)).sum(-1), (hidden, weight))
 
 
-def test_both_functions_pass_gradcheck(monkeypatch):
-    hidden, weight, targets = problem(B=1, T=2, V=5, D=3)
-    other, head = torch.randn(1, 2, 4, **T64), torch.randn(5, 4, **T64)
-    check = torch.autograd.gradcheck
-    assert check(lambda h, w: sod.token_logprobs(h, w, targets), (hidden, weight))
-    assert check(lambda h, w: sod.reverse_kl(h, w, other, head), (hidden, weight))
-
-
 def test_softmax_is_taken_in_fp32_even_for_bf16_states():
     hidden, weight, targets = problem(V=4000, D=64)
     hidden, weight = (3 * hidden.detach()).bfloat16(), weight.detach().bfloat16()
@@ -237,8 +192,7 @@ def test_softmax_is_taken_in_fp32_even_for_bf16_states():
     torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("keep", [0, 2 ** 25], ids=["again", "kept"])
-def test_gradient_of_a_confident_token_survives_16_bits(monkeypatch, keep):
+def test_gradient_of_a_confident_token_survives_16_bits():
     """p is .999 or so: bf16 has no number between .996 and 1 to write it down as."""
     torch.manual_seed(5)
     hidden, weight = torch.randn(40, 64).bfloat16(), (0.3 * torch.randn(700, 64)).bfloat16()
@@ -316,27 +270,6 @@ def test_the_papers_per_token_advantage_is_the_gradient_of_each_tokens_own_kl():
     eye = torch.eye(2, **T64)  # hidden states that are the logits
     full = tiny.kl_with_prefixes_held_fixed(sod.reverse_kl(tiny.student, eye, tiny.teacher, eye))
     torch.testing.assert_close(tiny.gradient(full), own)
-
-
-def test_step_weights_and_length_only_scale_each_prefix_of_the_expected_gradient():
-    """With w_k fixed by the step, the gradient at a prefix of step k is w_k / length times the
-    unweighted one: the direction at each prefix stays that of its reverse KL."""
-    tiny = Policies()
-    weighted = tiny.advantages("sod_only", [0, 1, 2], [1.0, 0.4, 1.2])
-    plain = tiny.advantages("opd_only", [0, 1, 2], [1.0, 1.0, 1.0])
-    scale = torch.tensor([1.0, 0.4, 0.4, 1.2, 1.2, 1.2, 1.2], **T64)[:, None] / 3
-    torch.testing.assert_close(tiny.expected_gradient(weighted / 3),
-                               tiny.expected_gradient(plain) * scale)
-
-
-def test_clipping_stops_the_gradient_only_of_tokens_that_have_already_moved():
-    """On the first update ratio is 1 and nothing clips; later a token that its advantage has
-    pushed past the clip gets no more gradient, which biases the estimate towards 0."""
-    logp = torch.tensor([[0.0, 0.5, -0.5, 0.5]], requires_grad=True)
-    A = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
-    sod.policy_loss(logp, torch.zeros(1, 4), A, torch.ones(1, 4).bool(), num_tokens=1).backward()
-    grad = logp.grad[0].tolist()
-    assert grad == pytest.approx([-1.0, 0.0, -math.exp(-0.5), math.exp(0.5)])
 
 
 def test_docstring_examples_are_true():

@@ -2,14 +2,11 @@
 import importlib
 import re
 import shlex
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from conftest import ROOT
 import evaluate
 import sod_mini as sod
 import tools
@@ -34,19 +31,14 @@ def test_every_name_in_the_guided_reading_exists():
         assert any(hasattr(module, name) for module in (sod, tools, evaluate)), name
 
 
-def test_commands_use_options_that_exist(monkeypatch):
+@pytest.mark.parametrize("script, parse, least", [
+    ("sod_mini", sod.parse_config, 4), ("evaluate", evaluate.parse, 6)])
+def test_commands_use_options_that_exist(monkeypatch, script, parse, least):
     monkeypatch.setattr(sod, "resumed_config", lambda given: sod.Config())  # runs/NAME is not here
-    commands = re.findall(r"python sod_mini\.py (--[^\n`]+)", README)
-    assert len(commands) >= 4
+    commands = re.findall(rf"python {script}\.py(?: (--[^\n`#]+))?", README)
+    assert len(commands) >= least
     for command in commands:
-        sod.parse_config(shlex.split(command, comments=True))
-
-
-def test_commands_of_evaluate_use_options_that_exist():
-    commands = re.findall(r"python evaluate\.py(?: (--[^\n`#]+))?", README)
-    assert len(commands) >= 6
-    for command in commands:
-        evaluate.parse(shlex.split(command, comments=True))
+        parse(shlex.split(command, comments=True))
 
 
 def test_tables_name_every_method_and_weight_scheme():

@@ -165,23 +165,6 @@ def test_other_end_token_of_the_model_ends_a_turn_too(tokenizer):
     assert rollout.finish == "answer" and rollout.ids[-1] == tokenizer.pad_token_id
 
 
-def test_a_fault_of_the_sandbox_ends_the_rollout_without_the_students_fault(tokenizer):
-    config = small()
-    agent = sod.Agent(config, None, None, tokenizer, None)
-    rollout = sod.Rollout(tools.Problem("q", "1"), [5], [sod.Turn([6], call("1"))])
-    sod.take_answer(agent, rollout, tools.Observation("[failed]", "sandbox_error", 0.0))
-    sod.grade_rollout(rollout, None, config)
-    assert rollout.finish == "infrastructure" and len(rollout.turns) == 1 and not rollout.right
-
-
-def test_a_grader_that_the_sandbox_failed_is_not_the_students_fault_either(monkeypatch):
-    fault = tools.Verdict(False, "sandbox_error", 0.0)
-    monkeypatch.setattr(tools, "grade", lambda *a: fault)
-    rollout = sod.Rollout(tools.Problem("q", "1"), [5], [sod.Turn([6], "x")], finish="answer")
-    sod.grade_rollout(rollout, None, small())
-    assert rollout.finish == "infrastructure"
-
-
 @pytest.mark.parametrize("calls, right, length, reward", [
     *((n, False, 10, r) for n, r in enumerate([-1, -.9, -.8, -.7, -.6, -.6])),
     (3, True, 10, 1), (0, True, 200, 1), (0, True, 250, .5), (0, True, 300, 0.),
@@ -199,19 +182,6 @@ def test_a_program_is_worth_the_share_of_its_tests():
     rollout = sod.Rollout(tools.Problem("q", "", kind="program"), [5], [sod.Turn([6])])
     for score in (0.25, 1.0, -1.0):
         assert sod.outcome_reward(rollout, tools.Verdict(False, "", score), small()) == score
-
-
-def test_silence_is_seeded_and_persists_at_the_stated_rate():
-    tool = sod.load_tool(small(silent_rate=0.1, silent_persist=0.5))[0]
-    place = lambda seed, i, k: (seed, "test", 0, i, k)
-    first, second, other = (
-        [tool.submit(tools.ToolCall("1"), place(seed, i, k)).result().outcome == "timeout"
-         for i in range(2000)] for seed, k in ((0, 0), (0, 1), (1, 0)))
-    down = [b for a, b in zip(first, second) if a]
-    assert first != other and tool.is_silent(place(0, 7, 1)) == second[7]
-    assert len(down) / 2000 == pytest.approx(0.1, abs=0.02)
-    assert sum(down) / len(down) == pytest.approx(0.5, abs=0.1)
-    tool.close()
 
 
 # --- HF generate ------------------------------------------------------------------------------
@@ -373,11 +343,3 @@ def test_models_whose_logits_are_hidden_states_times_head_are_taken(family, caps
 def test_models_that_do_more_to_their_logits_are_refused(family):
     with pytest.raises(ValueError, match="does more to its logits than hidden states times head"):
         describe(family, **MORE[family])
-
-
-def test_a_template_that_raises_where_it_is_to_show_tools_is_refused_with_its_reason(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
-    tokenizer.chat_template = "{% if tools %}{{ raise_exception('no tools') }}{% endif %}<|im_end|>"
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="it gave nothing .no tools.; use a model whose template"):
-        sod.load_tokenizer(tmp_path)
