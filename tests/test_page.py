@@ -264,4 +264,4 @@ def test_bad_usage_is_one_sentence(tmp_path, capsys):
 
 def test_a_page_that_cannot_be_written_is_told_and_does_no_harm(tmp_path, capfd):
     sod.write_page(tmp_path / "gone")
-    assert "there is no folder" in capfd.readouterr().err
+    assert "does not exist" in capfd.readouterr().err
