@@ -40,6 +40,15 @@ def tokenizer(request):
     return AutoTokenizer.from_pretrained(QWEN if request.param == "qwen3" else WORLD / "student")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_demonstrations(tmp_path_factory):
+    """The first of the world's demonstrations, which are many."""
+    path = tmp_path_factory.mktemp("data") / "demonstrations.jsonl"
+    lines = (WORLD / "demonstrations.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:40]))
+    SMALL["demonstrations"] = str(path)
+
+
 def small(**changes):
     """The embedded world with a dozen short rollouts an iteration."""
     return sod.Config(**{**SMALL, **changes})
@@ -49,9 +58,7 @@ def scored_batch(**changes):
     """An agent of the embedded world, and a scored batch of the real student with the real tool."""
     agent = sod.load_agent(small(**changes))
     agent.optimizer = sod.Optimizer(agent.student, lambda n: 0.0, agent.config)
-    agent.optimizer.step = lambda loss: agent.optimizer.adamw.zero_grad()  # stay where we are
-    _, batch = next(sod.train(agent))
-    del agent.optimizer.step
+    _, batch = next(sod.train(agent))  # at a learning rate of 0
     return agent, batch
 
 

@@ -27,14 +27,12 @@ import tools
 
 WORLD = ROOT / "data" / "world"
 PLACES = dict(student=WORLD / "student", teacher=WORLD / "teacher", eval_data="", preset="world",
-              save_every=1)
-SOD = dict(PLACES, name="sod", train_data="few.jsonl", iterations=5, prompts=2, group_size=2,
+              save_every=1, name="run")
+SOD = dict(PLACES, train_data="few.jsonl", iterations=5, prompts=2, group_size=2,
            max_response=100, lr=1e-3, show_every=0)
-SFT = dict(PLACES, name="sft", method="sft", demonstrations="shown.jsonl", sft_epochs=2,
-           sft_batch=4)
-BF16 = dict(SOD, name="bf16", dtype="bfloat16", warmup=8)
-ALL = {options["name"]: options for options in (SOD, SFT, BF16)}
-RUN = Path("runs/sod")
+SFT = dict(PLACES, method="sft", demonstrations="shown.jsonl", sft_epochs=2, sft_batch=4)
+ALL = {"sod": SOD, "sft": SFT, "bf16": dict(SOD, dtype="bfloat16", warmup=8)}
+RUN = Path("runs/run")
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +58,8 @@ def command(options, *more):
         return stop.code
 
 
-def resume(*more, name="sod"):
-    return command({}, "--resume", name, *map(str, more))
+def resume(*more):
+    return command({}, "--resume", "run", *map(str, more))
 
 
 def result(run):
@@ -78,11 +76,12 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """{name: what the run leaves if nobody disturbs it}."""
+    """{kind: what the run leaves if nobody disturbs it}."""
     with pytest.MonkeyPatch.context() as patch:
         enter(tmp_path_factory.mktemp("undisturbed"), patch)
-        assert [command(options) for options in ALL.values()] == [0, 0, 0]
-        return {name: result(Path("runs", name)) for name in ALL}
+        for kind, options in ALL.items():
+            assert command({**options, "name": kind}) == 0
+        return {kind: result(Path("runs", kind)) for kind in ALL}
 
 
 def act_at(call, options, patch, act=None, seam="draw"):
@@ -105,12 +104,11 @@ def fail():
 # --- Stopped in the middle ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_run_that_stopped_after_some_iterations_ends_as_if_left_alone(undisturbed, monkeypatch,
-                                                                        name):
-    assert act_at(4, ALL[name], monkeypatch) == 1
-    assert resume(name=name) == 0
-    assert result(Path("runs", name)) == undisturbed[name]
+                                                                        kind):
+    assert act_at(4, ALL[kind], monkeypatch) == 1
+    assert resume() == 0 and result(RUN) == undisturbed[kind]
 
 
 @pytest.mark.parametrize("changes", [
@@ -128,7 +126,7 @@ def test_every_kind_of_state_is_taken_over(folder, monkeypatch, changes):
 
 
 def test_an_error_saves_what_was_learnt_before_it(monkeypatch, capsys):
-    assert act_at(4, {**SOD, "save_every": 0}, monkeypatch) == 1
+    assert act_at(4, {**SFT, "save_every": 0}, monkeypatch) == 1
     assert capsys.readouterr().err.endswith(
         f"saved {RUN}/saves/iteration-3\nto go on: python sod_mini.py --resume {RUN}\n"
         "error: injected\n")
@@ -145,26 +143,28 @@ def test_an_error_while_weights_move_goes_back_to_the_last_save(undisturbed, mon
     assert resume() == 0 and result(RUN) == undisturbed["sod"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("seam, call", [("draw", 4), ("backpropagate", 6)])
+@pytest.mark.parametrize("number, kind, seam, call", [
+    (signal.SIGINT, "sft", "draw", 4), (signal.SIGHUP, "sft", "draw", 4),
+    (signal.SIGTERM, "sft", "update_metrics", 3), (signal.SIGHUP, "sod", "backpropagate", 6),
+])
 def test_a_request_to_stop_saves_first_and_says_how_to_go_on(undisturbed, monkeypatch, capsys,
-                                                             number, seam, call):
+                                                             number, kind, seam, call):
     """Between two iterations it is obeyed at once, in the middle of updates after them."""
     ask = lambda: os.kill(os.getpid(), number)
-    assert act_at(call, {**SOD, "save_every": 0}, monkeypatch, ask, seam) == 128 + number
+    assert act_at(call, {**ALL[kind], "save_every": 0}, monkeypatch, ask, seam) == 128 + number
     said = capsys.readouterr().err
     assert f"saved {RUN}/saves/iteration-3\n" in said and f"--resume {RUN}\n" in said
     assert lines(RUN / "metrics.jsonl") == 3
-    assert resume() == 0 and result(RUN) == undisturbed["sod"]
+    assert resume() == 0 and result(RUN) == undisturbed[kind]
 
 
 def test_a_run_under_nohup_outlives_its_terminal(undisturbed, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert act_at(2, SOD, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+        assert act_at(2, SFT, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert result(RUN) == undisturbed["sod"]
+    assert result(RUN) == undisturbed["sft"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -206,24 +206,24 @@ def strike(process, run, moments):
     process.kill()
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow)
-                                       for n in range(1, 16))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
 def test_a_run_killed_at_random_moments_ends_as_if_left_alone(undisturbed, folder, seed):
-    options, moments = list(ALL.values())[seed % 3], random.Random(seed)
-    run, kills = folder / "runs" / options["name"], 4
+    kind, moments = ["sft", "sod", "bf16"][seed % 3], random.Random(seed)
+    run, kills = folder / RUN, 4
     for attempt in range(kills + 1):
         began = (run / "config.json").exists()
         if not began:  # killed before its settings were on the disk: its folder holds nothing
             shutil.rmtree(run, ignore_errors=True)
         process = PROCESSES.Process(target=real_process, args=(
-            folder, options, *(["--resume", options["name"]] if began else [])))
+            folder, ALL[kind], *(["--resume", "run"] if began else [])))
         process.start()
         if attempt < kills:
             strike(process, run, moments)
         process.join(300)
     said = (folder / "screen").read_text()
     assert process.exitcode == 0 or "is finished" in said, said
-    assert result(run) == undisturbed[options["name"]]
+    assert result(run) == undisturbed[kind]
 
 
 # --- Damage, lost logs, a full disk -------------------------------------------------------------
@@ -259,8 +259,8 @@ def test_without_a_save_a_resumed_run_says_that_it_begins_anew(undisturbed, monk
 
 
 @pytest.mark.parametrize("harm, left", [
-    (lambda log: log.unlink(), 2), (lambda log: log.write_text(""), 2),
-    (lambda log: log.write_text(log.read_text()[:-5]), 4),  # a line cut short goes whole
+    (lambda log: log.unlink(), [4, 5, 6]), (lambda log: log.write_text(""), [4, 5, 6]),
+    (lambda log: log.write_text(log.read_text()[:-5]), [1, 2, 4, 5, 6]),  # a line is whole or gone
 ])
 def test_a_lost_or_shortened_log_does_not_end_a_run(undisturbed, monkeypatch, capsys, harm, left):
     act_at(4, SFT, monkeypatch)
@@ -269,17 +269,16 @@ def test_a_lost_or_shortened_log_does_not_end_a_run(undisturbed, monkeypatch, ca
     said, found = capsys.readouterr().out, result(RUN)
     assert f"{RUN}/metrics.jsonl had " in said and "earlier lines are missing" in said
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5][-left:] if left == 2 else [
-        1, 2, 4, 5]
+    assert [row["iteration"] for row in rows] == left
     assert {k for k in found if found[k] != undisturbed["sft"][k]} == {"metrics.jsonl"}
 
 
 def test_a_log_removed_during_a_run_is_begun_anew_with_a_word(undisturbed, monkeypatch, capsys):
-    remove = lambda: (RUN / "rollouts.jsonl").unlink()
+    remove = lambda: (RUN / "metrics.jsonl").unlink()
     assert act_at(3, SFT, monkeypatch, remove) == 0
-    assert f"NOTE: {RUN}/rollouts.jsonl is gone" in capsys.readouterr().out
+    assert f"NOTE: {RUN}/metrics.jsonl is gone" in capsys.readouterr().out
     found = result(RUN)
-    assert {k for k in found if found[k] != undisturbed["sft"][k]} == {"rollouts.jsonl"}
+    assert {k for k in found if found[k] != undisturbed["sft"][k]} == {"metrics.jsonl"}
 
 
 def test_a_run_whose_folder_was_deleted_is_not_to_be_resumed(monkeypatch, capsys):
@@ -288,21 +287,22 @@ def test_a_run_whose_folder_was_deleted_is_not_to_be_resumed(monkeypatch, capsys
     assert said == f"error: cannot write to {RUN}: this folder is gone; begin anew\n"
 
 
-@pytest.mark.parametrize("largest, changes, left", [
-    ((WORLD / "student/model.safetensors").stat().st_size + 100_000, dict(save_every=3), 3),
-    (1500, dict(save_every=0), 1),  # a log
+@pytest.mark.parametrize("largest, kind, changes, left", [
+    ((WORLD / "student/model.safetensors").stat().st_size, "sft", dict(save_every=3), 3),
+    (1500, "sod", dict(save_every=0), 1),  # the logs
 ])
-def test_a_full_disk_loses_nothing_that_was_saved(undisturbed, capsys, largest, changes, left):
+def test_a_full_disk_loses_nothing_that_was_saved(undisturbed, capsys, largest, kind, changes,
+                                                  left):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
     try:
-        assert command({**SFT, **changes}) == 1
+        assert command({**ALL[kind], **changes}) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr().err
     assert f"cannot write to {RUN}" in said and "File too large" in said and "make room" in said
     assert lines(RUN / "metrics.jsonl") == left and not list(RUN.glob("saves/*"))
-    assert resume() == 0 and result(RUN) == undisturbed["sft"]
+    assert resume() == 0 and result(RUN) == undisturbed[kind]
 
 
 # --- What a resumed run may differ in -----------------------------------------------------------
@@ -310,45 +310,45 @@ def test_a_full_disk_loses_nothing_that_was_saved(undisturbed, capsys, largest, 
 
 def test_changed_options_are_listed_and_hold(monkeypatch, capsys):
     act_at(3, SFT, monkeypatch)
-    assert resume("--lr", "0.01", "--group_size", "2", "--iterations", "3") == 0
+    assert resume("--sft_lr", "0.01", "--sft_batch", 4, "--sft_epochs", 1) == 0
     said = capsys.readouterr().out
-    assert "changed: lr 0.01, was 0.001\nchanged: iterations 3, was 5\n" in said
-    assert "group_size" not in said and lines(RUN / "metrics.jsonl") == 3
-    assert json.loads((RUN / "config.json").read_text())["lr"] == 0.01
+    assert "changed: sft_lr 0.01, was 0.002\nchanged: sft_epochs 1, was 2\n" in said
+    assert "sft_batch" not in said and lines(RUN / "metrics.jsonl") == 3
+    assert json.loads((RUN / "config.json").read_text())["sft_lr"] == 0.01
 
 
-@pytest.mark.parametrize("more, used", [([], 1), (["--rollout_batch", "3"], 3)])
+@pytest.mark.parametrize("more, used", [([], None), (["--micro_batch_tokens", 999], 999)])
 def test_a_size_halved_for_lack_of_memory_stays_so_unless_another_is_asked_for(
         monkeypatch, more, used):
-    monkeypatch.setitem(sod.ENGINES, "short", sod.sample_by_generate)
-
-    def short(agent, *rest):
-        if agent.config.rollout_batch > 1:
+    def short(lengths, budget):
+        if budget > 700:
             raise MemoryError
-        return sod.sample_by_generate(agent, *rest)
+        return real(lengths, budget)
+    real = sod.micro_batches
     with monkeypatch.context() as patch:
-        patch.setitem(sod.ENGINES, "short", short)
-        act_at(3, {**SFT, "rollout_engine": "short"}, monkeypatch)
+        patch.setattr(sod, "micro_batches", short)
+        act_at(3, SFT, monkeypatch)
     assert resume(*more) == 0
     rows = [json.loads(line) for line in (RUN / "clock.jsonl").read_text().splitlines()]
-    assert [row["rollout_batch"] for row in rows] == [1, 1, used, used, used]
+    small, *sizes = [row["micro_batch_tokens"] for row in rows]
+    assert small <= 700 and sizes == [small, *[used or small] * 4]
 
 
 def test_the_same_command_with_resume_goes_on(undisturbed, monkeypatch):
     act_at(3, SFT, monkeypatch)
-    assert command(SFT, "--resume", "sod") == 0 and result(RUN) == undisturbed["sft"]
+    assert command(SFT, "--resume", "run") == 0 and result(RUN) == undisturbed["sft"]
 
 
 @pytest.mark.parametrize("more, sentence", [
-    (["--student", WORLD / "teacher"], "iteration-2 does not fit this run; resume with"),
-    (["--dtype", "bfloat16"], "iteration-2 does not fit this run; resume with"),
-    (["--iterations", "1"], "has done 2 iterations and 1 are asked for"),
-    (["--train_data", WORLD / "train.jsonl"], "training data are not those that this run began"),
-    (["--max_prompt", "3"], "prompts are longer than 3 tokens"),
+    (["--student", WORLD / "teacher"], "iteration-4 does not fit this run; resume with"),
+    (["--dtype", "bfloat16"], "iteration-4 does not fit this run; resume with"),
+    (["--sft_epochs", 1], "has done 4 iterations and 3 are asked for"),
+    (["--system", "Be brief."], "training data are not those that this run began"),
+    (["--demonstrations", "few.jsonl"], "found no conversation"),
 ])
 def test_what_cannot_go_on_is_refused_and_left_as_it_was(undisturbed, monkeypatch, capsys, more,
                                                          sentence):
-    act_at(3, SFT, monkeypatch)
+    act_at(5, SFT, monkeypatch)
     capsys.readouterr()
     assert resume(*more) == 1
     said = capsys.readouterr().err
@@ -357,7 +357,7 @@ def test_what_cannot_go_on_is_refused_and_left_as_it_was(undisturbed, monkeypatc
 
 
 def test_a_finished_run_is_told(capsys):
-    assert command({**SFT, "iterations": 1}) == 0 and resume() == 1
+    assert command({**SFT, "sft_epochs": 1}) == 0 and resume() == 1
     assert f"{RUN} is finished; to train its result further" in capsys.readouterr().err
 
 
@@ -376,11 +376,11 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_folder_without_settings_that_can_be_used_is_no_run(folder, capsys, name):
+def test_a_folder_without_settings_that_can_be_used_is_no_run(capsys, name):
     content, sentence = CONFIGS[name]
-    (folder / "runs/sod").mkdir(parents=True)
+    RUN.mkdir(parents=True)
     if content:
-        (folder / "runs/sod/config.json").write_text(content)
+        (RUN / "config.json").write_text(content)
     assert resume() == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 
@@ -392,9 +392,8 @@ def test_one_process_at_a_time_writes_a_run(monkeypatch, capsys):
     assert f"{RUN} is in use by another process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("torn, again", [(False, 2), (True, 2)])
-def test_results_measured_before_an_interruption_are_not_measured_again(monkeypatch, capsys, torn,
-                                                                        again):
+@pytest.mark.parametrize("torn", [False, True])
+def test_results_measured_before_an_interruption_are_not_measured_again(monkeypatch, capsys, torn):
     options = {**SFT, "eval_data": WORLD / "heldout.jsonl", "eval_problems": 2, "eval_samples": 1}
     act_at(3, options, monkeypatch)
     assert list(json.loads((RUN / "results.json").read_text())) == ["student before"]
@@ -402,9 +401,9 @@ def test_results_measured_before_an_interruption_are_not_measured_again(monkeypa
         (RUN / "results.json").write_text("{")
     measured, real = [], sod.evaluate
     monkeypatch.setattr(sod, "evaluate", lambda *a: measured.append(1) or real(*a))
-    assert resume() == 0 and len(measured) == again  # student after, teacher
+    assert resume() == 0 and len(measured) == 1  # student after
     card = (RUN / "checkpoint/README.md").read_text()
-    assert ("| student before |" in card) == (not torn) and "| teacher |" in card
+    assert ("| student before |" in card) == (not torn) and "| student after |" in card
     assert ("results.json cannot be read" in capsys.readouterr().out) == torn
 
 
@@ -412,14 +411,14 @@ def test_results_measured_before_an_interruption_are_not_measured_again(monkeypa
 
 
 def test_what_a_run_leaves_can_be_read_by_others_and_says_how_it_was_made(monkeypatch, capsys):
-    act_at(2, {**SOD, "seed": 17}, monkeypatch)
-    assert resume("--iterations", 1) == 0
+    act_at(2, {**SFT, "seed": 17}, monkeypatch)
+    assert resume() == 0
     assert "seed 17" in capsys.readouterr().out
     for file in [*(RUN / "checkpoint").iterdir(), RUN / "metrics.jsonl"]:
         assert file.stat().st_mode & 0o777 == 0o644, file
     assert json.loads((RUN / "config.json").read_text())["versions"] == sod.VERSIONS
     card = (RUN / "checkpoint/README.md").read_text()
-    assert "license:" not in card and f"licence\nis that of {SOD['student']}" in card
+    assert "license:" not in card and f"licence\nis that of {SFT['student']}" in card
     assert torch.__version__ in card and '"resume"' not in card and len(card.splitlines()) <= 25
 
 

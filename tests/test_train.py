@@ -1,300 +1,380 @@
 """The loop: what it does to weights, what it writes, and how it stops."""
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import sod_mini as sod
 import tools
-
-WORLD = ROOT / "data" / "world"
-SMALL = dict(student=str(WORLD / "student"), teacher=str(WORLD / "teacher"), steps=2,
-             train_data=str(WORLD / "train.jsonl"), eval_data=str(WORLD / "heldout.jsonl"),
-             demonstrations=str(WORLD / "demonstrations.jsonl"), prompts_per_step=4, group_size=3,
-             max_response=200, eval_problems=4, eval_samples=2, sft_batch=16, lr=1e-3)
+from conftest import ROOT, WORLD, gradient, scored_batch, small, tiny
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def config(**changes):
-    return sod.Config(**{**SMALL, **changes})
-
-
-def batch_of_rollouts(**changes):
-    """An agent and a scored batch of the real student with the real tool."""
-    c = config(**changes)
-    agent = sod.load_agent(c)
-    problems = tools.load_problems(c.train_data)[:c.prompts_per_step]
-    prompts, _ = sod.fitting_prompts(agent, problems)
-    rollouts = sod.sample_rollouts(agent.student, agent.tokenizer,
-                                   [p for p in prompts for _ in range(c.group_size)],
-                                   agent.tool, c, sod.random_numbers(c.seed, "rollouts", 1))
-    agent.student.train()
-    return agent, sod.score_batch(agent, rollouts, c), c
-
-
-def gradient(agent, scored, c):
-    """What update() would hand to AdamW."""
-    agent.optimizer = agent.optimizer or sod.Optimizer(agent.student, c.lr, c)
-    agent.optimizer.clear()
-    agent.optimizer.step = lambda scale: 0.0
-    sod.update(agent, scored, list(range(len(scored.rollouts))), c)
-    return torch.cat([g.flatten() for g in agent.optimizer.grads])
+@pytest.fixture(scope="module")
+def scored():
+    """One scored batch for all who only read it."""
+    return scored_batch()
 
 
 # --- Scoring ----------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_the_plain_forward_pass_in_every_batch_cut():
-    agent, scored, c = batch_of_rollouts()
-    for i in (0, 5, 11):
-        rollout = scored.rollouts[i]
-        ids = torch.tensor([rollout.ids])
-        for model, got in ((agent.student, scored.logp_s), (agent.teacher, scored.logp_t)):
-            with torch.no_grad():
-                logp = model(ids).logits[0, :-1].log_softmax(-1)
-            plain = F.pad(logp.gather(1, ids[0, 1:, None])[:, 0], (1, 0))
-            plain = torch.where(torch.tensor(rollout.step_id) >= 0, plain, 0.0)
-            torch.testing.assert_close(got[i, :len(rollout.ids)], plain, atol=1e-4, rtol=1e-4)
-    c = dataclasses.replace(c, micro_batch_tokens=1)
-    again = sod.score(agent.student, scored.rollouts, c)[0]
-    torch.testing.assert_close(again, scored.logp_s, atol=1e-4, rtol=1e-4)
+@torch.no_grad()
+def plain_logprobs(model, prompt, rollout):
+    """(response,) of the sampled tokens after a prompt, 0 elsewhere, by the model's own forward."""
+    response = rollout.ids[len(rollout.prompt):]
+    ids = torch.tensor([prompt + response])
+    logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    sampled = torch.tensor(rollout.step_id[len(rollout.prompt):]) >= 0
+    return torch.where(sampled, logp[len(prompt) - 1:], 0.0)
+
+
+@pytest.mark.parametrize("method", ["sod", "opsd_gt", "opsd_hint"])
+def test_scores_are_those_of_the_plain_forward_pass_where_the_student_sampled(method, monkeypatch):
+    """A teacher that is told more sees another prompt, and scores the same ids."""
+    monkeypatch.setattr(tools.Problem, "hint", "think twice", raising=False)
+    load = tools.load_problems
+    monkeypatch.setattr(tools, "load_problems", lambda path: [
+        dataclasses.replace(p, hint="think twice") for p in load(path)])
+    agent, batch = scored_batch(method=method)
+    told = {"sod": "", "opsd_gt": "\nThe answer is {}.", "opsd_hint": "\nHint: think twice"}
+    for i, r in enumerate(batch.rollouts):
+        problem = dataclasses.replace(r.problem, question=r.problem.question
+                                      + told[method].format(r.problem.answer))
+        prompt = sod.encode_prompt(agent.tokenizer, problem)
+        place = slice(len(r.prompt), len(r.ids))
+        assert batch.logp_s[i, :len(r.prompt)].eq(0).all() and batch.logp_s[i, len(r.ids):].eq(0).all()
+        for got, want in ((batch.logp_s[i, place], plain_logprobs(agent.student, r.prompt, r)),
+                          (batch.logp_t[i, place], plain_logprobs(agent.teacher, prompt, r))):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_holds_what_was_sampled_and_cuts_to_some_of_its_rows():
+    turns = [sod.Turn([1, 2], outcome="error", answer_ids=[3]), sod.Turn([4])]
+    long = sod.Rollout(None, [9], turns, reward=0.5)
+    short, lost = (sod.Rollout(None, [8], [sod.Turn([5])], finish=f, reward=-1.0)
+                   for f in ("answer", "infrastructure"))
+    batch = sod.collate([short, long, lost], "cpu")
+    assert batch.ids.tolist() == [[8, 5, 0, 0, 0], [9, 1, 2, 3, 4], [8, 5, 0, 0, 0]]
+    assert batch.step_id.tolist() == [[-1, 0, -1, -1, -1], [-1, 0, 0, -1, 1], [-1] * 5]
+    assert batch.failed.tolist() == [[False, False], [True, False], [False, False]]
+    assert batch.reward.tolist()[:2] == [-1.0, 0.5] and math.isnan(batch.reward[2])
+    batch.d = torch.tensor([[1.0, 0], [2, 3], [0, 0]])
+    cut = batch.rows([2, 0])
+    assert cut.ids.tolist() == [[8, 5], [8, 5]] and cut.step_id.tolist() == [[-1, -1], [-1, 0]]
+    assert cut.rollouts == [lost, short] and cut.lengths == [2, 2] and cut.logp_s is None
+    assert cut.d.tolist() == [[0, 0], [1, 0]]
+    other = sod.collate([long], "cpu", [[6, 7, 7]])
+    assert other.ids.tolist() == [[6, 7, 7, 1, 2, 3, 4]]
+    assert other.step_id.tolist() == [[-1, -1, -1, 0, 0, -1, 1]]
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = [random.Random(0).randint(1, 50) for _ in range(100)]
     batches = list(sod.micro_batches(lengths, 200))
-    assert sorted(i for b in batches for i in b) == list(range(100))
+    assert sorted(i for b in batches for i in b) == list(range(100)) and len(batches) < 40
     assert all(len(b) * max(lengths[i] for i in b) <= 200 for b in batches)
     assert list(sod.micro_batches([500], 200)) == [[0]]  # too long for the budget: alone, not lost
+    assert list(sod.micro_batches([2**15] * 3, 0)) == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("method, kl", [("sod", "sampled"), ("sod", "full"), ("opsd_gt", "full")])
-def test_gradient_does_not_depend_on_how_the_batch_was_cut(method, kl):
-    agent, scored, c = batch_of_rollouts(method=method, kl=kl)
-    cuts = [gradient(agent, scored, dataclasses.replace(c, micro_batch_tokens=tokens))
-            for tokens in (10**6, 1500, 1)]
-    assert cuts[0].norm() > 0
-    for other in cuts[1:]:
-        assert (other - cuts[0]).norm() / cuts[0].norm() < 1e-4
+def test_scores_loss_and_gradient_do_not_depend_on_how_the_batch_was_cut(method, kl):
+    agent, batch = scored_batch(method=method, kl=kl, clip_low=0.01, clip_high=0.01)
+    for p in agent.student.parameters():
+        p.data += 0.01 * torch.randn_like(p)  # so that some tokens are clipped
+    seen = []
+    for tokens in (10**6, 1500, 1):
+        vector = gradient(agent, batch, tokens)
+        seen.append((vector, *sod.backpropagate(agent, batch), sod.score(agent, agent.teacher,
+                                                                         batch)[0]))
+    (whole, loss, clipped, logp), *others = seen
+    assert whole.norm() > 0 and 0 < clipped < 1
+    for other in others:
+        assert (other[0] - whole).norm() / whole.norm() < 1e-4
+        assert other[1:3] == pytest.approx((loss, clipped), rel=1e-4)
+        torch.testing.assert_close(other[3], logp, atol=1e-4, rtol=1e-4)
 
 
 def test_gradient_checkpointing_changes_memory_not_the_gradient():
-    agent, scored, c = batch_of_rollouts()
-    plain = gradient(agent, scored, c)
+    agent, batch = scored_batch()
+    plain = gradient(agent, batch)
     sod.enable_checkpointing(agent.student)
-    assert (gradient(agent, scored, c) - plain).norm() / plain.norm() < 1e-5
+    assert (gradient(agent, batch) - plain).norm() / plain.norm() < 1e-5
 
 
 def test_full_kl_of_the_loss_is_the_weighted_token_mean():
-    agent, scored, c = batch_of_rollouts(kl="full", method="sod_only")
-    assert scored.advantages.eq(0).all()  # nothing is left for the policy loss
-    agent.optimizer = sod.Optimizer(agent.student, c.lr, c)
-    _, loss, _ = sod.update(agent, scored, list(range(len(scored.rollouts))), c)
-    total, count = 0.0, 0
-    for i, r in enumerate(scored.rollouts):
-        fresh = sod.load_model(c.student, "cpu", torch.float32)
-        ids = torch.tensor([r.ids])
+    agent, batch = scored_batch(kl="full", method="sod_only")
+    assert batch.advantages.eq(0).all()  # nothing is left for the policy loss
+    total = count = 0
+    for i, r in enumerate(batch.rollouts):
         with torch.no_grad():
-            p, q = (m(ids).logits[0, :-1].log_softmax(-1) for m in (fresh, agent.teacher))
+            p, q = (m(torch.tensor([r.ids])).logits[0, :-1].log_softmax(-1)
+                    for m in (agent.student, agent.teacher))
         kl = (p.exp() * (p - q)).sum(-1)
         for t, k in enumerate(r.step_id[1:]):
             if k >= 0:
-                total, count = total + float(scored.w[i, k] * kl[t]), count + 1
-    assert loss == pytest.approx(total / count, rel=1e-4)
+                total, count = total + float(batch.w[i, k] * kl[t]), count + 1
+    assert sod.backpropagate(agent, batch)[0] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_self_teacher_sees_the_privileged_text_and_scores_the_same_ids():
-    agent, scored, c = batch_of_rollouts(method="opsd_gt")
-    rollout = scored.rollouts[0]
-    prompt = sod.teacher_prompts(agent, [rollout])[0]
-    assert f"The answer is {rollout.problem.answer}." in agent.tokenizer.decode(prompt)
-    ids = torch.tensor([prompt + rollout.ids[rollout.prompt_len:]])
-    with torch.no_grad():
-        logp = agent.teacher(ids).logits[0, :-1].log_softmax(-1)
-    plain = logp.gather(1, ids[0, 1:, None])[len(prompt) - 1:, 0]
-    plain = torch.where(scored.step_id[0, rollout.prompt_len:len(rollout.ids)] >= 0, plain, 0.0)
-    torch.testing.assert_close(scored.logp_t[0, rollout.prompt_len:len(rollout.ids)], plain,
-                               atol=1e-4, rtol=1e-4)
+def test_loss_of_demonstrations_is_the_cross_entropy_of_assistant_tokens():
+    agent = sod.load_agent(small(method="sft"))
+    shown = agent.practice[:3]
+    own = torch.cat([plain_logprobs(agent.student, r.prompt, r)[torch.tensor(
+        r.step_id[len(r.prompt):]) >= 0] for r in shown])
+    loss, clipped = sod.backpropagate(agent, sod.collate(shown, "cpu"))
+    assert loss == pytest.approx(-float(own.mean()), rel=1e-4) and clipped == 0
+    _, turns = tools.load_demonstrations(WORLD / "demonstrations.jsonl")[0]
+    wrote = [i for i, k in zip(shown[0].ids, shown[0].step_id) if k >= 0]
+    assert agent.tokenizer.decode(wrote) == "".join(
+        t["content"] + "<|im_end|>" for t in turns if t["role"] == "assistant")
+
+
+def test_nothing_is_learnt_from_rollouts_that_the_machine_failed(scored):
+    agent, batch = scored
+    lost = [dataclasses.replace(r, finish="infrastructure") for r in batch.rollouts]
+    failed = sod.collate(lost, "cpu")
+    assert failed.step_id.eq(-1).all() and failed.reward.isnan().all()
+    agent.optimizer.adamw.zero_grad()
+    assert sod.backpropagate(agent, failed) == (0.0, 0.0)
+    assert all(p.grad is None for p in agent.student.parameters())
 
 
 # --- Optimiser --------------------------------------------------------------------------------
 
 
-def small_model(dtype):
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
-        num_key_value_heads=1, intermediate_size=32)).to(dtype)
+def optimizer_of(model, lr=1e-6, **changes):
+    return sod.Optimizer(model, lambda n: lr, small(**{"grad_clip": 1e9, **changes}))
 
 
-def travel(dtype, make, steps=40):
-    """How far weights go under a constant gradient of 1, as a share of lr * steps."""
-    model = small_model(dtype)
-    c = config(weight_decay=0.0, grad_clip=1e9)
-    optimizer, start = make(model, c), [p.detach().double() for p in model.parameters()]
-    for _ in range(steps):
-        sum(p.float().sum() for p in model.parameters()).backward()
-        optimizer.step()
-    low = getattr(optimizer, "low", [None] * len(start))
-    master = [p.detach() if x is None else sod.join(p.detach(), x)
-              for p, x in zip(model.parameters(), low)]
-    moved = torch.cat([(s - m.double()).flatten() for s, m in zip(start, master)])
-    return float(moved.mean()) / (1e-6 * steps)
+def push(model, scale=1.0):
+    """A gradient of `scale` for every weight."""
+    (sum(p.float().sum() for p in model.parameters()) * scale).backward()
+
+
+def travelled(dtype, step, updates=40):
+    """Mean way of weights under a constant gradient, as a share of lr * updates."""
+    model = tiny(dtype=dtype)
+    start = [p.detach().double().clone() for p in model.parameters()]
+    take = step(model)
+    for _ in range(updates):
+        push(model)
+        take()
+    ways = [(a - p.detach().double()).flatten() for a, p in zip(start, model.parameters())]
+    return float(torch.cat(ways).mean()) / (1e-6 * updates)
+
+
+def ours(model):
+    optimizer = optimizer_of(model, weight_decay=0.0)
+    return lambda: optimizer.step(0.0)
+
+
+def in_place(model):
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    return lambda: (adamw.step(), adamw.zero_grad())
 
 
 def test_at_lr_1e_6_a_weight_in_bf16_stands_still_and_ours_moves():
-    class InPlace(torch.optim.AdamW):
-        def __init__(self, model, c):
-            super().__init__(model.parameters(), lr=1e-6, weight_decay=0.0)
-
-        def step(self):
-            super().step()
-            self.zero_grad()
-    ours = travel(torch.bfloat16, lambda m, c: sod.Optimizer(m, 1e-6, c))
-    assert ours == pytest.approx(1.0, abs=0.01)
-    assert abs(travel(torch.bfloat16, InPlace)) < 0.2
+    assert travelled(torch.float32, ours) == pytest.approx(1, abs=0.05)
+    assert travelled(torch.bfloat16, ours, 1000) == pytest.approx(1, abs=0.05)
+    assert abs(travelled(torch.bfloat16, in_place, 1000)) < 0.2
 
 
-def test_both_halves_of_a_weight_are_the_weight_to_the_bit():
-    bits = torch.randint(-2 ** 31, 2 ** 31, (100_000,), dtype=torch.int64).to(torch.int32)
-    edge = torch.tensor([0.0, -0.0, 1.0, 1 + 2 ** -8, 1 + 3 * 2 ** -8, -1 - 2 ** -8, 3e38, 1e-40])
-    w = torch.cat([edge, bits.view(torch.float32)])
-    w = w[w.abs() < 3.38e38]
-    p, low = torch.empty_like(w, dtype=torch.bfloat16), torch.empty_like(w, dtype=torch.int16)
-    sod.split(w, p, low)
-    assert torch.equal(sod.join(p, low).view(torch.int32), w.view(torch.int32))
-    assert ((p.float() - w).abs() <= (w.to(torch.bfloat16).float() - w).abs()).all()  # nearest
+@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_step_is_torchs_adamw_on_fp32_weights(dtype, offload):
+    model = tiny(dtype=dtype)
+    rates = lambda n: 1e-3 / n
+    optimizer = sod.Optimizer(model, rates, small(grad_clip=0.5, offload=offload))
+    reference = [torch.nn.Parameter(p.detach().float().clone()) for p in model.parameters()]
+    adamw = torch.optim.AdamW(reference, betas=(0.9, 0.999), weight_decay=0.01)
+    torch.manual_seed(1)
+    for update in range(1, 6):
+        for p, master in zip(model.parameters(), reference):
+            grad = torch.randn(p.shape).to(dtype)
+            (p * grad).sum().backward()
+            master.grad = grad.float()
+        adamw.param_groups[0]["lr"] = rates(update)
+        norm = torch.nn.utils.clip_grad_norm_(reference, 0.5)
+        adamw.step()
+        assert optimizer.step(0.0) == pytest.approx(float(norm), rel=1e-5)
+    assert optimizer.updates == 5
+    for p, q, master in zip(model.parameters(), reference, optimizer.masters):
+        torch.testing.assert_close(master, q, atol=1e-8, rtol=1e-6)
+        assert torch.equal(p, master.to(dtype))
+
+
+def test_an_optimiser_comes_off_its_model_and_another_one_takes_its_place():
+    model = tiny(dtype=torch.bfloat16)
+    first = optimizer_of(model)
+    push(model)
+    assert all(p.grad is None for p in model.parameters())
+    first.step(0.0)
+    first.detach()
+    second = optimizer_of(model, lr=1e-2)
+    push(model)
+    assert all(master.grad is None for master in first.masters)
+    before = [p.clone() for p in model.parameters()]
+    assert second.step(0.0) > 0 and second.updates == first.updates == 1
+    assert all((p < b).all() for p, b in zip(model.parameters(), before))
+    second.detach()
+    push(model)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_in_fp32_a_weight_is_its_own_master():
+    model = tiny()
+    optimizer = optimizer_of(model)
+    assert not optimizer.hooks and not optimizer.state_dict()["masters"]
+    assert all(p is m for p, m in zip(model.parameters(), optimizer.masters))
+
+
+def test_gradients_of_micro_batches_add_up_in_fp32():
+    model = tiny(dtype=torch.bfloat16)
+    optimizer = optimizer_of(model)
+    for scale in [1.0] + [2.0 ** -10] * 64:  # in bf16, 1 + 2^-10 is 1
+        push(model, scale)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(m.grad.eq(1 + 64 * 2.0 ** -10).all() for m in optimizer.masters)
+
+
+@pytest.mark.parametrize("loss, scale", [(0.0, math.inf), (math.nan, 1.0), (math.inf, 1.0)])
+def test_an_update_that_is_not_finite_is_not_taken_and_leaves_no_trace(loss, scale):
+    model = tiny()
+    optimizer = optimizer_of(model)
+    before = [p.clone() for p in model.parameters()]
+    push(model, scale)
+    assert not math.isfinite(optimizer.step(loss)) and optimizer.updates == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    push(model)
+    assert math.isfinite(optimizer.step(0.0)) and optimizer.updates == 1
+    assert not optimizer.adamw.state_dict()["state"][0]["exp_avg"].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_adamw_is_torchs_adamw_on_fp32_weights(dtype, monkeypatch):
-    monkeypatch.setattr(sod, "PIECE", 100)  # every weight in several pieces
-    c = config(grad_clip=0.5, lr=1e-3)
-    for offload in ("none", "all"):
-        model = small_model(dtype)
-        ours = sod.Optimizer(model, c.lr, dataclasses.replace(c, offload=offload))
-        reference = [torch.nn.Parameter(p.detach().float().clone()) for p in model.parameters()]
-        theirs = torch.optim.AdamW(reference, c.lr, (c.beta1, c.beta2), weight_decay=c.weight_decay)
-        for step in range(5):
-            ours.grads = [torch.randn(p.shape) for p in reference]
-            for p, g in zip(reference, ours.grads):
-                p.grad = g.clone()
-            norm = torch.nn.utils.clip_grad_norm_(reference, c.grad_clip)
-            theirs.step()
-            assert ours.step() == pytest.approx(float(norm), rel=1e-6)
-        for p, low, q in zip(model.parameters(), ours.low, reference):
-            w = p if low is None else sod.join(p, low)
-            torch.testing.assert_close(w, q, atol=1e-8, rtol=1e-6)
+def test_an_optimiser_that_is_stored_and_loaded_goes_on_as_if_nothing_had_been(dtype):
+    model = tiny(dtype=dtype)
+    optimizer = optimizer_of(model, lr=1e-3)
+    push(model)
+    optimizer.step(0.0)
+    twin = copy.deepcopy(model)
+    other = optimizer_of(twin, lr=1e-3)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, other)):
+        push(m, 0.3)
+        o.step(0.0)
+    assert other.updates == 2
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.masters, other.masters))
 
 
-def test_one_update_a_batch_needs_no_forward_pass_for_the_old_policy(monkeypatch):
-    agent, scored, c = batch_of_rollouts(updates_per_step=2)
-    once, plain = dataclasses.replace(c, updates_per_step=1), gradient(agent, scored, c)
-    passes, forward = [], sod.hidden_states
-    monkeypatch.setattr(sod, "hidden_states", lambda m, ids: passes.append(m) or forward(m, ids))
-    fresh = sod.score_batch(agent, scored.rollouts, once)
-    assert agent.student not in passes and agent.teacher in passes
-    torch.testing.assert_close(gradient(agent, fresh, once), plain, atol=1e-6, rtol=1e-4)
-    for name in ("logp_s", "entropy_s", "advantages"):
-        a, b = (torch.where(x.step_id >= 0, getattr(x, name), 0.0) for x in (fresh, scored))
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(fresh.w, scored.w, atol=1e-4, rtol=1e-4)
-
-
-def test_bf16_gradients_are_summed_in_fp32_over_micro_batches():
-    model = small_model(torch.bfloat16)
-    optimizer = sod.Optimizer(model, 1e-3, config())
-    for scale in [1.0] + [2.0 ** -10] * 64:  # in bf16, 1 + 2^-10 is 1
-        (sum(p.float().sum() for p in model.parameters()) * scale).backward()
-    assert all(p.grad is None for p in model.parameters())
-    assert float(optimizer.grads[0].flatten()[0]) == 1.0 + 64 * 2.0 ** -10
-
-
-def test_a_step_with_a_non_finite_norm_is_not_taken_and_leaves_no_trace():
-    model = small_model(torch.float32)
-    optimizer = sod.Optimizer(model, 1e-2, config())
-    before = [p.clone() for p in model.parameters()]
-    (next(model.parameters()).sum() * math.inf).backward()
-    assert not math.isfinite(optimizer.step())
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    sum(p.sum() for p in model.parameters()).backward()
-    assert math.isfinite(optimizer.step()) and optimizer.taken == 1
+@pytest.mark.parametrize("total", [1, 2, 9, 100])
+def test_every_update_of_sft_trains_down_to_the_last(total):
+    scale = [sod.cosine_scale(n, total) for n in range(1, total + 1)]
+    assert min(scale) > 0 and max(scale) == 1
+    assert scale[total // 10:] == sorted(scale[total // 10:], reverse=True)
+    assert scale[:total // 10] == pytest.approx([n * 10 / total for n in range(1, 1 + total // 10)])
+    if total == 100:  # 10 updates of warm-up, then 91 pieces of half a cosine
+        assert scale[54] == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 45 / 91))
 
 
 # --- Runs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [*sod.METHODS, "sft"])
+@pytest.mark.parametrize("method", [m for m in sod.METHODS if m != "vanilla"])
 def test_every_method_trains(method):
-    c = config(method=method, sft_epochs=1, sft_batch=20)
-    agent = sod.load_agent(c)
-    agent.practice = agent.practice[0][:40], 0
+    agent = sod.load_agent(small(method=method, sft_epochs=1, sft_batch=20, max_response=120))
     before = torch.cat([p.detach().flatten().clone() for p in agent.student.parameters()])
-    rows = list(sod.train(c, agent))
+    start = copy.deepcopy(agent.teacher).state_dict() if agent.teacher else {}
+    rows = [m for m, _ in sod.train(agent)]
     after = torch.cat([p.detach().flatten() for p in agent.student.parameters()])
-    assert len(rows) == 2 and not torch.equal(before, after)
-    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
-    if agent.teacher is not None:
-        assert not any(p.requires_grad for p in agent.teacher.parameters())
+    assert [m["iteration"] for m in rows] == [1, 2] and not torch.equal(before, after)
+    assert all(math.isfinite(v) for m in rows for v in m.values() if isinstance(v, float))
+    for name, value in start.items():  # frozen
+        assert torch.equal(agent.teacher.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("weights", sod.WEIGHTS)
+def test_vanilla_has_nothing_to_train():
+    assert list(sod.train(sod.load_agent(small(method="vanilla")))) == []
+
+
+@pytest.mark.parametrize("weights", [w for w in sod.WEIGHTS if w != "sod"])
 def test_every_weight_scheme_trains(weights):
-    row = next(sod.train(config(weights=weights)))
-    assert (row["w"] == 1) == (weights == "uniform") and math.isfinite(row["loss"])
+    agent = sod.load_agent(small(weights=weights, max_response=120))
+    m, batch = next(sod.train(agent))
+    assert batch.w.shape == batch.d.shape and torch.equal(
+        batch.w, sod.WEIGHTS[weights](batch, agent.config))
+    assert (m["w"] == 1) == (weights == "uniform") and math.isfinite(m["loss"])
+
+
+def test_a_one_update_sft_trains():
+    agent = sod.load_agent(small(method="sft", sft_epochs=1, sft_batch=40))
+    before = [p.clone() for p in agent.student.parameters()]
+    (m, batch), = sod.train(agent)
+    assert m["iterations"] == 1 and batch is None and m["grad_norm"] > 0
+    assert not all(torch.equal(a, b) for a, b in zip(before, agent.student.parameters()))
 
 
 def test_two_runs_with_one_seed_are_the_same_run():
     def trace(seed):
         keys = ("reward", "loss", "d", "w", "tokens", "grad_norm")
-        return [[row[k] for k in keys] for row in sod.train(config(seed=seed))]
+        rows = sod.train(sod.load_agent(small(seed=seed, max_response=120)))
+        return [[m[k] for k in keys] for m, _ in rows]
     assert trace(3) == trace(3) != trace(4)
 
 
-def test_step_counts_optimiser_steps_and_warms_up():
-    agent = sod.load_agent(config(updates_per_step=4, warmup=4))
-    agent.optimizer = sod.Optimizer(agent.student, 1e-3, agent.config)
-    step, scales = agent.optimizer.step, []
-    agent.optimizer.step = lambda scale: scales.append(scale) or step(scale)
-    list(sod.train(agent.config, agent))
-    assert agent.optimizer.taken == 8 and scales == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+def test_an_iteration_counts_its_updates_and_warms_up(monkeypatch):
+    agent = sod.load_agent(small(updates=4, warmup=4, max_response=120))
+    list(sod.train(agent))
+    assert agent.optimizer.updates == 8 and agent.optimizer.adamw.param_groups[0]["lr"] == 1e-3
+    assert [agent.optimizer.learning_rate(n) / 1e-3 for n in range(1, 7)] == pytest.approx(
+        [.25, .5, .75, 1, 1, 1])
+
+
+def test_items_are_drawn_epoch_by_epoch_in_a_new_order_each_time():
+    items, config = list("abcdefg"), small(seed=5)
+    drawn = [sod.draw(items, config, i, 3, 2) for i in range(1, 15)]
+    assert all(batch[::2] == batch[1::2] for batch in drawn)  # each twice, side by side
+    singles = [x for batch in drawn for x in batch[::2]]
+    epochs = [singles[n:n + 7] for n in range(0, 42, 7)]
+    assert all(sorted(epoch) == items for epoch in epochs) and len(set(map(tuple, epochs))) > 3
+    assert sod.draw(items, config, 14, 3, 2) == drawn[-1] != sod.draw(items, small(), 14, 3, 2)
+
+
+def test_rollouts_learn_in_groups_of_their_problem(scored):
+    _, batch = scored
+    questions = [r.problem.question for r in batch.rollouts]
+    assert [len(list(group)) for _, group in itertools.groupby(questions)] == [3] * 4
+    torch.testing.assert_close(batch.A, sod.group_advantages(batch.reward, 3))
+    gap = batch.w.gather(1, batch.step_id.clamp(min=0)) * (batch.logp_t - batch.logp_s)
+    torch.testing.assert_close(batch.advantages,
+                               torch.where(batch.step_id >= 0, batch.A[:, None] + gap, 0.0))
 
 
 def test_distillation_brings_the_student_closer_to_the_teacher():
-    rows = list(sod.train(config(method="opd_only", steps=4, prompts_per_step=8, group_size=4,
-                                 lr=1e-3, max_response=384)))
-    kl = [row["reverse_kl"] for row in rows]
+    agent = sod.load_agent(small(method="opd_only", iterations=4, prompts=8, group_size=4,
+                                 max_response=384))
+    kl = [m["reverse_kl"] for m, _ in sod.train(agent)]
     assert np.mean(kl[1:]) < 0.8 * kl[0]
 
 
-def test_imitation_loss_is_the_mean_over_assistant_tokens():
-    agent = sod.load_agent(config(method="sft"))
-    problem, turns = tools.load_demonstrations(WORLD / "demonstrations.jsonl")[0]
-    ids, step_id = sod.encode_demonstration(agent.tokenizer, problem, turns)
-    agent.optimizer = sod.Optimizer(agent.student, 1e-3, agent.config)
-    with torch.no_grad():
-        logp = agent.student(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    own = [-float(logp[t - 1, ids[t]]) for t, k in enumerate(step_id) if k >= 0]
-    loss, _ = sod.imitation_step(agent, [(ids, step_id)], agent.config)
-    assert loss == pytest.approx(np.mean(own), rel=1e-4)
-    assert agent.tokenizer.decode([i for i, k in zip(ids, step_id) if k >= 0]) == "".join(
-        t["content"] + "<|im_end|>" for t in turns if t["role"] == "assistant")
+def test_prompts_over_budget_are_counted_and_skipped(tmp_path, capsys):
+    rows = [{"question": "Start with 5. Add 3.", "answer": "8"},
+            {"question": "Add 1. " * 400, "answer": "2"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    agent = sod.load_agent(small(train_data=str(tmp_path / "p.jsonl")))
+    assert len(agent.practice) == 1
+    assert "1 problems or demonstrations are too long and skipped" in capsys.readouterr().out
 
 
 def test_interval_resamples_problems_not_samples():
@@ -306,44 +386,47 @@ def test_interval_resamples_problems_not_samples():
 # --- The command ------------------------------------------------------------------------------
 
 
-def command(*arguments, tmp_path=None, **env):
+def command(*arguments):
     return subprocess.run([sys.executable, str(ROOT / "sod_mini.py"), *map(str, arguments)],
-                          capture_output=True, text=True, cwd=tmp_path or ROOT,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env})
+                          capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 
 def test_a_run_writes_a_checkpoint_that_transformers_loads(tmp_path):
-    done = command("--steps", 1, "--prompts_per_step", 2, "--group_size", 2, "--eval_problems", 3,
-                   "--eval_samples", 1, "--out", tmp_path, "--name", "a", tmp_path=tmp_path)
+    done = command("--iterations", 1, "--prompts", 2, "--group_size", 2, "--eval_problems", 3,
+                   "--eval_samples", 1, "--out", tmp_path, "--name", "a")
     assert done.returncode == 0, done.stderr
     assert "student before" in done.stdout and "teacher" in done.stdout
     place = tmp_path / "a" / "checkpoint"
     AutoModelForCausalLM.from_pretrained(place)
     assert AutoTokenizer.from_pretrained(place).chat_template
     card = (place / "README.md").read_text()
-    for key in ("license: apache-2.0", "base_model:", "library_name: transformers",
-                "pipeline_tag: text-generation", "- on-policy-distillation", "| student after |"):
+    for key in ("base_model:", "library_name: transformers", "pipeline_tag: text-generation",
+                "on-policy-distillation", "| student after |", "Its licence"):
         assert key in card
-    (row,) = map(json.loads, (tmp_path / "a" / "metrics.jsonl").read_text().splitlines())
-    assert row["step"] == 1 and 0 <= row["right"] <= 1
+    (m,) = map(json.loads, (tmp_path / "a" / "metrics.jsonl").read_text().splitlines())
+    assert m["iteration"] == 1 and 0 <= m["right"] <= 1
     rollouts = list(map(json.loads, (tmp_path / "a" / "rollouts.jsonl").read_text().splitlines()))
     assert len(rollouts) == 4 and rollouts[0]["turns"][0]["w"] == 1
-    assert "page  " in done.stdout and (tmp_path / "a" / "rollouts.html").stat().st_size > 15_000
-    again = command("--out", tmp_path, "--name", "a", tmp_path=tmp_path)
+    assert "page  " in done.stdout
+    again = command("--out", tmp_path, "--name", "a")
     assert again.returncode == 1 and "exists already" in again.stderr
 
 
-def test_vanilla_only_measures(tmp_path):
-    done = command("--method", "vanilla", "--eval_problems", 2, "--out", tmp_path, "--name", "v")
-    assert done.returncode == 0 and "| student before |" in done.stdout
+def test_vanilla_only_measures(tmp_path, capsys):
+    changes = dict(method="vanilla", eval_problems=2, out=str(tmp_path), name="v")
+    assert sod.main([x for k, v in changes.items() for x in (f"--{k}", str(v))]) == 0
+    assert "| student before |" in capsys.readouterr().out
     assert not (tmp_path / "v" / "checkpoint").exists()
 
 
-def test_every_option_shows_its_comment_and_default_in_help():
-    text = command("--help").stdout
-    for field in dataclasses.fields(sod.Config):
-        assert f"--{field.name} " in text
+def test_every_option_shows_its_comment_and_default_in_help(capsys):
+    with pytest.raises(SystemExit):
+        sod.parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{field.name} " in text for field in dataclasses.fields(sod.Config))
     assert "w_k <= 1 + delta (Eq. 7) [0.2]" in text
+    assert "assistant turns in a rollout [12]" in text  # of the options shared with evaluate.py
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -352,27 +435,29 @@ def test_every_option_shows_its_comment_and_default_in_help():
     (["--lr", "fast"], "invalid float value: 'fast'"),
     (["--lr", "nan"], "lr is nan; it must be"),
     (["--lr", "-1"], "lr is -1.0; it must be at least"),
-    (["--steps", "0"], "steps is 0; it must be at least 1"),
+    (["--iterations", "0"], "iterations is 0; it must be at least 1"),
     (["--method", "ppo"], "method is 'ppo'; choose from vanilla, sft, grpo"),
     (["--weights", "none"], "weights is 'none'; choose from sod, uniform"),
     (["--method", "opd", "--weights", "decay"], "method opd fixes its own weights"),
     (["--kl", "half"], "kl is 'half'; choose from sampled, full"),
+    (["--kl", "full", "--method", "grpo"], "has no teacher, and kl full compares with one"),
+    (["--kl", "full", "--offload", "teacher"], "kl full needs the teacher in every update"),
+    (["--method", "grpo", "--group_size", "1"], "grpo compares the rollouts of a group"),
+    (["--overlong", "500"], "overlong 500 is more than max_response 384"),
     (["--eval_top_p", "1.5"], "eval_top_p is 1.5"),
-    (["--prompts_per_step", "3"], "prompts_per_step 3 does not divide into 2"),
+    (["--prompts", "3"], "prompts 3 does not divide into 2"),
     (["--gradient_checkpointing", "yes"], "'yes' is neither true nor false"),
     (["--preset", "huge"], "invalid choice: 'huge'"),
 ])
-def test_wrong_usage_is_one_sentence_and_status_2(arguments, sentence):
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        said = []
-        patch.setattr(sys.stderr, "write", said.append)
+def test_wrong_usage_is_one_sentence_and_status_2(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
         sod.parse_config(arguments)
-    assert stop.value.code == 2 and sentence in "".join(said)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_presets_set_the_papers_numbers_and_options_win_over_them():
     paper, _ = sod.parse_config(["--preset", "paper"])
-    assert (paper.prompts_per_step, paper.group_size, paper.updates_per_step) == (64, 16, 4)
+    assert (paper.prompts, paper.group_size, paper.updates) == (64, 16, 4)
     assert (paper.max_prompt, paper.max_response, paper.max_turns) == (2560, 20480, 16)
     assert (paper.lr, paper.delta, paper.epsilon, paper.clip_high) == (1e-6, 0.2, 1e-6, 0.28)
     assert (paper.eval_top_p, paper.silent_rate, paper.overlong) == (0.6, 0.0, 1024)
@@ -380,24 +465,20 @@ def test_presets_set_the_papers_numbers_and_options_win_over_them():
     assert preset == "gpu" and mine.lr == 3e-6 and mine.gradient_checkpointing
 
 
-def broken(tmp_path, name):
-    """A file or folder that the run must refuse."""
-    path = tmp_path / name
-    text = {"json.jsonl": '{"question": "1+1", "answer": "2"}\n{"question": "1+\n',
-            "empty.jsonl": "", "keys.jsonl": '{"text": "1+1"}\n', "binary.jsonl": "\0\1\2",
-            "long.jsonl": json.dumps({"question": "Add 1. " * 500, "answer": "2"}),
-            "hint.jsonl": '{"question": "1+1", "answer": "2"}\n'}.get(name)
-    path.mkdir() if text is None else path.write_text(text)
-    return path
+@pytest.mark.parametrize("arguments, preset", [
+    (["--train_data", str(WORLD / "train.jsonl")], "world"),
+    (["--student", "runs/cold/checkpoint"], "world"),
+    (["--method", "sft", "--demonstrations", "mine.jsonl"], "gpu"),
+    (["--method", "vanilla", "--eval_data", "mine.jsonl"], "gpu")])
+def test_other_data_select_the_gpu_preset_and_the_world_spelled_otherwise_does_not(arguments,
+                                                                                  preset):
+    assert sod.parse_config(arguments)[1] == preset
 
 
-def test_other_data_select_the_gpu_preset_and_the_world_spelled_otherwise_does_not():
-    def preset(*arguments):
-        return sod.parse_config(list(arguments))[1]
-    assert preset("--train_data", str(WORLD / "train.jsonl")) == "world"
-    assert preset("--student", "runs/cold/checkpoint") == "world"
-    assert preset("--method", "sft", "--demonstrations", "mine.jsonl") == "gpu"
-    assert preset("--method", "vanilla", "--eval_data", "mine.jsonl") == "gpu"
+BROKEN = {"json.jsonl": '{"question": "1+1", "answer": "2"}\n{"question": "1+\n',
+          "empty.jsonl": "", "keys.jsonl": '{"text": "1+1"}\n', "binary.jsonl": "\0\1\2",
+          "long.jsonl": json.dumps({"question": "Add 1. " * 500, "answer": "2"}),
+          "hint.jsonl": '{"question": "1+1", "answer": "2"}\n', "folder": None}
 
 
 @pytest.mark.parametrize("option, name, sentence, more", [
@@ -410,46 +491,29 @@ def test_other_data_select_the_gpu_preset_and_the_world_spelled_otherwise_does_n
     ("--train_data", "hint.jsonl", "1 of 1 problems", ["--method", "opsd_hint"]),
     ("--train_data", "hint.jsonl", "nothing to measure on", ["--method", "vanilla"]),
     ("--demonstrations", "keys.jsonl", "line 1: found no conversation", ["--method", "sft"]),
-    ("--student", "model", "cannot load", []),
-    ("--teacher", "model", "cannot load", []),
+    ("--student", "folder", "cannot load", []),
+    ("--teacher", "folder", "cannot load", []),
+    ("--student", "gone", "there is no folder", []),
+    ("--student", "nobody/nothing", "cannot load nobody/nothing", []),
+    ("--out", "hint.jsonl", "cannot write to", []),
 ])
 def test_bad_input_is_one_sentence_and_status_1(tmp_path, capsys, option, name, sentence, more):
-    changes = dict(zip(["--steps", "--eval_data", "--out"], ["1", "", str(tmp_path)]))
-    arguments = [x for pair in changes.items() for x in pair]
-    status = sod.main([*arguments, "--preset", "world", option, str(broken(tmp_path, name)), *more])
+    for file, text in BROKEN.items():
+        (tmp_path / file).mkdir() if text is None else (tmp_path / file).write_text(text)
+    value = name if "/" in name else str(tmp_path / name)
+    status = sod.main(["--iterations", "1", "--eval_data", "", "--out", str(tmp_path), "--preset",
+                       "world", option, value, *more])
     said = capsys.readouterr().err.strip().splitlines()
     assert status == 1 and sentence in said[-1] and "Traceback" not in "".join(said)
-    assert not list(tmp_path.glob("s*-2*"))  # no folder of a run that never began
-
-
-def test_missing_folder_and_unreachable_hub_are_one_sentence(tmp_path):
-    gone = command("--student", tmp_path / "gone", "--out", tmp_path)
-    assert gone.returncode == 1 and "there is no folder" in gone.stderr.splitlines()[-1]
-    hub = command("--student", "nobody/nothing", "--out", tmp_path)
-    assert hub.returncode == 1 and "cannot load nobody/nothing" in hub.stderr.splitlines()[-1]
-
-
-def test_a_disk_that_cannot_be_written_stops_before_anything_is_loaded(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = command("--out", tmp_path / "file")
-    assert done.returncode == 1 and "cannot write to" in done.stderr
+    assert not list(tmp_path.glob("*-2*"))  # no folder of a run that never began
 
 
 def test_teacher_with_other_ids_is_refused(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
-    AutoModelForCausalLM.from_pretrained(WORLD / "teacher").save_pretrained(tmp_path / "t")
-    tokenizer.save_pretrained(tmp_path / "t")
-    spec = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    AutoModelForCausalLM.from_pretrained(WORLD / "teacher").save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(WORLD / "student").save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
     vocab = spec["model"]["vocab"]
     vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
-    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="different ids for the same text .they differ from token"):
-        sod.load_agent(config(teacher=str(tmp_path / "t")))
-
-
-def test_prompts_over_budget_are_counted_and_skipped(tmp_path):
-    rows = [{"question": "Start with 5. Add 3.", "answer": "8"},
-            {"question": "Add 1. " * 400, "answer": "2"}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    row = next(sod.train(config(train_data=str(tmp_path / "p.jsonl"))))
-    assert row["skipped"] == 1
+        sod.preflight(small(teacher=str(tmp_path)))
