@@ -107,6 +107,7 @@ class Habits:
 
 CLEAN = Habits(told=0.15)
 NOISY = replace(CLEAN, noise=0.2, lost=0.3, silent=0.1, persist=0.5, imitates=True)
+FAILING = replace(NOISY, noise=0.3, lost=0.2, silent=0.3)  # else it sees too few failures
 READING = Habits(care=0.8, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
 
 
@@ -164,7 +165,8 @@ def demonstrate(steps, x, habits, rng, most=10):
             return turns + [assistant(f"\\boxed{{{x}}}", habits.imitates)]
         breaks = failures > 1 and rng.random() < habits.breaks
         astray = failures > 0 and not breaks and rng.random() < habits.lost
-        template, a = rng.choice(steps[:done] + steps[done + 1:]) if astray else steps[done]
+        others = steps[:done] + steps[done + 1:] or steps
+        template, a = rng.choice(others) if astray else steps[done]
         program = (mistaken(rng, template, x, a) if wrong and not breaks else
                    f"print({template.format(x=x, a=a)})")
         if habits.digits:
@@ -329,12 +331,12 @@ def make_student(tokenizer, world, digits, scale):
     torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
     model = make_model(tokenizer, width=96, layers=3, mlp=256)
     rng = random.Random(f"{SEED} student")
-    clean, noisy = replace(CLEAN, digits=digits), replace(NOISY, digits=digits)
-    for course, habits, updates, size, lr in [
-            ("single calls", replace(clean, lengths=(1,), told=0.0), 150, 32, 3e-3),
-            ("clean", clean, 400, 16, 3e-3),
-            ("noisy", noisy, 600, 24, 2e-3)]:
-        practise(model, tokenizer, f"student, {course}", demonstrations(rng, habits),
+    clean, noisy, failing = (replace(h, digits=digits) for h in (CLEAN, NOISY, FAILING))
+    for course, kinds, updates, size, lr in [
+            ("single calls", [replace(clean, lengths=(1,), told=0.0)], 150, 32, 3e-3),
+            ("clean", [clean], 400, 16, 3e-3),
+            ("noisy", [noisy, failing], 600, 24, 2e-3)]:
+        practise(model, tokenizer, f"student, {course}", demonstrations(rng, *kinds),
                  max(1, int(updates * scale)), size, lr)
     save(model, tokenizer, world / "student")
 
