@@ -374,12 +374,11 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
 # At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. Both
 # functions below, token_logprobs and reverse_kl, walk over tiles of the vocabulary, all tokens at
-# once, and compute each tile a second time in backward (small inputs keep theirs): a row of the
-# head's gradient is finished by one product, in place. A tile is worked on in place too, since
-# reading and writing it is what costs beside the products.
+# once, and compute each tile a second time in backward: a row of the head's gradient is finished
+# by one product, in place. A tile is worked on in place too, since reading and writing it is what
+# costs beside the products.
 
 TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
-KEEP_ELEMENTS = 2 ** 26  # up to 256 MiB of tiles wait for backward, which then is a product sooner
 
 
 def _tiles(tokens, vocabulary):
@@ -446,15 +445,13 @@ def _head_gradients(d_logits, scale, hidden, weight, needs_weight):
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        sums, ctx.kept = _no_sums(hidden), []
+        sums = _no_sums(hidden)
         chosen = sums[1]
         for tile in _tiles(len(hidden), len(weight)):
             z = _logits(hidden, weight[tile], temperature)  # (N, n)
-            at, inside = _columns(targets, tile)
-            chosen = torch.where(inside, z.gather(1, at), chosen[:, None])[:, 0]
+            column, inside = _columns(targets, tile)
+            chosen = torch.where(inside, z.gather(1, column), chosen[:, None])[:, 0]
             sums = _add_tile(sums, z, z.clone() if want_entropy else None)
-            if len(hidden) * len(weight) <= KEEP_ELEMENTS:
-                ctx.kept.append((z, sums[0]))
         top, total, weighted = sums  # weighted / total: the mean logit under the softmax
         lse = top + total.log()
         logp, entropy = chosen - lse, lse - weighted / total
@@ -469,16 +466,12 @@ class _TokenLogProbs(torch.autograd.Function):
 
         def d_logits(tile):
             """p - one-hot; the minus of d logp / dz is in the scale below."""
-            if ctx.kept:
-                e, top = ctx.kept.pop(0)
-                p = e.mul_((top - lse).exp()[:, None]).to(hidden.dtype)
-            else:
-                z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
-                p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
-            at, inside = _columns(targets, tile)
+            z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
+            p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
+            column, inside = _columns(targets, tile)
             # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
-            new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, at))
-            return p.scatter_(1, at, new)
+            new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, column))
+            return p.scatter_(1, column, new)
 
         d_hidden, d_weight = _head_gradients(d_logits, grad / -ctx.temperature, hidden, weight,
                                              ctx.needs_input_grad[1])
@@ -487,9 +480,9 @@ class _TokenLogProbs(torch.autograd.Function):
 
 def _columns(targets, tile):
     """(N, 1) column of each target in a tile, and whether it is there at all."""
-    at = (targets - tile.start)[:, None]
+    column = (targets - tile.start)[:, None]
     width = tile.stop - tile.start
-    return at.clamp(0, width - 1), (at >= 0) & (at < width)
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
 def token_logprobs(hidden, lm_head_weight, targets, temperature=1.0, entropy=False):
@@ -1735,7 +1728,6 @@ def preflight(config):
         teacher = student
     if config.rollout_engine == "slots":
         check_slots(student)
-    check_disk(config, student, dtype)
     agent = Agent(config, None, None, tokenizer, None)
     agent.practice = load_practice(tokenizer, config)
     agent.tool, milliseconds = load_tool(config)
@@ -2004,7 +1996,8 @@ def check_memory(config, student, teacher, device, dtype):
     Activations and caches come on top; they shrink by themselves (see `phase`).
     """
     N, M = count_weights(student), count_weights(teacher) if teacher is not None else 0
-    masters = 4 * N * (dtype != torch.float32)
+    apart = dtype != torch.float32 or config.offload == "all" and device.type != "cpu"
+    masters = 4 * N * apart
     training = 0 if config.method == "vanilla" else masters + 8 * N + 4 * N  # moments, gradient
     need = Counter({device: dtype.itemsize * (N + M)})
     need[torch.device("cpu") if config.offload == "all" else device] += training
@@ -2018,19 +2011,6 @@ def check_memory(config, student, teacher, device, dtype):
                 "--offload all, or go on all the same: --preflight false")
     return " and ".join(f"{in_bytes(size)} on {place} for weights, AdamW and gradient"
                         for place, size in need.items())
-
-
-def check_disk(config, student, dtype):
-    """Are there bytes for the files of a run: two saves, and a third while it is written?"""
-    state = dtype.itemsize + 4 * (dtype != torch.float32) + 8  # weight, master, moments
-    size = 3 * state * count_weights(student)
-    out = Path(config.resume or config.out).resolve()
-    place = next(folder for folder in [out, *out.parents] if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < size and config.method != "vanilla" and config.preflight:
-        raise ValueError(f"{in_bytes(free)} are free in {place}, and the saves of a run take "
-                         f"{in_bytes(size)}; make room, choose another --out, or go on all the "
-                         "same: --preflight false")
 
 
 def count_weights(model):
@@ -2265,8 +2245,6 @@ def write_model(agent, folder, results):
         student.generation_config = ours
     agent.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(agent.config, results), encoding="utf-8")
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes files that nobody else may read
 
 
 def save_run(agent, folder):
@@ -2279,13 +2257,11 @@ def save_run(agent, folder):
     if place.exists():
         return
     with tools.writing(folder), tools.whole_folder(place) as aside:
-        config = agent.config
+        write_config(agent.config, folder)  # with the sizes that have been halved
         write_model(agent, aside, {})
         torch.save({
             "iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
-            "practice": digest(agent.practice), "halvings": agent.halvings,
-            "sizes": {"rollout_batch": config.rollout_batch,
-                      "micro_batch_tokens": config.micro_batch_tokens},
+            "practice": digest(agent.practice),
             "lengths": {name: (folder / name).stat().st_size for name in LOGS
                         if (folder / name).exists()}}, aside / "state.pt")
     for old in tools.numbered(folder / "saves")[:-2]:
@@ -2333,11 +2309,7 @@ def take_over(agent, place):
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{place} does not fit this run; resume with the --student, --dtype and "
                          "--offload that it began with") from error
-    agent.iteration, agent.halvings = state["iteration"], state["halvings"]
-    before = stored_settings(place.parent.parent)
-    for name, size in state["sizes"].items():
-        if getattr(config, name) == before[name]:  # else the command line asks for another now
-            setattr(config, name, size)
+    agent.iteration = state["iteration"]
     return state["lengths"]
 
 

@@ -1,7 +1,10 @@
 """What the tests share: settings, stand-ins for models and tools, batches of the embedded world."""
 import os
 import sys
+from collections import Counter
 from concurrent.futures import Future
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its import: no test waits for a network
@@ -59,6 +62,21 @@ def scored_batch(**changes):
     agent = sod.load_agent(small(**changes))
     agent.optimizer = sod.Optimizer(agent.student, lambda n: 0.0, agent.config)
     _, batch = next(sod.train(agent))  # at a learning rate of 0
+    return agent, batch
+
+
+@pytest.fixture(scope="session")
+def first_batch():
+    return scored_batch()
+
+
+@pytest.fixture
+def scored(first_batch):
+    """The same with default settings, sampled once; the agent is the test's own."""
+    agent, batch = first_batch
+    agent = replace(agent, config=replace(agent.config), student=deepcopy(agent.student),
+                    seconds=Counter())
+    agent.optimizer = sod.Optimizer(agent.student, lambda n: 0.0, agent.config)
     return agent, batch
 
 

@@ -15,18 +15,28 @@ workspace. The functions measured here therefore use in-place operators without 
 test_guards.py holds the count against the CPU allocator's own record.
 
 Under FakeTensorMode tensors have shapes and no data, so the peak at full size takes seconds.
-`as_on_a_gpu` makes such tensors take the branches that a GPU takes. Attention is the flash kernel
+`without_data` makes such tensors take the branches that a GPU takes. Attention is the flash kernel
 there as on a GPU, with no (T, T) scores: `PeakMemory.operators` lists what ran.
 """
 import contextlib
+import sys
 import weakref
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sod_mini as sod  # noqa: E402
+
+GIB, V = 2 ** 30, 151_936  # rows of Qwen3's vocabulary
+QWEN3 = {  # hidden size, layers, heads, intermediate size; 8 key heads of 128
+    "0.6B": (1024, 28, 16, 3072), "1.7B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728)}
 
 
 class PeakMemory(TorchDispatchMode):
@@ -36,6 +46,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.operators = Counter()
+        self.counting = True
         self._bytes = weakref.WeakKeyDictionary()  # storage: [its size, or 0 where not counted]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -51,15 +62,19 @@ class PeakMemory(TorchDispatchMode):
         for tensor in tensors_in(tree):
             storage = tensor.untyped_storage()
             if storage not in self._bytes:
-                self._bytes[storage] = size = [storage.nbytes()]
+                self._bytes[storage] = size = [storage.nbytes() * self.counting]
                 weakref.finalize(storage, self._forget, size).atexit = False
                 self.now += size[0]
         self.peak = max(self.peak, self.now)
 
-    def elsewhere(self, tree):
-        """Count the tensors in `tree` no longer: they stand for some in another memory."""
-        for tensor in tensors_in(tree):
-            self._forget(self._bytes[tensor.untyped_storage()])
+    @contextlib.contextmanager
+    def elsewhere(self, yes=True):
+        """What is made in here stands for tensors in another memory."""
+        self.counting = not yes
+        try:
+            yield
+        finally:
+            self.counting = True
 
     def _forget(self, size):
         self.now -= size[0]
@@ -70,24 +85,111 @@ def tensors_in(tree):
     return (x for x in tree_iter(tree) if isinstance(x, torch.Tensor))
 
 
-@contextlib.contextmanager
-def as_on_a_gpu():
-    """Fake tensors say that they are on a GPU, so code that asks takes its GPU branch."""
-    with mock.patch.object(FakeTensor, "is_cuda", True, create=True):
-        yield
-
-
 class AskedFor(TorchDispatchMode):
-    """Answers for tensors without data: each number is 1, and `found` places are true."""
+    """Answers for tensors without data: each number is 1, and a share of each mask is true."""
 
-    def __init__(self, found):
+    def __init__(self, share):
         super().__init__()
-        self.found, self.times = found, 0
+        self.share = share
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.times += 1
             return 1.0
         if func is torch.ops.aten.nonzero.default:
-            return args[0].new_empty((self.found, args[0].dim()), dtype=torch.long)
+            return args[0].new_empty((self.true_places(args[0]), args[0].dim()), dtype=torch.long)
+        if func is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
+            return args[0].new_empty(self.true_places(args[1][0]))
         return func(*args, **(kwargs or {}))
+
+    def true_places(self, mask):
+        return round(mask.numel() * self.share)
+
+
+@contextlib.contextmanager
+def without_data(share=1.0, gpu=True):
+    """Tensors without data, as a GPU would hold them; yields the PeakMemory that counts them."""
+    many = mock.patch.object(sys.modules["torch.optim.adam"], "_default_to_fused_or_foreach",
+                             lambda *a, **k: (False, True))  # AdamW's kernel for many tensors
+    says_so = mock.patch.object(FakeTensor, "is_cuda", gpu, create=True)
+    with FakeTensorMode(), many, says_so, PeakMemory() as memory, AskedFor(share):
+        yield memory
+
+
+def random_qwen3(size, vocabulary=None, device="cpu", dtype=torch.bfloat16, **changes):
+    """A Qwen3 model of random weights: a name of QWEN3 or (hidden, layers, heads, MLP)."""
+    hidden, layers, heads, inner = QWEN3.get(size, size)
+    shape = dict(vocab_size=vocabulary or V, hidden_size=hidden, num_hidden_layers=layers,
+                 num_attention_heads=heads, num_key_value_heads=min(8, heads // 2), head_dim=128,
+                 intermediate_size=inner, tie_word_embeddings=True, max_position_embeddings=40_960)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
+    """GiB on the GPU in an iteration of the real loop that has its rollouts, in bf16.
+
+    student, teacher  sizes: names of QWEN3
+    prompt, response  tokens of each rollout; all response tokens count as sampled, the most there
+                      can be
+    returns           {"resident", "scoring", "update": the most in each}
+
+    With --offload teacher or all a teacher is there only while it scores.
+    """
+    settings = dict(vars(config), prompts=rollouts, group_size=1, updates=1, iterations=1,
+                    gradient_checkpointing=True)
+    with without_data(response / (prompt + response)) as memory:
+        agent = agent_without_data(memory, sod.Config(**settings), student, teacher)
+        found = {"resident": memory.now}
+
+        def learn(*args):
+            found["scoring"], memory.peak = memory.peak, 0
+            return backpropagate(*args)
+
+        @contextlib.contextmanager
+        def visiting(model, device):
+            agent.teacher = model or random_qwen3(teacher).requires_grad_(False)
+            yield
+            agent.teacher = model
+        memory.peak, backpropagate = 0, sod.backpropagate
+        rows = [sod.Rollout(None, [0] * prompt, [sod.Turn([0] * response)])] * rollouts
+        instead = dict(sample_rollouts=lambda *_: rows, draw=lambda *_: [], visiting=visiting,
+                       backpropagate=learn, batch_metrics=lambda *_: {})
+        with mock.patch.multiple(sod, **instead):
+            list(sod.distil(agent))
+        found["update"] = memory.peak
+    assert memory.operators["_scaled_dot_product_flash_attention_for_cpu"], "no flash kernel"
+    return {phase: size / GIB for phase, size in found.items()}
+
+
+def agent_without_data(memory, config, student, teacher):
+    """An Agent in the middle of a run: AdamW has its moments. What --offload all keeps in the
+    CPU's memory is not counted."""
+    away = config.offload == "all"
+    model = random_qwen3(student).train()
+    sod.enable_checkpointing(model)
+    agent = sod.Agent(config, model, None, None, None)
+
+    class Optimizer(sod.Optimizer):
+        @staticmethod
+        def _collect(master, p):
+            with memory.elsewhere(away):
+                sod.Optimizer._collect(master, p)
+
+        def step(self, loss):
+            with memory.elsewhere(away):
+                return super().step(loss)
+    with memory.elsewhere(away):
+        agent.optimizer = Optimizer(model, lambda n: 1e-6, config)
+        for master in agent.optimizer.masters:
+            master.grad = torch.zeros_like(master)
+    agent.optimizer.step(1.0)
+    if config.offload == "none" and sod.METHODS[config.method].view:
+        agent.teacher = random_qwen3(teacher).requires_grad_(False)
+    return agent

@@ -2,11 +2,13 @@
 import base64
 import collections
 import csv
+import io
 import json
 import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,10 @@ import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -72,8 +77,8 @@ def test_gpqa_is_graded_as_a_letter_and_votes_as_one(tmp_path):
     right, wrong = problem.answer, "ABCD".replace(problem.answer, "")[0]
     assert tools.grade(problem, f"\\boxed{{({right}) right 0}}", None).right
     assert not tools.grade(problem, f"\\boxed{{{wrong}}}", None).right
-    assert evaluate.vote(problem, f"\\boxed{{({right})}}") == right
-    assert evaluate.vote(problem, "no idea") is None
+    assert tools.voted_answer(problem, f"\\boxed{{({right})}}") == right
+    assert tools.voted_answer(problem, "no idea") is None
 
 
 def test_broken_csv_is_named(tmp_path):
@@ -197,7 +202,7 @@ def test_programs_are_run_in_the_sandbox_against_every_test(contest_file):
             turn = "So:" if program is None else f"So:\n```python\n{program}\n```"
             seen = tools.grade(problems[question], turn, tool)
             assert (seen.right, seen.reason) == (right, reason), program
-    assert evaluate.vote(problems["stdin"], f"```python\n{ADD}\n```") is None
+    assert tools.voted_answer(problems["stdin"], f"```python\n{ADD}\n```") is None
 
 
 # --- Named benchmarks and the shared files ------------------------------------------------------
@@ -230,7 +235,7 @@ def test_the_shared_aime_files_are_benchmarks(name, told, capsys):
     loaded = load_benchmark(name, Config(benchmarks=str(SHARED / "aime")))
     assert told in capsys.readouterr().err
     assert all(tools.grade(p, f"\\boxed{{{p.answer}}}", None).right for p in loaded)
-    assert len({evaluate.vote(p, f"\\boxed{{{p.answer}}}") for p in loaded}) > 20
+    assert len({tools.voted_answer(p, f"\\boxed{{{p.answer}}}") for p in loaded}) > 20
 
 
 def test_the_shared_gsm8k_test_file_is_a_benchmark(tmp_path):
@@ -239,8 +244,8 @@ def test_the_shared_gsm8k_test_file_is_a_benchmark(tmp_path):
     (tmp_path / "gsm8k.jsonl").symlink_to(SHARED / "gsm8k" / "test.jsonl")
     loaded = load_benchmark("gsm8k", Config(benchmarks=str(tmp_path)))
     assert len(loaded) == BENCHMARKS["gsm8k"].rows == 1319
-    votes = [evaluate.vote(p, f"\\boxed{{{p.answer}.00}}") for p in loaded]
-    assert votes == [evaluate.vote(p, f"\\boxed{{\\${p.answer}}}") for p in loaded]
+    for p in loaded[:100]:
+        assert evaluate.majority([f"{p.answer}.00", f"\\${p.answer}", "77.5"], [1, 1, 0]) == 1
 
 
 def test_ids_must_tell_problems_apart(tmp_path):
@@ -264,30 +269,21 @@ def test_parquet_is_read_or_the_way_to_convert_it_is_told(tmp_path):
         assert load(path)[0].answer == "7"
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_downloads_without_a_network_say_where_to_put_the_file(name, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    def offline(*_, **__):
-        raise ConnectionError("no route to host")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ValueError, match=f"no route to host .*put it at .*{name}"):
+@pytest.mark.parametrize("name, error, message", [
+    *((name, ConnectionError("no route to host"), f"no route to host .*put it at .*{name}")
+      for name in BENCHMARKS),
+    ("gpqa_diamond", GatedRepoError.__new__(GatedRepoError),
+     "accept its conditions at https.*gpqa, log in")])
+def test_a_download_that_fails_says_how_to_get_the_file(name, error, message, tmp_path,
+                                                        monkeypatch):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ValueError, match=message):
         evaluate.download(name, tmp_path)
 
 
-def test_downloads_of_gated_sets_say_how_to_get_in(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError
-
-    def gated(*_, **__):
-        raise GatedRepoError.__new__(GatedRepoError)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gated)
-    with pytest.raises(ValueError, match="accept its conditions at https.*gpqa, log in"):
-        evaluate.download("gpqa_diamond", tmp_path)
-
-
 def test_a_download_lies_where_it_is_looked_for(tmp_path, monkeypatch):
-    import huggingface_hub
     source = gpqa(tmp_path, 198, "fetched.csv")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(source))
     place = evaluate.download("gpqa_diamond", tmp_path / "sets")
@@ -297,23 +293,57 @@ def test_a_download_lies_where_it_is_looked_for(tmp_path, monkeypatch):
 
 # --- Votes --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("one, other", [
-    ("1/2", "0.5"), (r"\frac12", r"\dfrac{1}{2}"), ("1,000", "1000.0"), (r"\text{ yes}", "yes")])
-def test_equal_answers_vote_together(one, other):
-    problem = tools.Problem("q", "1")
-    votes = [evaluate.vote(problem, f"\\boxed{{{text}}}") for text in (one, other, "7")]
-    assert votes[0] == votes[1] != votes[2] and None not in votes
+ANSWERS = [
+    "5", "-3.50", r"\frac{1}{2}", "1/2", "1,000", "50%", r"50\%", "5 cm", "x = 5", "(1, 2)",
+    r"\left(\tfrac12, -1\right)", "1, 2, 3", "red, green", r"\{1, 2\}", r"\emptyset", "[0, 1)",
+    r"(-\infty, 2]", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\text{yes}", "x^2 + 1",
+    r"2\sqrt{3}", "NaN", "nan", "inf", "null", "None", "true", '"', "\u2028", "\ud800", "naïve",
+    "B", r"\pi", "1e400", "{}", "10^{-2}", "((1, 2), (3, 4))", "[[1, 2], [3]]", r"\frac{1}{0}"]
+HEAVY = ["\\boxed{" * 150_000, "\\boxed{" + "9" * 10**6 + "}", "\\boxed{10^{999999}}",
+         "\\boxed{" + "{" * 500 + "}" * 500 + "}", "A" * 10**6, "\\boxed{1e999999999}",
+         "\\boxed{1/0}", "\\boxed{" + "1," * 290 + "}"]
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 150_000, "\\boxed{" + "9" * 10**6 + "}",
-                                  "\\boxed{10^{999999}}", "\\boxed{" + "{" * 500 + "}" * 500 + "}",
-                                  "A" * 10**6, "\\boxed{1e999999999}", "\\boxed{1/0}",
-                                  "\\boxed{" + "1," * 290 + "}"])
+@pytest.mark.parametrize("text", HEAVY)
 @pytest.mark.parametrize("kind", ["math", "choice", "program"])
 def test_no_answer_makes_a_vote_slow(kind, text):
     problem, start = tools.Problem("q", "1", kind), time.perf_counter()
-    evaluate.vote(problem, text)
+    answer = tools.voted_answer(problem, text)
+    tools.group_answers([answer, "1"])
     assert time.perf_counter() - start < 0.5
+
+
+def scripted(finals, problem):
+    """In place of sample_rollouts: rollouts of one turn each, graded as usual."""
+    def sample(agent, model, prompts, key, first, temperature, top_p):
+        rollouts = [sod.Rollout(problem, ids, [sod.Turn([1], finals[first + n])], (*key, first + n),
+                                finish="answer") for n, (_, ids) in enumerate(prompts)]
+        for r in rollouts:
+            sod.grade_rollout(r, agent.tool, agent.config)
+        return rollouts
+    return sample
+
+
+@pytest.mark.parametrize("kind", ["math", "choice"])
+def test_every_form_of_answer_goes_through_write_read_report_and_rescoring(
+        kind, tmp_path, monkeypatch, capsys):
+    finals = [*(f"\\boxed{{{answer}}}" for answer in ANSWERS), *HEAVY, "", "no", "\\boxed{", "B"]
+    row = {"question": "q", "answer": "5"} if kind == "math" else {
+        "question": "q\nA) 1\nB) 2", "answer": "B", "kind": "choice"}
+    (problem,) = loaded = load(data := write(tmp_path, row))
+    assert problem.kind == kind
+    monkeypatch.setattr(sod, "sample_rollouts", scripted(finals, problem))
+    config = Config(k=len(finals), rollout_batch=7, out=str(tmp_path), tool_unsafe=True)
+    model = sod.load_model(STUDENT, "cpu", sod.torch.float32)
+    one, path = evaluate.evaluate("m", str(data), loaded, model, sod.load_tokenizer(STUDENT),
+                                  config)
+    assert evaluate.read_finished(path) == one and len(one.rows) == len(finals)
+    assert all(isinstance(row["vote"], (str, type(None))) for row in one.rows)
+    votes = sum(row["vote"] is not None for row in one.rows)
+    assert votes >= (len(ANSWERS) if kind == "math" else 1)
+    assert f"| maj@{len(finals)} |" in evaluate.report([one])
+    assert evaluate.main(["--rescore", str(path)]) == 0
+    assert evaluate.read_finished(path.with_suffix(".rescored.jsonl")).rows == one.rows
 
 
 # --- Interruption -------------------------------------------------------------------------------
@@ -327,7 +357,7 @@ def command(folder, *more):
 
 def printed(capsys):
     """What was printed, without the paths of the files."""
-    return re.sub(r"samples .*\n", "", capsys.readouterr().out)
+    return re.sub(r"samples  .*\n", "", capsys.readouterr().out)
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +366,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     done = subprocess.run(command(folder), capture_output=True, text=True, check=True)
     (path,) = folder.iterdir()
-    return path, re.sub(r"samples .*\n", "", done.stdout)
+    return path, re.sub(r"samples  .*\n", "", done.stdout)
 
 
 def test_a_killed_evaluation_continues_and_ends_with_the_same_table(whole, tmp_path, capsys):
@@ -350,64 +380,77 @@ def test_a_killed_evaluation_continues_and_ends_with_the_same_table(whole, tmp_p
     killed = path.read_text()
     assert 9 <= killed.count("\n") < 49  # a header, 2 runs of 12 problems, 2 samples each
     path.write_text(killed + '{"run": 0, "problem": "hel')  # killed while it wrote a line
-    assert evaluate.main(["--table", str(path)]) == 1
-    assert "of 48 samples, and its last line is cut off" in capsys.readouterr().err
+    assert evaluate.main(["--rescore", str(path)]) == 1
+    assert "of 48 samples: the evaluation was interrupted" in capsys.readouterr().err
     assert evaluate.main([*TINY, "--out", str(tmp_path)]) == 0
     assert printed(capsys) == whole[1]
     assert path.read_text() == whole[0].read_text()
 
 
-def test_an_evaluation_killed_in_its_first_line_or_amid_a_chunk_continues(whole, tmp_path):
+def test_an_evaluation_killed_in_its_first_line_or_amid_a_batch_continues(whole, tmp_path):
     lines = whole[0].read_text().splitlines(keepends=True)
-    plan = evaluate.chunks(12, Config(k=2, runs=2, rollout_batch=4))
-    cases = (("", 0, 1), (lines[0][:40], 0, 1), (lines[0], 0, 1), ("".join(lines[:4]), 0, 1),
-             ("".join(lines[:5]), 1, 5), ("".join(lines[:44]) + '{"run', 10, 41),
-             ("".join(lines), 12, 49))
-    for kept, done, left in cases:  # chunks of two problems, two samples each
+    cases = (("", 1), (lines[0][:40], 1), (lines[0], 1), ("".join(lines[:4]), 1),
+             ("".join(lines[:5]), 5), ("".join(lines[:44]) + '{"run', 41), ("".join(lines), 49))
+    for kept, left in cases:  # batches of four samples
         path = tmp_path / "a.jsonl"
         path.write_text(kept)
-        found = evaluate.read_samples(whole[0])
-        found.rows = []
+        one = evaluate.read_samples(whole[0])
+        one.rows = []
         with open(path, "a") as file:
-            assert evaluate.resume(file, found, plan) == done
+            evaluate.resume(file, one)
         assert path.read_text() == "".join(lines[:left])
-        assert len(found.rows) == left - 1
+        assert len(one.rows) == left - 1
 
 
 def test_two_processes_cannot_write_one_file(whole, tmp_path):
-    found = evaluate.read_samples(whole[0])
-    with open(tmp_path / "a.jsonl", "a") as one, open(tmp_path / "a.jsonl", "a") as two:
-        evaluate.resume(one, found, [])
+    one = evaluate.read_samples(whole[0])
+    with open(tmp_path / "a.jsonl", "a") as first, open(tmp_path / "a.jsonl", "a") as second:
+        evaluate.resume(first, one)
         with pytest.raises(ValueError, match="written by another process"):
-            evaluate.resume(two, found, [])
+            evaluate.resume(second, one)
 
 
-def test_every_chunk_has_a_seed_of_its_own_whatever_came_before(monkeypatch):
+def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeypatch):
     seen = []
 
-    def sample(model, tokenizer, prompts, tool, config, rng, temperature, top_p):
-        seen.append((rng.random(), len(prompts), temperature, top_p))
-        return []
+    def sample(agent, model, prompts, key, first, temperature, top_p):
+        assert (temperature, top_p) == (0.7, 0.6)
+        for n, (problem, _) in enumerate(prompts, start=first):
+            seen.append((problem.id, n, sod.random_numbers(*key, n).random()))
+        return [sod.Rollout(problem, [], [sod.Turn()]) for problem, _ in prompts]
     monkeypatch.setattr(sod, "sample_rollouts", sample)
-    agent = sod.Agent(sod.Config(), None, None, None, None)
-    places = [(seed, run, start) for seed in (0, 1) for run in (0, 1) for start in (0, 2)]
-    for seed, run, start in places + places[::-1]:
-        config = Config(k=3, seed=seed, temperature=0.7, top_p=0.6)
-        evaluate.sample_chunk(agent, ["a", "b"], config, run, start)
-    assert len({one[0] for one in seen}) == len(places) == 8
-    assert seen == seen[::-1] and {one[1:] for one in seen} == {(6, 0.7, 0.6)}
+    prompts = [(tools.Problem("q", "1", id=name), []) for name in "ab"]
+
+    def samples(seed, done, batch):
+        config = Config(k=3, runs=2, seed=seed, temperature=0.7, top_p=0.6, rollout_batch=batch)
+        one = Evaluation("m", "d", 2, 0, 1, 1, asdict(config), [{}] * done)
+        seen.clear()
+        rows = [row for rows in evaluate.sample_the_rest(sod.Agent(config, *[None] * 4), one,
+                                                         prompts) for row in rows]
+        places = [(row["run"], row["problem"], row["sample"]) for row in rows]
+        assert places == [(r, p, s) for r in (0, 1) for p in "ab" for s in range(3)][done:]
+        return list(seen)
+    whole = samples(0, 0, 12)
+    assert len({noise for *_, noise in whole}) == 12
+    assert samples(0, 0, 5) == whole and samples(0, 5, 5) == whole[5:]
+    assert not {noise for *_, noise in whole} & {noise for *_, noise in samples(1, 0, 12)}
 
 
-def test_only_an_answer_turn_is_graded_and_only_sampled_tokens_count():
-    problem = tools.Problem("q", "4", id="p")
-    for finish, final in (("answer", "\\boxed{4}"), ("budget", ""), ("turns", "")):
-        r = sod.Rollout(problem, [1] * 6, [-1, 0, 0, -1, 1, 1], 1, ["call", "\\boxed{4}"], ["5"],
-                        ["ok", ""], finish)
-        stored = evaluate.sample_row(r, 0, 3, transcripts=False)
-        assert stored["final"] == final and stored["vote"] == ("4" if final else None)
-        assert (stored["tokens"], stored["calls"], stored["sample"]) == (4, ["ok"], 3)
-        assert "turns" not in stored
-        assert evaluate.sample_row(r, 0, 3, transcripts=True)["turns"] == r.turns
+def rollout_of(finish, outcome=""):
+    turns = [sod.Turn([1, 2], "call", "ok", "5", [3]), sod.Turn([4, 5], "\\boxed{4}", outcome)]
+    return sod.Rollout(tools.Problem("q", "4", id="p"), [1] * 6, turns, finish=finish)
+
+
+def test_only_a_final_turn_is_graded_and_only_sampled_tokens_count():
+    for finish, outcome, final in (("answer", "", "\\boxed{4}"), ("budget", "", ""),
+                                   ("turns", "not_run", ""), ("infrastructure", "", "\\boxed{4}"),
+                                   ("infrastructure", "sandbox_error", "")):
+        r = rollout_of(finish, outcome)
+        row = evaluate.sample_row(r, 0, 3, transcripts=False)
+        assert row["final"] == final and row["vote"] == ("4" if final else None)
+        assert (row["tokens"], row["sample"]) == (4, 3)
+        assert row["calls"] == ["ok"] + [outcome] * (outcome != "") and "turns" not in row
+        assert evaluate.sample_row(r, 0, 3, transcripts=True)["turns"] == ["call", "\\boxed{4}"]
 
 
 def test_other_settings_problems_or_weights_start_another_file():
@@ -417,9 +460,6 @@ def test_other_settings_problems_or_weights_start_another_file():
     problems = [tools.Problem("q", "1"), tools.Problem("q", "2"), tools.Problem("r", "1"),
                 tools.Problem("q", "1", tests=[{"input": ""}])]
     assert len({evaluate.crc_of([problem]) for problem in problems}) == 4
-
-
-def test_a_change_of_one_weight_changes_the_crc():
     model = sod.torch.nn.Linear(3, 2, dtype=sod.torch.bfloat16)
     before = evaluate.weights_crc(model)
     assert before == evaluate.weights_crc(model)
@@ -464,59 +504,33 @@ def test_the_numbers_of_a_report_by_hand(tmp_path):
     assert detail["not right, because"] == "50.0% (wrong 50.0%)"
 
 
+UNJUDGED = "samples the sandbox failed, counted as not right"
+
+
 def test_calls_cuts_and_failures_are_counted_and_the_sandbox_apart(tmp_path):
     rows = [row("p", True, sample=0, calls=["ok", "timeout", "error", "timeout"]),
-            row("p", False, sample=1, calls=["sandbox_error"]),
+            row("p", False, sample=1, calls=["sandbox_error"], finish="infrastructure"),
             row("p", False, sample=2, calls=[], finish="budget", reason="no boxed answer"),
             row("p", False, sample=3, calls=["not_run"], finish="turns", reason="no boxed answer")]
-    one = evaluate.read_finished(stored(tmp_path / "a.jsonl", rows, k=4))
-    detail = evaluate.detail(one)
+    detail = evaluate.detail(evaluate.read_finished(stored(tmp_path / "a.jsonl", rows, k=4)))
     assert detail["tool calls a trajectory"] == "1.50"
     assert detail["failed calls"] == "50.0% (timeout 33.3%, error 16.7%)"
     assert detail["cut off, by"] == "50.0% (turns 25.0%, budget 25.0%)"
-    assert detail["samples the sandbox failed"] == "1"
+    assert detail[UNJUDGED] == "1"
     assert detail["not right, because"] == "75.0% (no boxed answer 50.0%, wrong 25.0%)"
     assert detail["sampled tokens a trajectory"] == "10"
 
 
-def test_rescoring_grades_stored_programs_without_a_model(contest_file, tmp_path, capsys):
-    rows = [row(question, not right, sample=sample, vote=None,
-                final="" if program is None else f"```python\n{program}\n```")
-            for sample, (question, program, right, _) in enumerate(PROGRAMS)]
-    path = stored(tmp_path / "a.jsonl", rows, data=contest_file, k=4, tool_unsafe=True,
-                  tool_timeout=1.0)
-    assert evaluate.main(["--rescore", str(path)]) == 0
-    assert "8 of 8 verdicts changed" in capsys.readouterr().out
-    new = evaluate.read_finished(tmp_path / "a.rescored.jsonl")
-    assert [(r["right"], r["reason"]) for r in new.rows] == [p[2:] for p in PROGRAMS]
-    assert evaluate.read_finished(path).rows == rows  # the old file is as it was
-
-
-def test_rescoring_takes_the_answers_of_today(tmp_path, capsys):
-    data = write(tmp_path, *({"question": f"q{p}", "answer": "2", "id": f"p{p}"} for p in (0, 1)))
-    path = four_by_two(tmp_path / "a.jsonl", data=data)
-    assert evaluate.main(["--rescore", str(path), "--tool_unsafe", "true"]) == 0
-    assert "8 of 8 verdicts changed" in capsys.readouterr().out
-    new = evaluate.read_finished(tmp_path / "a.rescored.jsonl")
-    assert new.scores() == {"p0": 0.75, "p1": 0.25}
-    write(tmp_path, {"question": "q", "answer": "2", "id": "p0"})
-    assert evaluate.main(["--rescore", str(path)]) == 1
-    assert "lacks 1 problems of" in capsys.readouterr().err
-
-
-def test_two_files_are_compared_by_problem(tmp_path, capsys):
-    a, b = ([row(f"p{p}", p % 10 < share) for p in range(100)] for share in (2, 4))
-    a, b = stored(tmp_path / "a.jsonl", a, "opd", k=1), stored(tmp_path / "b.jsonl", b, "sod", k=1)
-    assert evaluate.main(["--compare", str(a), str(b)]) == 0
-    assert re.fullmatch(r"sod is better by 20.0 points, 95% interval 1[23]\.\d to 2[78]\.\d\n",
-                        capsys.readouterr().out)
-    assert evaluate.main(["--compare", str(a), str(a)]) == 0
-    assert "100 problems cannot tell these apart" in capsys.readouterr().out
-    other = evaluate.read_finished(b)
-    other.questions = 2
-    evaluate.write_samples(b, other)
-    assert evaluate.main(["--compare", str(a), str(b)]) == 1
-    assert "different problems" in capsys.readouterr().err
+def test_a_benchmark_of_the_paper_has_the_papers_result_beside_it(tmp_path):
+    def told(data):
+        path = four_by_two(tmp_path / f"{data}.jsonl", data=data)
+        return evaluate.report([evaluate.read_finished(path)])
+    text = told("aime2025")
+    assert "SOD 0.6B, SOD 1.7B, their 4B teacher: 26.13, 41.72, 60.42\n" in text
+    assert "the paper" not in told("gsm8k")
+    # the means of the paper's tables: SOD 24.22 and 42.98, the teacher 61.59
+    figures = [list(map(float, b.paper.split(", "))) for b in BENCHMARKS.values() if b.paper]
+    assert np.mean(figures, axis=0) == pytest.approx([24.22, 42.98, 61.59], abs=0.0101)
 
 
 def test_a_report_without_a_verdict_still_has_its_table(tmp_path):
@@ -528,85 +542,205 @@ def test_a_report_without_a_verdict_still_has_its_table(tmp_path):
     assert sod.results_table({"m": a.correct(), "n": b.correct()}) in text  # as in the model card
 
 
-# --- The paper's table --------------------------------------------------------------------------
+# --- Rescoring ----------------------------------------------------------------------------------
 
-def test_the_papers_rows_agree_with_their_own_means():
-    rows = [line.split() for line in evaluate.PAPER_ROWS.split("\n") if line]
-    assert len(rows) == 15 and set(map(len, rows)) == {7}
-    for *_, a, b, c, d, mean in rows:
-        assert float(mean) == pytest.approx(sum(map(float, (a, b, c, d))) / 4, abs=0.0101)
+def test_rescoring_grades_stored_programs_without_a_model(contest_file, tmp_path, capsys):
+    rows = [row(question, not right, sample=sample, vote=None,
+                final="" if program is None else f"```python\n{program}\n```")
+            for sample, (question, program, right, _) in enumerate(PROGRAMS)]
+    path = stored(tmp_path / "a.jsonl", rows, data=contest_file, k=4, tool_unsafe=True,
+                  tool_timeout=1.0)
+    assert evaluate.main(["--rescore", str(path)]) == 0
+    assert "8 of 8 verdicts changed; 0 samples stay unjudged" in capsys.readouterr().out
+    new = evaluate.read_finished(tmp_path / "a.rescored.jsonl")
+    assert [(r["right"], r["reason"]) for r in new.rows] == [p[2:] for p in PROGRAMS]
+    assert evaluate.read_finished(path).rows == rows  # the old file is as it was
 
 
-def test_measured_rows_stand_under_the_row_they_belong_to(tmp_path):
-    names = ["aime2024", "aime2025", "gpqa_diamond", "livecodebench_v6"]
-    usual = {name: value for name, value in PAPER.items() if name not in ("k", "runs")}
-    four = [four_by_two(tmp_path / f"{name}.jsonl", 2, data=name, **usual) for name in names]
-    world = four_by_two(tmp_path / "w.jsonl", model="a|b", data="world", limit=2, top_p=0.5)
-    files = [f"0.6B/sod={path}" for path in four] + [str(world)]
-    lines = evaluate.paper_table(files).splitlines()
-    head = "| model | method | AIME24 | AIME25 | GPQA-Diamond | LiveCodeBench-v6 | mean | world |"
-    assert lines[0] == head and len(lines) == 2 + 15 + 2
-    place = next(n for n, line in enumerate(lines) if line.startswith("| 0.6B | sod |"))
-    assert lines[place] == "| 0.6B | sod | 20.84 | 26.13 | 22.19 | 27.72 | 24.22 |  |"
-    cells = lines[place + 1].split(" | ")
-    assert cells[:2] == ["| 0.6B", "**m, average@4 of 2**"] and cells[6:] == ["50.00", " |"]
-    assert all(re.fullmatch(r"50\.00 ± 0\.00 \(.*\)", cell) for cell in cells[2:6])
-    label = "a\\|b, average@4 of 1, limit 2, top_p 0.5"
-    assert lines[-1].startswith(f"|  | **{label}** |  |  |  |  |  | 50.00 (")
-    assert evaluate.paper_table(four[:3]).splitlines()[-1].split(" | ")[-1] == " |"  # no mean
-    with pytest.raises(ValueError, match="measure AIME24 in the same way"):
-        evaluate.paper_table([four[0], str(four[0])])
-    with pytest.raises(ValueError, match="8B/sod is not in the paper's table; choose"):
-        evaluate.paper_table([f"8B/sod={world}"])
+def test_rescoring_takes_the_answers_of_today(tmp_path, capsys):
+    data = write(tmp_path, *({"question": f"q{p}", "answer": "2", "id": f"p{p}"} for p in (0, 1)))
+    path = four_by_two(tmp_path / "a.jsonl", data=data)
+    assert evaluate.main(["--rescore", str(path), "--tool_unsafe", "true", "--k", "3"]) == 0
+    out = capsys.readouterr()
+    assert "8 of 8 verdicts changed" in out.out and "not used by this command: k" in out.err
+    new = evaluate.read_finished(tmp_path / "a.rescored.jsonl")
+    assert new.scores() == {"p0": 0.75, "p1": 0.25} and new.settings["k"] == 4
+    write(tmp_path, {"question": "q", "answer": "2", "id": "p0"})
+    assert evaluate.main(["--rescore", str(path)]) == 1
+    assert "lacks 1 problems of" in capsys.readouterr().err
+
+
+class BrokenTool:
+    """A sandbox that fails whatever it is asked to run."""
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *_: None
+    run = lambda self, codes, stdins=None, raw=False: [
+        tools.Observation("the sandbox failed", "sandbox_error", 0.0) for _ in codes]
+
+
+def test_what_the_sandbox_failed_to_judge_is_judged_later_or_stays_unjudged(
+        contest_file, tmp_path, monkeypatch, capsys):
+    problems = {problem.id: problem for problem in load(contest_file)}
+    rows = []
+    for sample, (question, program, *_) in enumerate(PROGRAMS[:4]):
+        r = sod.Rollout(problems[question], [0], [sod.Turn([1], f"```python\n{program}\n```")],
+                        finish="answer")
+        sod.grade_rollout(r, BrokenTool(), Config())
+        rows.append(evaluate.sample_row(r, 0, sample, transcripts=False))
+    lost = sod.Rollout(problems["stdin"], [0], [sod.Turn([1], "call", "sandbox_error")],
+                       finish="infrastructure")
+    sod.grade_rollout(lost, BrokenTool(), Config())
+    rows[1] = evaluate.sample_row(lost, 0, 1, transcripts=False)
+    path = stored(tmp_path / "a.jsonl", rows, data=contest_file, k=4, tool_unsafe=True,
+                  tool_timeout=1.0)
+    assert evaluate.detail(evaluate.read_finished(path))[UNJUDGED] == "4"
+    with monkeypatch.context() as patch:  # the sandbox is still broken
+        patch.setattr(sod, "load_tool", lambda config: (BrokenTool(), 0.0))
+        assert evaluate.main(["--rescore", str(path)]) == 0
+    assert "4 samples stay unjudged" in capsys.readouterr().out
+    assert evaluate.main(["--rescore", str(tmp_path / "a.rescored.jsonl")]) == 0
+    assert "1 of 4 verdicts changed; 1 samples stay unjudged" in capsys.readouterr().out
+    new = evaluate.read_finished(tmp_path / "a.rescored.rescored.jsonl")
+    assert [r["right"] for r in new.rows] == [True, False, False, False]
+    assert [r["finish"] for r in new.rows] == ["answer", "infrastructure", "answer", "answer"]
+    assert new.rows[1] == rows[1] and evaluate.detail(new)[UNJUDGED] == "1"
+
+
+# --- Comparing ----------------------------------------------------------------------------------
+
+def test_two_files_are_compared_by_problem(tmp_path, capsys):
+    a, b = ([row(f"p{p}", p % 10 < share) for p in range(100)] for share in (2, 4))
+    a, b = stored(tmp_path / "a.jsonl", a, "opd", k=1), stored(tmp_path / "b.jsonl", b, "sod", k=1)
+    assert evaluate.main(["--compare", str(a), str(b)]) == 0
+    assert capsys.readouterr().out == (
+        "sod is better by 20.0 points, 95% interval 12.0 to 28.0\n")
+    other = evaluate.read_finished(b)
+    other.questions = 2
+    evaluate.write_samples(b, other)
+    assert evaluate.main(["--compare", str(a), str(b)]) == 1
+    assert "different problems" in capsys.readouterr().err
+
+
+def test_a_comparison_with_itself_is_a_sentence_and_with_a_copy_a_verdict(tmp_path, capsys):
+    a = four_by_two(tmp_path / "a.jsonl")
+    for name in (a, STUDENT):
+        assert evaluate.main(["--compare", str(name), str(name)]) == 1
+        out = capsys.readouterr()
+        assert f"names {name} twice" in out.err and not out.out
+    (tmp_path / "b.jsonl").write_text(a.read_text())
+    assert evaluate.main(["--compare", str(a), str(tmp_path / "b.jsonl")]) == 0
+    assert "both score the same on every problem" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed, note", [
+    ({"max_turns": 3}, "max_turns 12 and 3"), ({"temperature": 0.5}, "temperature 1.0 and 0.5"),
+    ({"runs": 2}, "runs 1 and 2"), ({"system": "S"}, "system '' and 'S'"),
+    ({"dtype": "bfloat16"}, "dtype 'auto' and 'bfloat16'"), ({"seed": 3}, None),
+    ({"rollout_batch": 8, "transcripts": True, "threads": 2}, None)])
+def test_evaluations_with_other_settings_are_compared_with_a_note(changed, note, tmp_path, capsys):
+    a, b = four_by_two(tmp_path / "a.jsonl"), four_by_two(tmp_path / "b.jsonl", **changed)
+    assert evaluate.main(["--compare", str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    assert (f"; NOTE: not only the models differ, but the settings: {note}\n" in said if note
+            else "NOTE" not in said)
 
 
 # --- The command line ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, message", [
     (["--k", "0"], "k is 0; it must be at least 1"), (["--top_p", "1.5"], "top_p is 1.5"),
+    (["--runs", "0"], "runs is 0"), (["--max_turns", "0"], "max_turns is 0"),
     (["--temperature", "0"], "temperature is 0"), (["--dates", "may"], "dates is 'may'"),
-    (["--kk", "1"], "unrecognized"), (["--table", "x", "--k", "2"], "makes no use of --k"),
-    (["--download", "x", "--data", "world"], "makes no use of --data"),
-    (["--rescore", "x", "--table", "y"], "not allowed with"), (["--k", "many"], "invalid int"),
-])
+    (["--kk", "1"], "unrecognized"), (["--rescore", "x", "--page", "y"], "not allowed with"),
+    (["--k", "many"], "invalid int")])
 def test_wrong_options_are_a_sentence_and_status_2(argv, message, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main(argv)
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv, idle", [
+    (["--rescore", "x", "--k", "2", "--data", "world"], "data, k"),
+    (["--download", "x", "--k", "2"], "k"),
+    (["--page", "x", "--temperature", ".5"], "temperature"), (["--iteration", "3"], "iteration"),
+    (["--data", "gsm8k", "--look", "3", "--silent_persist", ".1"], "look, silent_persist"),
+    (["--micro_batch_tokens", "7"], "micro_batch_tokens"), (["--k", "2", "--look", "3"], None),
+    (["--rescore", "x", "--tool_timeout", "3"], None), (["--page", "x", "--iteration", "2"], None)])
+def test_options_that_a_command_does_not_use_are_told_and_dropped(argv, idle, capsys):
+    args, given = evaluate.parse(argv)
+    said = capsys.readouterr().err
+    assert said == (f"not used by this command: {idle}\n" if idle else "")
+    assert not given.keys() & set((idle or "").split(", "))
+
+
 @pytest.mark.parametrize("text, message", [
-    ("", "no file of samples"), ("{}\n", "no file of samples"), ("[]\n", "no file of samples"),
-    ("[]\n" * 3, "no file of samples"), ("x\n", "line 1: found broken JSON"),
-    ('{"model": "m"}\n', "no file of samples"),
-])
+    ("", "is empty"), ("{}\n", "no file of samples"), ("[]\n", "no file of samples"),
+    ("[]\n" * 3, "found no sample"), ("x\n", "line 1: found broken JSON"),
+    ('{"model": "m"}\n', "no file of samples"), ('{"model": "m"}', "no file of samples")])
 def test_wrong_files_are_a_sentence_and_status_1(text, message, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(text)
-    assert evaluate.main(["--table", str(tmp_path / "a.jsonl")]) == 1
+    assert evaluate.main(["--rescore", str(tmp_path / "a.jsonl")]) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_a_broken_line_amid_a_file_is_named(tmp_path, capsys):
+def test_a_broken_line_or_header_is_named(tmp_path, capsys):
     path = four_by_two(tmp_path / "a.jsonl")
     lines = path.read_text().splitlines()
-    for bad, message in (("{", "line 4: found broken JSON"), ("{}", "line 4: found no sample"),
-                         (lines[3].replace("true", "1").replace("false", "0"), "no sample")):
-        path.write_text("\n".join(lines[:3] + [bad] + lines[4:]) + "\n")
-        assert evaluate.main(["--compare", str(path), str(path)]) == 1
+    for number, bad, message in (
+            (4, "{", "line 4: found broken JSON"), (4, "{}", "line 4: found no sample"),
+            (4, lines[3].replace("true", "1").replace("false", "0"), "line 4: found no sample"),
+            (4, lines[3].replace('"vote": "', '"vote": ["').replace('", "truth', '"], "truth'),
+             "line 4: found no sample"),
+            (1, lines[0].replace('"top_p": 1.0', '"top_p": 7'), "no file of samples"),
+            (1, lines[0].replace('"look": ', '"chunk": '), "no file of samples")):
+        path.write_text("\n".join([*lines[:number - 1], bad, *lines[number:]]) + "\n")
+        assert evaluate.main(["--rescore", str(path)]) == 1
         assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--model", "/nowhere"], "there is no folder '/nowhere'"), (["--data", "nowhere"], "neither"),
-    (["--table", "/nowhere.jsonl"], "does not exist"), (["--rescore", "/nowhere.jsonl"], "exist"),
+    (["--rescore", "/nowhere.jsonl"], "does not exist"),
     (["--download", "world"], "cannot be downloaded"),
     (["--model", STUDENT, "--max_response", "5000"], "reads 1024 tokens"),
-    (["--model", STUDENT, "--max_prompt", "4"], "longer than 4 tokens"),
-])
+    (["--model", STUDENT, "--max_prompt", "4"], "longer than 4 tokens")])
 def test_what_is_not_there_is_a_sentence_and_status_1(argv, message, tmp_path, capsys):
     assert evaluate.main([*argv] + ["--out", str(tmp_path)] * ("--model" in argv)) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_measured_on_its_training_file_is_told(tmp_path, capsys):
+    def told(model, data):
+        evaluate.check_before_weights(str(model), [str(data)], {"max_prompt": 128,
+                                                                "max_response": 384})
+        return "was trained on" in capsys.readouterr().err
+    world, mine = ROOT / "data" / "world", write(tmp_path, {"question": "q", "answer": "1"})
+    assert told(STUDENT, world / "train.jsonl") and not told(STUDENT, "world")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"train_data": str(mine)}))
+    (tmp_path / "link.jsonl").symlink_to(mine)
+    for place in ("checkpoint", "saves/iteration-5"):
+        shutil.copytree(STUDENT, tmp_path / "run" / place)
+        assert told(tmp_path / "run" / place, tmp_path / "link.jsonl")
+        assert not told(tmp_path / "run" / place, world / "train.jsonl")
+
+
+def test_a_closed_or_plain_screen_ends_no_command(tmp_path, monkeypatch, capsys):
+    a, b = (four_by_two(tmp_path / f"{name}.jsonl", model="naïve\u2028" + name)
+            for name in "ab")
+    compare = ["--compare", str(a), str(b)]
+    monkeypatch.setattr(sys, "stdout", None)  # started with >&-
+    assert evaluate.main(compare) == 0
+    monkeypatch.setattr(sys, "stdout", screen := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert evaluate.main(compare) == 0
+    assert rb"na\xefve\u2028b minus" in screen.buffer.getvalue()
+    reader, writer = os.pipe()
+    os.close(reader)  # as | head does
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    assert evaluate.main(compare) == 1
+    assert capsys.readouterr().err == (
+        "error: the reader of this output has gone, so the command stopped\n")
 
 
 def test_the_papers_settings_are_those_of_other_data_and_can_be_changed():

@@ -1,152 +1,156 @@
-"""The memory plan against what torch's CPU allocator hands out."""
-import random
-import sys
-from functools import partial
-from pathlib import Path
+"""What a run holds is said before it begins, and a phase that runs out of memory shrinks."""
+import math
+import re
+from collections import Counter
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import sod_mini as sod
+from conftest import gradient, scored_batch, small, tiny
+from memory import GIB, peak_of_iteration, random_qwen3, tensors_in
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+# --- What a run holds -------------------------------------------------------------------------
 
 
-def bytes_at_peak(function):
-    """The most bytes alive at once above those at the start, by the allocator's own account."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        function()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most
-
-
-def make(dtype, D=64, layers=4, heads=4, kv=2, F=192, V=1000):
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=V, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, head_dim=32, intermediate_size=F,
-        tie_word_embeddings=True)).to(dtype)
-
-
-def batch(rows, length, V, prompt=16):
-    """Rollouts of random ids that fill their budget, scored by nobody."""
-    generator = random.Random(0)
-    rollouts = [sod.Rollout(None, [generator.randrange(3, V) for _ in range(length)],
-                            [-1] * prompt + [0] * (length - prompt), prompt, turns=[""],
-                            outcomes=[""]) for _ in range(rows)]
-    return rollouts
-
-
-def settings(rows, length, **changes):
-    return sod.Config(**{**dict(
-        max_prompt=16, max_response=length - 16, prompts_per_step=rows, group_size=1,
-        updates_per_step=2, eval_data="", micro_batch_tokens=rows * length), **changes})
-
-
-def working(plan, phases):
-    """Bytes of the plan that come and go within these phases."""
-    return max(sum(plan[part][phase] for part in ("KV cache", "activations", "logits"))
-               for phase in phases)
-
-
-SHAPES = [dict(), dict(layers=8), dict(D=256, F=768, heads=8, kv=4, layers=6), dict(V=8000),
-          dict(D=128, F=512, V=8000, length=1024), dict(F=768, heads=8),
-          dict(D=32, F=64, heads=2, kv=1, layers=2, V=20_000, length=512, rows=8)]
-
-
-def scored(rollouts, fresh=False):
-    B, T = len(rollouts), len(rollouts[0].ids)
-    zeros = torch.zeros(B, T)
-    return sod.Scored(rollouts, sod.pad([r.step_id for r in rollouts], -1, "cpu"),
-                      torch.zeros(B, 1, dtype=torch.bool), torch.zeros(B), zeros - 5, zeros,
-                      zeros - 5, zeros, torch.zeros(B, 1), torch.ones(B, 1), torch.randn(B, T),
-                      fresh)
+# Bytes a weight of the student's: weights, masters, two moments, gradient. The teacher has weights.
+@pytest.mark.parametrize("dtype, offload, on_gpu, on_cpu", [
+    ("bfloat16", "none", (2 + 4 + 8 + 4, 2), (0, 0)),
+    ("bfloat16", "teacher", (18, 2), (0, 2)),
+    ("bfloat16", "all", (2, 2), (16, 2)),
+    ("float32", "none", (4 + 0 + 8 + 4, 4), (0, 0)),
+    ("float32", "all", (4, 4), (16, 4))])
+def test_what_is_said_before_the_weights_is_what_a_run_holds(monkeypatch, dtype, offload, on_gpu,
+                                                            on_cpu):
+    monkeypatch.setattr(sod, "free_memory", lambda place: math.inf)
+    monkeypatch.setattr(sod, "in_bytes", str)
+    student, teacher = tiny(), tiny(hidden_size=48)
+    config, kind = small(offload=offload), getattr(torch, dtype)
+    said = sod.check_memory(config, student, teacher, GPU, kind)
+    found = Counter({place: int(n) for n, place in re.findall(r"(\d+) on (\w+)", said)})
+    N, M = (sum(p.numel() for p in m.parameters()) for m in (student, teacher))
+    want = {"cuda": on_gpu[0] * N + on_gpu[1] * M, "cpu": on_cpu[0] * N + on_cpu[1] * M}
+    assert found == Counter({place: size for place, size in want.items() if size})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scoring_and_update_take_what_the_plan_says(shape, again, dtype):
-    shape = dict(shape)
-    rows, length = shape.pop("rows", 4), shape.pop("length", 256)
-    c = settings(rows, length, gradient_checkpointing=again)
-    model = make(dtype, **shape).train()
-    rollouts = batch(rows, length, shape.get("V", 1000))
-    plan = sod.memory_plan(c, sod.Shape.of(model), None, dtype.itemsize)
-    assert working(plan, (1, 2)) == pytest.approx(
-        bytes_at_peak(lambda: sod.score(model, rollouts, c)), rel=0.12)
-    if again:
-        sod.enable_checkpointing(model)
-    agent = sod.Agent(c, model, None, None, None, optimizer=sod.Optimizer(model, 1e-4, c))
-    agent.optimizer.grads = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
-    agent.optimizer.step = lambda scale: 0.0
-    taken = bytes_at_peak(lambda: sod.update(agent, scored(rollouts), list(range(rows)), c))
-    heads = sum(plan["gradient"][3:]) // 2 - 4 * sod.Shape.of(model).weights
-    assert working(plan, (3, 4)) + heads == pytest.approx(taken, rel=0.12)
+def test_a_run_holds_what_was_said(monkeypatch, dtype):
+    monkeypatch.setattr(sod, "in_bytes", str)
+    model, config = tiny(dtype=dtype), small(method="grpo")
+    optimizer = sod.Optimizer(model, lambda n: 1e-4, config)
+    for _ in range(2):
+        optimizer.step(0.0)  # takes the moments into being, at the second time round
+        sum(p.sum() for p in model.parameters()).backward()
+    weights = [*model.parameters(), *optimizer.masters]
+    tensors = [*weights, *(p.grad for p in weights), optimizer.adamw.state_dict()]
+    sizes = {x.data_ptr(): x.numel() * x.element_size() for x in tensors_in(tensors) if x.dim()}
+    said = sod.check_memory(config, tiny(), None, CPU, dtype)
+    assert int(re.match(r"\d+", said)[0]) == sum(sizes.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_gradient_and_state_take_what_the_plan_says(dtype):
-    kept, c = [], settings(4, 256)
-
-    def build():
-        model = make(dtype)
-        optimizer = sod.Optimizer(model, 1e-4, c)
-        optimizer.grads = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
-        kept.append((model, optimizer))
-    build()  # warm
-    shape = sod.Shape.of(kept[0][0])
-    plan = sod.memory_plan(c, shape, None, dtype.itemsize)
-    model, optimizer = kept[0]
-    tensors = [*model.parameters(), *optimizer.grads, *optimizer.m, *optimizer.v,
-               *filter(lambda x: x is not None, optimizer.low)]
-    held = sum(x.numel() * x.element_size() for x in tensors)
-    assert held == shape.weights * 16
-    assert plan["student"][0] + plan["AdamW"][0] + 4 * shape.weights == held
+@pytest.mark.parametrize("offload", ["none", "teacher", "all"])
+def test_the_counted_iteration_of_the_table_rests_on_what_was_said(monkeypatch, offload):
+    """Teacher and optimiser are counted where they are, and the gradient on top."""
+    monkeypatch.setattr("memory.V", 1000)
+    student, teacher = (64, 2, 2, 128), (64, 3, 2, 128)
+    seen = peak_of_iteration(small(offload=offload), student, teacher, 8, 24, 3)
+    N, M = (sum(p.numel() for p in random_qwen3(size).parameters()) for size in (student, teacher))
+    rest = {"none": 14 * N + 2 * M, "teacher": 14 * N, "all": 2 * N}[offload]
+    assert seen["resident"] * GIB == pytest.approx(rest, rel=0.01)  # and a table of the positions
+    gone = 0 if offload == "none" else 2 * M
+    assert seen["scoring"] * GIB > rest + gone
+    step = 0 if offload == "all" else 8 * N  # the gradient, and what AdamW's kernel needs besides
+    assert seen["update"] * GIB > rest + step
 
 
-def sample_to_the_budget(engine, model, rollouts, c):
-    """What an engine does with rollouts that never end their turn, from half the budget on."""
-    pick, n = partial(sod.pick_tokens, top_p=0.9), len(rollouts)
-    if engine == "generate":
-        tokens = c.max_response - rollouts[0].response_len
-        return sod.sample_tokens(model, NoEnd, rollouts, tokens, pick)
-    slots = sod.Slots(model, n)
-    slots.seats = rollouts
-    while rollouts[0].response_len + c.look <= c.max_response:
-        slots.catch_up(n, c.micro_batch_tokens)
-        for r, ids in zip(rollouts, slots.sample(n, c.look, pick)):
-            r.extend(ids, 0)
-        slots.fed = [len(r.ids) - 1 for r in rollouts]
+# --- Phases that halve ------------------------------------------------------------------------
 
 
-class NoEnd:
-    eos_token_id, pad_token_id = 10**9, 0
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("engine", ["generate", "slots"])
-@pytest.mark.parametrize("rows, length, shape", [
-    (4, 1024, {}), (16, 256, {}), (16, 256, dict(D=256, F=768)),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (8, 512, dict(layers=16)), (32, 128, dict(V=20_000)), (8, 512, dict(heads=8))))])
-def test_sampling_takes_no_more_than_the_plan_says(engine, rows, length, shape):
-    model = make(torch.float32, **shape).eval().requires_grad_(False)
-    model.generation_config = GenerationConfig()
-    c = settings(rows, length, rollout_engine=engine, micro_batch_tokens=length, chunk=8)
-    planned = working(sod.memory_plan(c, sod.Shape.of(model), None, 4), (0,))
-    rollouts = batch(rows, length - 64, shape.get("V", 1000))
-    for i, r in enumerate(rollouts[1:], start=1):
-        del r.ids[-i:], r.step_id[-i:]
-    for r in rollouts:
-        r.noise = torch.rand(length, dtype=torch.float64).numpy()
-    taken = bytes_at_peak(lambda: sample_to_the_budget(engine, model, rollouts, c))
-    assert taken <= planned <= 2 * taken
+def failing(work, fails, error=NO_MEMORY):
+    """`work`, but for the calls at which `fails(number of the call, *arguments)`."""
+    calls = []
+
+    def run(*args):
+        calls.append(args)
+        if fails(len(calls), *args):
+            raise error
+        return work(*args)
+    return run
+
+
+def test_sampling_that_runs_out_of_memory_goes_on_with_half_and_gives_the_same_rollouts(
+        monkeypatch, scored):
+    agent, _ = scored
+    agent.config.rollout_batch = 0
+    prompts = agent.practice[:6]
+
+    def play():
+        found = sod.sample_rollouts(agent, agent.student, prompts, (0, "test", 1))
+        return [(r.ids, r.turns, r.reward) for r in found]
+    plain = play()
+    monkeypatch.setattr(sod, "sample_tokens", failing(sod.sample_tokens,
+                                                      lambda n, *args: len(args[2]) > 2))
+    assert play() == plain
+    assert agent.config.rollout_batch == 1 and agent.halvings == 2  # 6, 3, 1
+    assert play() == plain and agent.halvings == 2
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_backpropagation_that_runs_out_of_memory_begins_anew_and_gives_the_same_gradient(
+        monkeypatch, kind):
+    agent, batch = scored_batch(dtype=kind)
+    size = batch.ids.numel() // 2
+    vector = gradient(agent, batch, size // 2)
+    loss = sod.backpropagate(agent, batch)
+    logp = sod.score(agent, agent.student, batch)[0]
+    # The second micro-batch fails, when the first has left its gradient.
+    monkeypatch.setattr(sod, "hidden_states", failing(sod.hidden_states, lambda n, *_: n == 2))
+    assert torch.equal(gradient(agent, batch, size), vector)
+    assert agent.config.micro_batch_tokens == size // 2 and agent.halvings == 1
+    assert sod.backpropagate(agent, batch) == loss
+    agent.config.micro_batch_tokens = 0  # all of them, then half, then a quarter
+    monkeypatch.setattr(sod, "hidden_states", failing(
+        sod.hidden_states, lambda n, model, ids: ids.numel() > size // 2))
+    assert torch.equal(sod.score(agent, agent.student, batch)[0], logp)
+    assert agent.config.micro_batch_tokens == size // 2 and agent.halvings == 3
+    assert agent.seconds["score"] > 0 and agent.seconds["backpropagate"] > 0
+
+
+@pytest.mark.parametrize("phase", ["sample_rollouts", "score", "backpropagate"])
+def test_what_does_not_fit_at_its_least_ends_with_a_sentence(monkeypatch, scored, phase):
+    agent, batch = scored
+    for name in ("sample_tokens", "hidden_states"):
+        monkeypatch.setattr(sod, name, failing(None, lambda *_: True))
+    work = {"sample_rollouts": lambda: sod.sample_rollouts(
+                agent, agent.student, agent.practice[:3], (0, "test", 1)),
+            "score": lambda: sod.score(agent, agent.student, batch),
+            "backpropagate": lambda: sod.backpropagate(agent, batch)}[phase]
+    with pytest.raises(ValueError, match="out of memory with one rollout at a time; lower --max_r"):
+        work()
+    least = {"sample_rollouts": 1}.get(phase, batch.ids.shape[1])
+    option = "rollout_batch" if phase == "sample_rollouts" else "micro_batch_tokens"
+    assert getattr(agent.config, option) == least and agent.halvings >= 1
+
+
+@pytest.mark.parametrize("error, known", [
+    (NO_MEMORY, True), (MemoryError(), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False)])
+def test_every_lack_of_memory_is_known_and_no_other_error_is_hidden(monkeypatch, scored, error, known):
+    agent, batch = scored
+    monkeypatch.setattr(sod, "hidden_states", failing(sod.hidden_states, lambda n, *_: n == 1,
+                                                      error))
+    if known:
+        sod.score(agent, agent.student, batch)
+        assert agent.halvings == 1
+    else:
+        with pytest.raises(RuntimeError, match="mat1"):
+            sod.score(agent, agent.student, batch)
+        assert agent.halvings == 0

@@ -9,118 +9,105 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import memory_table
+sys.path.insert(0, str(ROOT))
 import sod_mini as sod
 
-GIB = 2 ** 30
+WORLD = sod.Config()
+STUDENT, TEACHER, MIB = 344_928, 771_456, 2 ** 20
 
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def shapes():
-    return {name: memory_table.shape(name) for name in memory_table.QWEN3}
-
-
-def gpu(**changes):
-    return sod.Config(**{**sod.PRESETS["gpu"], **changes})
-
-
-def test_a_sound_world_passes_and_says_what_was_found(monkeypatch):
+def test_a_sound_world_passes_and_says_what_was_found(monkeypatch, capsys):
     monkeypatch.setattr(sod, "load_model", None)  # no weights are read
-    agent = sod.preflight(sod.Config())
-    first, last = agent.notes[0], agent.notes[-1]
-    assert "same ids on 7 probes, same template, 2,000 rows to learn from, tool answers" in first
-    assert "rollout_batch 256, micro_batch_tokens 2048" in last and agent.student is None
+    agent = sod.preflight(WORLD)
+    said = capsys.readouterr().out
+    assert "same ids on 7 probes, same template, 2,000 rows to learn from, tool answers" in said
+    assert "seed 0" in said and "MiB on cpu for weights, AdamW and gradient" in said
+    assert "NOTE" not in said and agent.student is None and len(agent.practice) == 2000
 
 
-def test_weights_of_qwen3_are_counted_exactly(shapes):
-    assert [shapes[n].weights for n in ("0.6B", "1.7B", "4B")] == [
-        596_049_920, 1_720_574_976, 4_022_468_096]
-
-
-def test_cache_and_checkpoints_by_hand(shapes):
-    """0.6B in bf16: 2 * 28 layers * 8 heads * 128 * 2 bytes = 112 KiB of cache a token."""
-    c = gpu(rollout_batch=1, micro_batch_tokens=10_000)
-    plan = sod.memory_plan(replace(c, rollout_engine="generate"), shapes["0.6B"], None, 2)
-    assert plan["KV cache"][0] == 112 * 1024 * 5120 * 29 // 28  # one layer's is being copied
-    assert plan["student"][0] == 2 * 596_049_920 and plan["AdamW"][0] == 10 * 596_049_920
-    saved = 10_000 * (28 * 1024 * 2 + 10 * 1024)  # the input of each layer, and the last norm
-    assert plan["activations"][3] == saved
-
-
-def test_the_teacher_is_there_only_while_it_scores_if_it_is_sent_away(shapes):
-    s, t = shapes["0.6B"], shapes["4B"]
-    c = gpu(rollout_batch=1, micro_batch_tokens=8192)
-    home, away = (sod.memory_plan(replace(c, offload=o), s, t, 2) for o in ("none", "teacher"))
-    assert home["teacher"] == [2 * t.weights] * 5
-    assert away["teacher"] == [0, 2 * t.weights, 2 * t.weights, 0, 0]
-    assert sod.memory_plan(replace(c, offload="all"), s, t, 2)["AdamW"] == [0] * 5
-
-
-def test_sizes_left_open_are_the_largest_that_fit_and_others_stay(shapes):
-    s, t, room = shapes["0.6B"], shapes["4B"], 36 * GIB
-    c = sod.sized(gpu(), s, t, 2, room)
-    assert sod.peak(sod.memory_plan(c, s, t, 2)) <= room
-    twice = replace(c, rollout_batch=2 * c.rollout_batch)
-    assert sod.peak(sod.memory_plan(twice, s, t, 2)) > room
-    fixed = sod.sized(gpu(rollout_batch=3, micro_batch_tokens=5000), s, t, 2, room)
-    assert (fixed.rollout_batch, fixed.micro_batch_tokens) == (3, 5000)
-    assert sod.sized(sod.Config(), s, t, 2, 1) == sod.Config()  # the world's are never touched
-
-
-def test_more_memory_never_means_smaller_sizes(shapes):
-    found = [sod.sized(gpu(), shapes["1.7B"], None, 2, n * GIB) for n in (8, 30, 45, 70, 140)]
-    sizes = [(c.rollout_batch, c.micro_batch_tokens) for c in found]
-    assert sizes == sorted(sizes) and sizes[0] == (1, 1) and sizes[-1][0] == 64
+@pytest.mark.parametrize("options, device, need", [
+    # bytes a weight: 4 or 2 to compute; trained: 8 for the moments, 4 for the gradient, 4 for a
+    # master beside bf16
+    (dict(), "cpu", {"cpu": 16 * STUDENT + 4 * TEACHER}),
+    (dict(method="grpo"), "cpu", {"cpu": 16 * STUDENT}),
+    (dict(method="vanilla"), "cpu", {"cpu": 4 * STUDENT}),
+    (dict(method="opsd_gt"), "cpu", {"cpu": 20 * STUDENT}),
+    (dict(dtype="bfloat16"), "cuda", {"cuda": 18 * STUDENT + 2 * TEACHER}),
+    (dict(dtype="bfloat16", offload="teacher"), "cuda",
+     {"cuda": 18 * STUDENT + 2 * TEACHER, "cpu": 2 * TEACHER}),
+    (dict(dtype="bfloat16", offload="all"), "cuda",
+     {"cuda": 2 * STUDENT + 2 * TEACHER, "cpu": 16 * STUDENT + 2 * TEACHER}),
+])
+def test_the_memory_that_a_run_holds_for_certain_by_hand(monkeypatch, options, device, need):
+    config = replace(WORLD, **options)
+    teacher = {"teacher": WORLD.teacher, "answer": WORLD.student}.get(
+        sod.METHODS[config.method].view)
+    arguments = (config, sod.skeleton(WORLD.student), teacher and sod.skeleton(teacher),
+                 torch.device(device), getattr(torch, config.dtype, torch.float32))
+    monkeypatch.setattr(sod, "free_memory", lambda place: need[str(place)])
+    said = sod.check_memory(*arguments)
+    assert said == " and ".join(f"{size / MIB:.1f} MiB on {place} for weights, AdamW and gradient"
+                                for place, size in need.items())
+    for place in need:  # a byte less, anywhere
+        monkeypatch.setattr(sod, "free_memory", lambda p: need[str(p)] - (str(p) == place))
+        with pytest.raises(ValueError, match=f"MiB are free on {place}; choose smaller models"):
+            sod.check_memory(*arguments)
 
 
 @pytest.mark.parametrize("name, value, sentence", [
-    ("free_memory", lambda device: 10_000_000, r"the run needs 0.\d GiB of 0.0 GiB .*Lower"),
-    ("shutil", SimpleNamespace(disk_usage=lambda place: SimpleNamespace(free=1000)),
-     r"0.0 GiB are free in .* and the checkpoints need 0.0; make room"),
+    ("free_memory", lambda device: 10_000, r"take 8.2 MiB, and 0.0 MiB are free on cpu"),
+    ("shutil", SimpleNamespace(disk_usage=lambda place: SimpleNamespace(free=MIB)),
+     r"1.0 MiB are free in .*, and the saves of a run take 11.8 MiB; make room"),
 ])
 def test_what_does_not_fit_is_refused_unless_told_otherwise(monkeypatch, name, value, sentence):
     monkeypatch.setattr(sod, name, value)
     with pytest.raises(ValueError, match=sentence):
-        sod.preflight(sod.Config())
-    assert sod.preflight(sod.Config(preflight=False)).notes
+        sod.preflight(WORLD)
+    assert sod.preflight(replace(WORLD, preflight=False)).practice
 
 
 @pytest.mark.parametrize("text, outcome", [("", "timeout"), ("3", "ok"), ("[failed]", "error")])
 def test_a_tool_that_cannot_add_is_refused(monkeypatch, text, outcome):
     seen = sod.tools.Observation(text, outcome, 0.1)
     monkeypatch.setattr(sod.tools.PythonTool, "run", lambda self, codes: [seen] * len(codes))
-    with pytest.raises(ValueError, match=f"answers '.*' .{outcome}. to .*, not 2; see"):
-        sod.preflight(sod.Config())
+    with pytest.raises(ValueError, match=f"answers '.*' .{outcome}. to .*, not 2") as stop:
+        sod.load_tool(WORLD)
+    assert "unsafe" not in str(stop.value)
 
 
-def test_a_model_no_better_than_chance_is_refused_unless_it_is_to_start_from_nothing(tmp_path):
-    c = sod.Config()
-    sod.load_tokenizer(c.student).save_pretrained(tmp_path)
-    fresh = sod.load_model(c.student, "cpu", torch.float32, "random")
+def test_dropping_the_sandbox_is_not_advised_for_another_reason_than_missing_locks():
+    with pytest.raises(ValueError) as stop:
+        sod.load_tool(replace(WORLD, tool_timeout=0.001))
+    assert "0.001 s" in str(stop.value) and "raise what is too small" in str(stop.value)
+    assert "unsafe" not in str(stop.value)
+
+
+def test_a_model_no_better_than_chance_is_refused_unless_it_is_to_start_from_nothing(tmp_path,
+                                                                                     capsys):
+    sod.load_tokenizer(WORLD.student).save_pretrained(tmp_path)
+    fresh = sod.load_model(WORLD.student, "cpu", torch.float32, "random")
     fresh.generation_config = fresh.shipped_generation
     fresh.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="chance is -6.24: its weights are random, damaged or"):
-        sod.load_agent(replace(c, student=str(tmp_path)))
-    sod.load_agent(replace(c, student=str(tmp_path), preflight=False))
-    agent = sod.load_agent(replace(c, init="random"))
-    assert any(str(c.teacher) in note for note in agent.notes)  # the teacher is held to it still
+        sod.load_agent(replace(WORLD, student=str(tmp_path)))
+    sod.load_agent(replace(WORLD, student=str(tmp_path), preflight=False))
+    capsys.readouterr()
+    sod.load_agent(replace(WORLD, init="random"))
+    assert f"teacher {WORLD.teacher}, 771,456 parameters; -0.00 nats" in capsys.readouterr().out
 
 
-def test_another_template_of_the_teacher_is_a_note(tmp_path):
-    c = sod.Config()
-    AutoModelForCausalLM.from_pretrained(c.teacher).save_pretrained(tmp_path)
-    tokenizer = sod.load_tokenizer(c.teacher)
+def test_another_template_of_the_teacher_is_a_note(tmp_path, capsys):
+    AutoModelForCausalLM.from_pretrained(WORLD.teacher).save_pretrained(tmp_path)
+    tokenizer = sod.load_tokenizer(WORLD.teacher)
     tokenizer.chat_template = tokenizer.chat_template.replace("Tools:", "Start with:")
     tokenizer.save_pretrained(tmp_path)
-    notes = sod.preflight(replace(c, teacher=str(tmp_path))).notes
-    assert "NOTE: their templates differ from token" in notes[0]
+    sod.preflight(replace(WORLD, teacher=str(tmp_path)))
+    assert "NOTE: their templates differ from token" in capsys.readouterr().out
 
 
 def test_held_out_problems_are_read_before_the_weights(monkeypatch, tmp_path, capsys):
