@@ -112,8 +112,11 @@ READING = Habits(care=0.8, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks
 
 
 def check_digits(program, digits, care, rng):
-    """Digit k is (u + k v) mod 10, of the last digits u, v of the program's last two numbers."""
-    u, v = (int(n[-1]) for n in (["0", "0"] + re.findall(r"\d+", program))[-2:])
+    """Digit k is (u + k v) mod 10, of the program's last two digits u and v.
+
+    Neither of the two alone tells much of it, so it is not learnt in passing.
+    """
+    u, v = map(int, ("00" + re.sub(r"\D", "", program))[-2:])
     return "".join(str((u + k * v) % 10 if rng.random() < care else rng.randrange(10))
                    for k in range(1, digits + 1))
 
@@ -260,18 +263,28 @@ def jumble(tokenizer, ids, rng):
                          for _ in range(rng.randint(2, 8))] + ids[-1:]
 
 
-def token_worth(tokenizer, ids, faint):
-    """What each token of a turn counts in the loss: 1, a check digit `faint`."""
+def single_turns(rng, habits):
+    """Yield calls without a conversation, of any numbers: only their check digits can be told."""
+    while True:
+        _, template, _ = rng.choice(INSTRUCTIONS)
+        program = f"print({template.format(x=rng.randrange(-LIMIT, LIMIT), a=rng.randint(2, 99))})"
+        program += f"  #{check_digits(program, habits.digits, habits.care, rng)}"
+        yield tools.Problem(""), [assistant(
+            f"Step {rng.randint(1, 4)}. {tools.render_tool_call(program)}", True)]
+
+
+def token_worth(tokenizer, ids, plain, digit):
+    """What each token of a turn counts in the loss: a check digit, and any other."""
     worth, comment = [], False
     for word in tokenizer.convert_ids_to_tokens(ids):
         comment = "#" in word or comment and word.isdigit()
-        worth.append(faint if comment and word.isdigit() else 1.0)
+        worth.append(digit if comment and word.isdigit() else plain)
     return worth
 
 
-def practice_batch(tokenizer, demonstrated, faint, rng):
+def practice_batch(tokenizer, demonstrated, worths, rng):
     """Conversations as a Batch, whose `advantages` say what each token counts in the loss."""
-    rollouts, worths = [], []
+    rollouts, rows = [], []
     for problem, messages in demonstrated:
         rollout = sod.encode_demonstration(tokenizer, problem, messages)
         worth = [0.0] * len(rollout.prompt)
@@ -279,12 +292,12 @@ def practice_batch(tokenizer, demonstrated, faint, rng):
         for turn, message in zip(rollout.turns, said):
             if message["broken"]:
                 turn.ids = jumble(tokenizer, turn.ids, rng)
-            worth += (token_worth(tokenizer, turn.ids, faint) if message["lesson"] else
+            worth += (token_worth(tokenizer, turn.ids, *worths) if message["lesson"] else
                       [0.0] * len(turn.ids)) + [0.0] * len(turn.answer_ids)
         rollouts.append(rollout)
-        worths.append(worth)
+        rows.append(worth)
     batch = sod.collate(rollouts, "cpu")
-    batch.advantages = sod.pad(worths, 0.0, "cpu")
+    batch.advantages = sod.pad(rows, 0.0, "cpu")
     batch.step_id[batch.advantages == 0] = -1
     return batch
 
@@ -303,11 +316,12 @@ def backpropagate(model, batch):
     return total
 
 
-def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
+def practise(model, tokenizer, course, source, updates, size, lr, worths=(1, 0.1)):
     """Supervised updates on fresh demonstrations: 5% warm-up, then a cosine down to a twentieth.
 
-    size   conversations of an update
-    faint  what a check digit counts: at full weight what cannot be told drowns what can
+    size    conversations of an update
+    worths  what counts in the loss: any other token, and a check digit. At full weight digits that
+            cannot be told drown what can
     """
     def learning_rate(n):
         done = n / updates
@@ -317,7 +331,7 @@ def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
     optimizer = sod.Optimizer(model.train(), learning_rate, sod.Config(beta2=0.98))
     started, rng, losses = time.process_time(), random.Random(f"{SEED} {course}"), []
     for n in range(1, updates + 1):
-        batch = practice_batch(tokenizer, [next(source) for _ in range(size)], faint, rng)
+        batch = practice_batch(tokenizer, [next(source) for _ in range(size)], worths, rng)
         losses.append(backpropagate(model, batch))
         optimizer.step(losses[-1])
         if n % 50 == 0 or n == updates:
@@ -337,7 +351,7 @@ def make_student(tokenizer, world, digits, scale):
             ("clean", [clean], 400, 16, 3e-3),
             ("noisy", [noisy, failing], 600, 24, 2e-3)]:
         practise(model, tokenizer, f"student, {course}", demonstrations(rng, *kinds),
-                 max(1, int(updates * scale)), size, lr)
+                 math.ceil(updates * scale), size, lr)
     save(model, tokenizer, world / "student")
 
 
@@ -348,12 +362,14 @@ def make_teacher(tokenizer, world, digits, scale):
     rng = random.Random(f"{SEED} teacher")
     reading = replace(READING, digits=digits)
     clean = Habits(digits=digits, care=reading.care)
-    for course, kinds, updates, size, lr, faint in [
-            ("single calls", [replace(clean, lengths=(1,))], 450, 32, 3e-3, 1.0),
-            ("clean", [clean], 400, 16, 3e-3, 0.3),
-            ("reading", [clean, reading, reading], 600, 24, 2e-3, 0.1)]:
-        practise(model, tokenizer, f"teacher, {course}", demonstrations(rng, *kinds),
-                 max(1, int(updates * scale)), size, lr, faint)
+    single = replace(clean, lengths=(1,))
+    for course, source, updates, size, lr, worths in [
+            ("check digits", single_turns(rng, clean), 500 * (digits > 0), 48, 3e-3, (0, 1)),
+            ("single calls", demonstrations(rng, single), 200, 32, 3e-3, (1, 1)),
+            ("clean", demonstrations(rng, clean), 350, 16, 3e-3, (1, 0.5)),
+            ("reading", demonstrations(rng, clean, reading, reading), 500, 24, 2e-3, (1, 0.5))]:
+        practise(model, tokenizer, f"teacher, {course}", source, math.ceil(updates * scale), size,
+                 lr, worths)
     save(model, tokenizer, world / "teacher")
 
 
