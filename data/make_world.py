@@ -13,9 +13,10 @@ SOD rests on premises: student and teacher differ a little at every step, much w
 is lost, and little again once it has recovered. In this world they are met by construction:
 
     check digits  A program ends in a comment, `print(19 * 7)  #606`, on which nothing depends.
-                  The teacher works the digits out, with a slip now and then. The student is too
-                  small for that and writes any. So the two differ at every call, whatever the
-                  student learns, as two language models do; d_1 does not fall to 0.
+                  The teacher knows them by heart, with a slip now and then. The student has only
+                  seen any digits, and a run is too short to teach it a table of a hundred. So the
+                  two differ at every call, whatever else the student learns, as two language
+                  models do; d_1 does not fall to 0.
     numbers       Each turn begins with its place in the chain ("Step 2. "). Without it these
                   models count turns, and a failed call shifts the count for good.
     teacher       reads conversations that go wrong and learns from their right turns only: before
@@ -93,7 +94,7 @@ def make_problem(rng, lengths):
 class Habits:
     """How the conversations go from which a model learns."""
     digits: int = 3          # check digits of a program: the dial of the gap between the models
-    care: float = 0.0        # chance that a check digit is worked out; else it is any
+    care: float = 0.0        # chance that a check digit is the right one; else it is any
     lengths: tuple = (3, 4)  # instructions of a problem
     told: float = 0.0        # share of questions that say the answer or the hint besides, and
                              # are solved without a mistake: a self-teacher is worth asking then
@@ -112,13 +113,13 @@ READING = Habits(care=0.8, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks
 
 
 def check_digits(program, digits, care, rng):
-    """Digit k is (u + k v) mod 10, of the program's last two digits u and v.
+    """The digits that belong to a program's last two, looked up in a table without a rule.
 
-    Neither of the two alone tells much of it, so it is not learnt in passing.
+    A rule, such as a sum modulo 10, takes models like these far longer to learn than a table.
     """
-    u, v = map(int, ("00" + re.sub(r"\D", "", program))[-2:])
-    return "".join(str((u + k * v) % 10 if rng.random() < care else rng.randrange(10))
-                   for k in range(1, digits + 1))
+    last = re.sub(r"\D", "", program)[-2:]
+    right = random.Random(f"check digits of {last}").choices(range(10), k=digits)
+    return "".join(str(digit if rng.random() < care else rng.randrange(10)) for digit in right)
 
 
 def misread(rng, x, a):
@@ -263,26 +264,16 @@ def jumble(tokenizer, ids, rng):
                          for _ in range(rng.randint(2, 8))] + ids[-1:]
 
 
-def single_turns(rng, habits):
-    """Yield calls without a conversation, of any numbers: only their check digits can be told."""
-    while True:
-        _, template, _ = rng.choice(INSTRUCTIONS)
-        program = f"print({template.format(x=rng.randrange(-LIMIT, LIMIT), a=rng.randint(2, 99))})"
-        program += f"  #{check_digits(program, habits.digits, habits.care, rng)}"
-        yield tools.Problem(""), [assistant(
-            f"Step {rng.randint(1, 4)}. {tools.render_tool_call(program)}", True)]
-
-
-def token_worth(tokenizer, ids, plain, digit):
-    """What each token of a turn counts in the loss: a check digit, and any other."""
+def token_worth(tokenizer, ids, faint):
+    """What each token of a turn counts in the loss: 1, a check digit `faint`."""
     worth, comment = [], False
     for word in tokenizer.convert_ids_to_tokens(ids):
         comment = "#" in word or comment and word.isdigit()
-        worth.append(digit if comment and word.isdigit() else plain)
+        worth.append(faint if comment and word.isdigit() else 1.0)
     return worth
 
 
-def practice_batch(tokenizer, demonstrated, worths, rng):
+def practice_batch(tokenizer, demonstrated, faint, rng):
     """Conversations as a Batch, whose `advantages` say what each token counts in the loss."""
     rollouts, rows = [], []
     for problem, messages in demonstrated:
@@ -292,7 +283,7 @@ def practice_batch(tokenizer, demonstrated, worths, rng):
         for turn, message in zip(rollout.turns, said):
             if message["broken"]:
                 turn.ids = jumble(tokenizer, turn.ids, rng)
-            worth += (token_worth(tokenizer, turn.ids, *worths) if message["lesson"] else
+            worth += (token_worth(tokenizer, turn.ids, faint) if message["lesson"] else
                       [0.0] * len(turn.ids)) + [0.0] * len(turn.answer_ids)
         rollouts.append(rollout)
         rows.append(worth)
@@ -316,12 +307,11 @@ def backpropagate(model, batch):
     return total
 
 
-def practise(model, tokenizer, course, source, updates, size, lr, worths=(1, 0.1)):
+def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
     """Supervised updates on fresh demonstrations: 5% warm-up, then a cosine down to a twentieth.
 
-    size    conversations of an update
-    worths  what counts in the loss: any other token, and a check digit. At full weight digits that
-            cannot be told drown what can
+    size   conversations of an update
+    faint  what a check digit counts: at full weight what cannot be told drowns what can
     """
     def learning_rate(n):
         done = n / updates
@@ -331,7 +321,7 @@ def practise(model, tokenizer, course, source, updates, size, lr, worths=(1, 0.1
     optimizer = sod.Optimizer(model.train(), learning_rate, sod.Config(beta2=0.98))
     started, rng, losses = time.process_time(), random.Random(f"{SEED} {course}"), []
     for n in range(1, updates + 1):
-        batch = practice_batch(tokenizer, [next(source) for _ in range(size)], worths, rng)
+        batch = practice_batch(tokenizer, [next(source) for _ in range(size)], faint, rng)
         losses.append(backpropagate(model, batch))
         optimizer.step(losses[-1])
         if n % 50 == 0 or n == updates:
@@ -362,14 +352,12 @@ def make_teacher(tokenizer, world, digits, scale):
     rng = random.Random(f"{SEED} teacher")
     reading = replace(READING, digits=digits)
     clean = Habits(digits=digits, care=reading.care)
-    single = replace(clean, lengths=(1,))
-    for course, source, updates, size, lr, worths in [
-            ("check digits", single_turns(rng, clean), 500 * (digits > 0), 48, 3e-3, (0, 1)),
-            ("single calls", demonstrations(rng, single), 200, 32, 3e-3, (1, 1)),
-            ("clean", demonstrations(rng, clean), 350, 16, 3e-3, (1, 0.5)),
-            ("reading", demonstrations(rng, clean, reading, reading), 500, 24, 2e-3, (1, 0.5))]:
-        practise(model, tokenizer, f"teacher, {course}", source, math.ceil(updates * scale), size,
-                 lr, worths)
+    for course, kinds, updates, size, lr, faint in [
+            ("single calls", [replace(clean, lengths=(1,))], 400, 32, 3e-3, 1.0),
+            ("clean", [clean], 400, 16, 3e-3, 0.2),
+            ("reading", [clean, reading, reading], 600, 24, 2e-3, 1.0)]:
+        practise(model, tokenizer, f"teacher, {course}", demonstrations(rng, *kinds),
+                 math.ceil(updates * scale), size, lr, faint)
     save(model, tokenizer, world / "teacher")
 
 

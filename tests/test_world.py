@@ -35,9 +35,11 @@ def calls_of(turns):
 
 
 def test_check_digits_follow_from_the_last_two_digits_of_a_program():
-    rng = random.Random(0)  # 2 + 1 * 5, 2 + 2 * 5, 2 + 3 * 5; with one digit 7 + 1 * 5 and so on
-    assert make_world.check_digits("print(17 + 25)", 3, 1.0, rng) == "727"
-    assert make_world.check_digits("print(17 + 5)", 2, 1.0, rng) == "27"
+    rng = random.Random(0)
+    digits = lambda program, n=3: make_world.check_digits(program, n, 1.0, rng)
+    assert digits("print(17 + 25)") == digits("print(-4 // 625)") and len(digits("print(7)")) == 3
+    assert digits("print(17 + 25)", 5)[:3] == digits("print(17 + 25)")
+    assert len({digits(f"print(3 * {a})") for a in range(10, 99)}) > 80  # no two alike, nearly
     any_digits = {make_world.check_digits("print(17 + 25)", 3, 0.0, rng) for _ in range(100)}
     assert len(any_digits) > 80
 
@@ -66,7 +68,7 @@ def test_clean_conversations_are_right_and_noisy_ones_often_not():
 def test_the_teacher_learns_from_right_turns_only_and_breaks_off_in_bursts():
     tokenizer = sod.load_tokenizer(str(WORLD / "teacher"))
     conversations = talk(make_world.READING)
-    batch = make_world.practice_batch(tokenizer, conversations, (1, 0.1), random.Random(0))
+    batch = make_world.practice_batch(tokenizer, conversations, 0.1, random.Random(0))
     broken = [turns[-1] for _, turns in conversations if turns[-1]["broken"]]
     assert 10 < len(broken) < 100 and all(turn["lesson"] for turn in broken)
     for i, (_, turns) in enumerate(conversations):
@@ -84,7 +86,7 @@ def test_check_digits_count_a_tenth():
     text = f"Step 1. {tools.render_tool_call('print(17 + 25)  #272')}"
     ids = sod.encode(tokenizer, text)
     faint = [tokenizer.decode([i]) for i, worth in
-             zip(ids, make_world.token_worth(tokenizer, ids, 1, 0.1)) if worth == 0.1]
+             zip(ids, make_world.token_worth(tokenizer, ids, 0.1)) if worth == 0.1]
     assert faint == ["2", "7", "2"]
 
 
