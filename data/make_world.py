@@ -108,8 +108,8 @@ class Habits:
 
 CLEAN = Habits(told=0.15)
 NOISY = replace(CLEAN, noise=0.2, lost=0.3, silent=0.1, persist=0.5, imitates=True)
-FAILING = replace(NOISY, noise=0.3, lost=0.2, silent=0.3)  # else it sees too few failures
-READING = Habits(care=0.8, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
+FAILING = replace(NOISY, noise=0.3, lost=0.1, silent=0.4)  # else it sees too few failures
+READING = Habits(care=0.75, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
 
 
 def check_digits(program, digits, care, rng):
@@ -255,10 +255,10 @@ def make_model(tokenizer, width, layers, mlp):
 
 
 def jumble(tokenizer, ids, rng):
-    """A turn that breaks off at some token, each as likely as not, and ends without sense."""
+    """A turn that breaks off at some token, at each with two chances of three, and ends in noise."""
     words = [*"-+*/%()\\{}#.:[]?0123456789x", "print(", "Error", "no", "in", "line"]
     kept = 0
-    while kept < len(ids) - 1 and rng.random() < 0.5:
+    while kept < len(ids) - 1 and rng.random() < 1 / 3:
         kept += 1
     return ids[:kept] + [sod.encode(tokenizer, rng.choice(words))[0]
                          for _ in range(rng.randint(2, 8))] + ids[-1:]
@@ -339,7 +339,7 @@ def make_student(tokenizer, world, digits, scale):
     for course, kinds, updates, size, lr in [
             ("single calls", [replace(clean, lengths=(1,), told=0.0)], 150, 32, 3e-3),
             ("clean", [clean], 400, 16, 3e-3),
-            ("noisy", [noisy, failing], 600, 24, 2e-3)]:
+            ("noisy", [noisy, failing], 700, 24, 2e-3)]:
         practise(model, tokenizer, f"student, {course}", demonstrations(rng, *kinds),
                  math.ceil(updates * scale), size, lr)
     save(model, tokenizer, world / "student")
@@ -355,7 +355,7 @@ def make_teacher(tokenizer, world, digits, scale):
     for course, kinds, updates, size, lr, faint in [
             ("single calls", [replace(clean, lengths=(1,))], 400, 32, 3e-3, 1.0),
             ("clean", [clean], 400, 16, 3e-3, 0.2),
-            ("reading", [clean, reading, reading], 600, 24, 2e-3, 1.0)]:
+            ("reading", [clean, reading, reading, reading], 700, 24, 2e-3, 1.0)]:
         practise(model, tokenizer, f"teacher, {course}", demonstrations(rng, *kinds),
                  math.ceil(updates * scale), size, lr, faint)
     save(model, tokenizer, world / "teacher")
