@@ -32,7 +32,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import sys
 import warnings
 import zlib
@@ -462,19 +461,24 @@ def read_samples(path):
         except ValueError as fault:
             raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); delete the line "
                              "and all after it, and the evaluation continues there.") from None
+    if not rows or not is_header(rows[0]):
+        raise ValueError(f"{path} is no file of samples of evaluate.py, or one of another version; "
+                         "its first line must hold model, data and all settings")
     for number, row in enumerate(rows[1:], start=2):
         if not isinstance(row, dict) or any(not isinstance(row.get(name), kind)
                                             for name, kind in COLUMNS.items()):
             raise ValueError(f"{path}, line {number}: found no sample; needed {', '.join(COLUMNS)}")
+    return Evaluation(**rows[0], rows=rows[1:])
+
+
+def is_header(row):
+    """True for the first line of a file of samples."""
     try:
-        evaluation = Evaluation(**rows[0], rows=rows[1:])
+        evaluation = Evaluation(**row)
         known = asdict(Config(**evaluation.settings)).keys() - {*FOLDERS}
-        if evaluation.settings.keys() == known and evaluation.problems > 0:
-            return evaluation
-    except (IndexError, TypeError, ValueError):  # empty, of another shape, impossible settings
-        pass
-    raise ValueError(f"{path} is no file of samples of this version of evaluate.py; its first line "
-                     "must hold model, data and all settings")
+        return evaluation.settings.keys() == known and evaluation.problems > 0
+    except (TypeError, ValueError):  # of another shape, or with impossible settings
+        return False
 
 
 def read_finished(path):
@@ -886,8 +890,8 @@ USED = {  # options that mean something to the commands that sample nothing
 }
 
 
-def parse(argv=None):
-    """(arguments, {name: value} of the given settings); wrong ones end with status 2."""
+def make_parser():
+    """The command line: what to do, on which data, and an option for each setting."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False,
         usage="python evaluate.py [--model MODEL ...] [--data DATA ...] [--OPTION VALUE ...]",
@@ -907,6 +911,12 @@ def parse(argv=None):
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, Config, sod.choices())
+    return parser
+
+
+def parse(argv=None):
+    """(arguments, {name: value} of the given settings); wrong ones end with status 2."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     try:
@@ -929,7 +939,7 @@ def idle_options(args, given):
     configs = [settings(data, given) for data in args.data or ["world"]]
     slots = any(config.rollout_engine == "slots" for config in configs)
     silent = any(config.silent_rate for config in configs)
-    idle = [(True, {"iteration", "micro_batch_tokens"}), (not slots, {"look", "tool_wait"}),
+    idle = [(True, {"iteration"}), (not slots, {"look", "tool_wait", "micro_batch_tokens"}),
             (not silent, {"silent_persist"})]
     return options & {name for is_idle, names in idle if is_idle for name in names}
 
@@ -1013,32 +1023,10 @@ def run(args, given):
         evaluate_all(list(dict.fromkeys(args.compare or args.model)), args.data, given)
 
 
-def ends_with_a_sentence(work):
-    """Run a command, whatever stops it. Returns its exit status: 0 done, 1 stopped with a
-    sentence, 128 and more by a signal."""
-    sod.prepare_output()
-    try:
-        with tools.stoppable(lambda: True):
-            return work() or 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads any more
-        print("error: the reader of this output has gone, so the command stopped", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        if not sod.out_of_memory(error):
-            raise
-        print(f"error: not enough memory for the model ({str(error).splitlines()[:1]}); choose a "
-              "smaller one", file=sys.stderr)
-    except KeyboardInterrupt as stop:
-        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    return 1
-
-
 def main(argv=None):
-    """The exit status, as above; 2 for wrong options."""
-    return ends_with_a_sentence(lambda: run(*parse(argv)))
+    """The exit status: 0 done, 1 stopped with a sentence, 2 wrong options."""
+    return sod.ends_with_a_sentence(lambda: run(*parse(argv)),
+                                    "the same command continues where this one stopped")
 
 
 if __name__ == "__main__":

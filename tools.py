@@ -2,12 +2,6 @@
 
     python tools.py          what the sandbox guarantees on this machine
 
-    the protocol     parse_tool_call: Hermes markup to a program, or the fault by name
-    the graders      grade: is this final turn right?
-    problem files    load_problems, load_demonstrations: whatever a benchmark calls its columns
-    a run's files    whole_folder, append_rows, stoppable: on the disk as a whole, or not there
-    the sandbox      PythonTool: code in, text and outcome out; contained and honest
-
     with PythonTool(timeout=5) as tool:
         for seen in tool.run(["6 * 7", "1 / 0"]):
             print(seen.outcome, seen.text)         # ok 42, then: error Traceback ...
@@ -27,19 +21,15 @@ Outcomes
     memory             it ended on a MemoryError that nothing caught
     timeout            it was stopped: CPU seconds or seconds on the clock were used up
     crashed            a signal ended it: a fault in C code, an abort, a kill
-    output_truncated   it was stopped: it printed more than max_output bytes
+    output_truncated   it was stopped: it printed more than a million bytes
     sandbox_error      the machine's fault, not the program's; the call was tried four times
 
-Not covered
-    - bugs of the kernel, side channels, and anything but Linux on x86_64 and aarch64
-    - names, sizes and times of files (stat), and the machine's own facts (uname, pid, clock)
-    - memory the kernel holds for a program: buffers of 64 descriptors, stacks of its threads
-    - equal text from clocks, os.urandom, random.Random(), sets ordered by address, other Python
-      or library versions, and the last digits of BLAS on another kind of CPU
+Not covered: bugs of the kernel, side channels, anything but Linux on x86_64 and aarch64; names,
+sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory the kernel
+holds for a program; equal text from clocks, os.urandom, sets ordered by address, other versions.
 """
 from __future__ import annotations
 
-import __future__ as future
 import ast
 import atexit
 import collections
@@ -76,7 +66,6 @@ import time
 import traceback
 import types
 import warnings
-import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
@@ -112,8 +101,11 @@ class ToolCall:
 
 def render_tool_call(code):
     """The text of a turn that calls the tool, as a model of this family writes it."""
-    return (f'<tool_call>\n{{"name": "{TOOL_NAME}", "arguments": '
-            f'{{"code": {json.dumps(code)}}}}}\n</tool_call>')
+    return hermes({"name": TOOL_NAME, "arguments": {"code": code}})
+
+
+def hermes(call):
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
 def parse_tool_call(text):
@@ -122,7 +114,9 @@ def parse_tool_call(text):
     text     what the model wrote, control tokens removed; thoughts before `</think>` do not count
     returns  ToolCall, or None where the turn holds no call and so is an answer
 
-    Never raises; linear in the length of the text.
+    Never raises; linear in the length of the text. Differs from the authors' code: there a
+    malformed call ends the rollout in silence, and further calls of a turn vanish. Here the model
+    is told of both.
     """
     thought, ended, rest = text.partition("</think>")
     if ended and ("<think>" in thought or "<tool_call>" not in thought):
@@ -154,8 +148,8 @@ def _parse_call(body):
 
 
 def _fault(kind, found):
-    form = '<tool_call>\n{"name": "%s", "arguments": {"code": "..."}}\n</tool_call>' % TOOL_NAME
-    return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as {form}")
+    return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as "
+                                        f"{render_tool_call('...')}")
 
 
 # --- Graders: verdicts and votes ----------------------------------------------------------------
@@ -170,56 +164,39 @@ class Verdict:
 
 
 def grade(problem, final_turn, tool):
-    """The verdict on a final turn, by the kind of its problem."""
-    if problem.kind == "program":
-        return grade_program(final_turn, problem.tests, tool)
-    return {"math": grade_math, "choice": grade_choice}[problem.kind](final_turn, problem.answer)
+    """The verdict on a final turn, by the kind of its problem.
+
+    A fault of a grader is a wrong answer whose reason names the exception, to be counted.
+    """
+    try:
+        if problem.kind == "program":
+            return grade_program(final_turn, problem.tests, tool)
+        grader = {"math": grade_math, "choice": grade_choice}[problem.kind]
+        return grader(final_turn, problem.answer)
+    except Exception as fault:
+        return Verdict(False, f"grader error: {type(fault).__name__}", 0.0)
 
 
-def never_raises(grader):
-    """A fault of the grader becomes a wrong verdict that names the exception, to be counted."""
-    @functools.wraps(grader)
-    def guarded(*args, **kwargs):
-        try:
-            return grader(*args, **kwargs)
-        except Exception as fault:
-            return Verdict(False, f"grader error: {type(fault).__name__}", 0.0)
-    return guarded
-
-
-def last_boxed(text, budget=20_000):
+def last_boxed(text):
     """Content of the last balanced, non-blank \\boxed{...} in text, or None.
 
-    A box that never closes (the turn was cut off) is passed over for an earlier one. At most
-    `budget` characters are looked at, which bounds the time on a megabyte of open boxes.
+    A box that never closes (the turn was cut off) is passed over for an earlier one. Only the
+    last 20,000 characters are read, which bounds the time on a megabyte of open boxes.
 
     >>> last_boxed(r"So \\boxed{1}, or rather \\boxed{\\frac{1}{2}}; not \\boxed{3")
     '\\\\frac{1}{2}'
     """
-    end = len(text)
-    while budget > 0 and (end := text.rfind("\\boxed", 0, end)) >= 0:
-        start = end + len("\\boxed")
-        start += text[start:start + 1] == " "  # \boxed {5} is legal LaTeX
-        close = closing_brace(text, start, budget) if text.startswith("{", start) else start
-        if close is not None and text[start + 1:close].strip():
-            return text[start + 1:close].strip()
-        # The search for the next box costs about as much as looking at 20 characters.
-        budget -= 20 + (min(budget, len(text) - start) if close is None else close - start)
-    return None
-
-
-def closing_brace(text, start, budget):
-    """The index of the brace that closes the one at `start`; None if `budget` ends before."""
-    depth, index = 0, start
-    while index < min(len(text), start + budget):
-        if text[index] == "\\":
-            index += 1  # \{ and \} are printed braces, they do not nest
-        elif text[index] in "{}":
-            depth += 1 if text[index] == "{" else -1
-        if depth == 0:
-            return index
-        index += 1
-    return None
+    text, opened, best = text[-20_000:], [], (-1, None)
+    # \boxed {5} is legal LaTeX; \{ and \} are printed braces, which do not nest.
+    for token in re.finditer(r"\\boxed ?\{|\\.|[{}]", text, re.DOTALL):
+        if token[0].endswith("{") and token[0] != r"\{":
+            opened.append((token.end(), token[0] != "{"))
+        elif token[0] == "}" and opened:
+            start, boxed = opened.pop()
+            content = text[start:token.start()].strip()
+            if boxed and content:
+                best = max(best, (start, content))
+    return best[1]
 
 
 def voted_answer(problem, final_turn):
@@ -319,24 +296,19 @@ UNITS = {name: row.split()[0] for row in (
     "l liter litre", "s sec second",
     "min minute", "h hr hour", "day", "week", "month", "year yr", "degree deg", "rad radian",
     "dollar usd", "cent", "euro eur", "mph") for name in row.split()}
-SCALES = {word: Fraction(scale) for scale, row in {
-    "12": "dozen", "144": "gross", "1e2": "hundred", "1e3": "thousand", "1e5": "lakh",
-    "1e6": "million", "1e7": "crore", "1e9": "billion", "1e12": "trillion",
-    "1/2": "half halve", "1/3": "third", "1/4": "quarter fourth", "1/5": "fifth", "1/6": "sixth",
-    "1/7": "seventh", "1/8": "eighth", "1/9": "ninth", "1/10": "tenth", "1/12": "twelfth",
-    "1/20": "twentieth", "1e-2": "hundredth", "1e-3": "thousandth", "1e-6": "millionth",
-    "1e-9": "billionth"}.items() for word in row.split()}
-NUMBER_WORDS = set("zero one two three four five six seven eight nine ten eleven twelve thirteen "
-                   "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty "
-                   "sixty seventy eighty ninety".split())
-NOT_UNITS = set("mod sin cos tan cot log exp sqrt squared cubed factorial choose over times plus "
-                "minus divided than more less infinity doubled tripled twice thrice negative below "
-                "score mil mln".split())
+# Words that change the number before them: "3 dozen" is no 3. Such an answer is a text.
+NOT_UNITS = set("dozen hundred thousand lakh million crore billion trillion half halve third "
+                "quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth "
+                "millionth billionth mod sin cos tan cot log exp sqrt squared cubed factorial "
+                "choose over times plus minus divided than infinity doubled tripled twice thrice "
+                "negative below score mil mln".split())
 
 
-@never_raises
 def grade_math(final_turn, truth):
-    """Compare the last boxed answer with the true one, numbers as numbers (see `same_answer`)."""
+    """Compare the last boxed answer with the true one, numbers as numbers (see `same_answer`).
+
+    Differs from the authors' code: there strings must be equal, within the last 100 characters.
+    """
     answer = last_boxed(str(final_turn))
     if answer is None:
         return Verdict(False, "no boxed answer", 0.0)
@@ -383,7 +355,7 @@ def clean(text):
 def slashed(match):
     """One \\frac as a/b, with brackets where 1/2x and 1/(2x) would otherwise look alike."""
     top, bottom = (match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()
-    if re.search(r".[-+ ,]|^-[^0-9]|^-[0-9]", top):
+    if re.search(r".[-+ ,]|^-.", top):
         top = f"({top})"
     if not re.fullmatch(r"[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\[a-z]+[0-9]?", bottom):
         bottom = f"({bottom})"
@@ -407,10 +379,8 @@ def number(text):
     unit = read_unit(tail)
     if unit is None or bottom == 0:
         return None
-    scale, name = unit
-    value = int(whole or 0) + top / bottom
-    value *= scale * Fraction(10) ** int(times_ten or e_notation or 0)
-    return (-value if sign == "-" else value), name
+    value = (int(whole or 0) + top / bottom) * Fraction(10) ** int(times_ten or e_notation or 0)
+    return (-value if sign == "-" else value), unit
 
 
 def read_power(sign, base, bracketed, exponent, tail):
@@ -419,40 +389,26 @@ def read_power(sign, base, bracketed, exponent, tail):
     size = len(str(base)) * abs(exponent)
     if unit is None or size > MAX_ANSWER or base == 0 and exponent < 0:
         return None
-    value = unit[0] * base ** exponent
-    return (-value if sign else value), unit[1]
+    value = base ** exponent
+    return (-value if sign else value), unit
 
 
 def read_unit(tail):
-    """(scale, unit) of the text after a number; None if it is part of the expression, as in 5x."""
+    """The unit in the text after a number; None if that text is part of the expression, as in 5x.
+
+    The words of "5 per dozen" and "5 half-gallon jugs" do not change the 5.
+    """
     if tail.strip() in ("%", "percent", ""):
-        return 1, "%" if tail.strip() else ""
+        return "%" if tail.strip() else ""
     match = UNIT.fullmatch(tail)
-    if not match:
+    words = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b", tail.lower())[0])
+    if not match or any(word.removesuffix("s") in NOT_UNITS for word in words):
         return None
-    before, word, after = match[1], match[2].lower(), tail[match.end(2):]
-    if (scale := named_scale(word)) and "/" not in before and after[:1] != "-":
-        rest = read_unit(after)
-        return rest and (scale * rest[0], rest[1])
-    if counts(tail):
-        return None
+    before, word = match[1], match[2].lower()
     name = UNITS.get(word) or UNITS.get(word.rstrip("s"))
     if name and (before or len(word) > 1):  # 5cm is a length; 5m may be five times m
-        return 1, name
-    return (1, "") if " " in before and len(word) > 2 and word not in NOT_UNITS else None
-
-
-def named_scale(word):
-    return SCALES.get(word) or SCALES.get(word.removesuffix("s"))
-
-
-def counts(tail):
-    """True if words after a number change its value, as in "5 below zero".
-
-    The words of "5 per dozen" and "5 ten-dollar bills" do not.
-    """
-    words = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b", tail.lower())[0])
-    return any(word.removesuffix("s") in NUMBER_WORDS or named_scale(word) for word in words)
+        return name
+    return "" if " " in before and len(word) > 2 else None
 
 
 def canonical(text, depth=0):
@@ -544,7 +500,6 @@ CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
 SAID = re.compile(r"answer(?: is)? ?:? ?[*(]{0,3}([A-Za-z])[*).]{0,4} ?$", re.IGNORECASE)
 
 
-@never_raises
 def grade_choice(final_turn, letter):
     """Compare the letter of the last box, or of the last line "Answer: C", with the right one."""
     chosen = chosen_letter(str(final_turn))
@@ -581,7 +536,6 @@ print("\\n" + {mark!r} + _json.dumps(_call(*_args)), flush=True)
 """
 
 
-@never_raises
 def grade_program(final_turn, tests, tool):
     """Run the last fenced program of the final turn against every test.
 
@@ -606,7 +560,11 @@ def grade_program(final_turn, tests, tool):
 
 
 def last_program(text):
-    """The last closed fenced block, unchanged; blocks labelled Python go before unlabelled ones."""
+    """The last closed fenced block, unchanged; blocks labelled Python go before unlabelled ones.
+
+    Differs from the authors' code: there it is what stands between two </think>, and each \\n in
+    it becomes a line break, in strings too.
+    """
     found, label, lines = {}, None, []
     for line in text.splitlines(keepends=True):
         fence = line.strip()
@@ -702,40 +660,39 @@ def read_problems(path, rows, read_row):
 
     read_row  row, column names in lower case -> Problem; ValueError says what is missing
     """
-    problems, repaired = {}, []
+    problems, mended_lines = [], []
     for line, row, mended in rows:
-        row, restored = restore_latex(row)
-        if mended or restored:
-            repaired.append(line)
-        problems[line] = read_problem(path, line, row, read_row)
+        restored = restore_latex(row)
+        with naming_the_line(path, line):
+            problem = read_row({str(name).strip().lower(): restored[name] for name in row})
+            check_answer(problem)
+        problems.append(replace(problem, source=problem.source or path.stem,
+                                id=problem.id or f"{path.stem}-{line}"))
+        mended_lines += [str(line)] * (mended or restored != row)
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
-    tell(path, "backslashes restored", repaired)
-    tell(path, "another answer than before to the same question", contradictions(problems))
-    tell(path, f"an answer above {MAX_ANSWER} characters, right only where repeated to the letter,",
-         [line for line, problem in problems.items() if len(problem.answer) > MAX_ANSWER])
-    return list(problems.values())
+    if mended_lines:
+        warnings.warn(f"{path}: backslashes restored in {len(mended_lines)} rows "
+                      f"(lines {', '.join(mended_lines)})", stacklevel=3)
+    answers = collections.defaultdict(set)
+    for problem in problems:
+        answers[problem.question].add(problem.answer)
+    if several := sum(len(given) > 1 for given in answers.values()):
+        warnings.warn(f"{path}: {several} questions stand there with different answers, and a "
+                      "rollout is graded by that of its own row", stacklevel=3)
+    return problems
 
 
-def tell(path, found, lines):
-    if lines:
-        warnings.warn(f"{path}: {found} in {len(lines)} rows (lines {', '.join(map(str, lines))})",
-                      stacklevel=4)
-
-
-def read_problem(path, line, row, read_row):
-    row = {str(name).strip().lower(): value for name, value in row.items()}
+@contextlib.contextmanager
+def naming_the_line(path, line):
+    """Begin the sentence on a fault of a row with the place where the row stands."""
     try:
-        problem = read_row(row)
-        check_answer(problem)
+        yield
     except ValueError as fault:
         raise ValueError(f"{path}, line {line}: {fault}") from fault
     except (TypeError, AttributeError, RecursionError) as fault:
         raise ValueError(f"{path}, line {line}: found a column that holds another kind of value "
                          f"than its name promises ({fault}); mend it.") from fault
-    problem.source = problem.source or path.stem
-    problem.id = problem.id or f"{path.stem}-{line}"
-    return problem
 
 
 def check_answer(problem):
@@ -744,23 +701,9 @@ def check_answer(problem):
         if text.strip().lower() in ("nan", "<na>", "nat"):
             raise ValueError(f"found the {name} {text.strip()!r}, which a data frame writes where "
                              "it holds nothing; fill it in or delete the row.")
-    if problem.kind == "math" and not grade_math(f"\\boxed{{{problem.answer}}}",
-                                                 problem.answer).right:
+    if problem.kind == "math" and not agree(problem.answer, problem.answer):
         raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is equal, "
                          "not even itself; mend it.")
-
-
-def contradictions(problems):
-    """The lines of problems whose question stood before with another answer.
-
-    They are told and not refused: large collections hold a few, and either answer may be right.
-    """
-    first, found = {}, []
-    for line, problem in problems.items():
-        before = first.setdefault((problem.question, str(problem.messages)), problem)
-        if problem.answer and not agree(before.answer, problem.answer):
-            found.append(line)
-    return found
 
 
 def load_demonstrations(path):
@@ -769,20 +712,18 @@ def load_demonstrations(path):
     The problem keeps the system and user messages up to the first assistant turn; `turns` are the
     rest, {"role": "assistant" or "tool", "content": str}, with any "tool_calls" spelled out.
     """
-    pairs = []
-    for line, row, _ in read_json(Path(path), read_text(Path(path))):
-        try:
-            if not isinstance(row.get("messages") or [], list):
+    path, pairs = Path(path), []
+    for line, row, _ in read_json(path, read_text(path)):
+        with naming_the_line(path, line):
+            messages = row.get("messages") or []
+            if not isinstance(messages, list):
                 raise ValueError("found messages that are no list; needed a list of turns.")
-            opening = read_messages(row)
-            turns = [read_turn(m) for m in (row.get("messages") or [])[len(opening or []):]]
-            if not opening or not any(m["role"] == "assistant" for m in turns):
+            opening = read_messages(row) or []
+            turns = [read_turn(message) for message in messages[len(opening):]]
+            if not any(turn["role"] == "assistant" for turn in turns):
                 raise ValueError("found no conversation; needed \"messages\" with a user turn and "
                                  "an assistant turn.")
-        except ValueError as fault:
-            raise ValueError(f"{path}, line {line}: {fault}") from fault
-        question = [m["content"] for m in opening if m["role"] == "user"][-1]
-        pairs.append((Problem(question, messages=opening), turns))
+            pairs.append((Problem(last_question(opening), messages=opening), turns))
     if not pairs:
         raise ValueError(f"{path} is empty; needed at least one demonstration.")
     return pairs
@@ -797,37 +738,22 @@ def read_turn(message):
     content, calls = message.get("content") or "", message.get("tool_calls") or []
     if not isinstance(content, str):
         raise ValueError(f"found the turn {message!r:.80}; needed its content as text.")
-    text = [content] * bool(content)
     try:
-        for call in [call.get("function", call) for call in calls]:
-            arguments = call.get("arguments")
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            call = json.dumps({"name": call.get("name"), "arguments": arguments},
-                              ensure_ascii=False)
-            text.append(f"<tool_call>\n{call}\n</tool_call>")
-    except (ValueError, TypeError, AttributeError, RecursionError) as fault:
+        spelled = [spell_call(call.get("function", call)) for call in calls]
+    except (ValueError, TypeError, AttributeError) as fault:
         raise ValueError(f"found the tool_calls {calls!r:.80}; needed a list of {{\"function\": "
                          "{\"name\": ..., \"arguments\": {...}}}.") from fault
-    return {"role": role, "content": "\n".join(text)}
+    return {"role": role, "content": "\n".join(filter(None, [content, *spelled]))}
+
+
+def spell_call(call):
+    arguments = call.get("arguments")
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return hermes({"name": call.get("name"), "arguments": arguments})
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
-    """The text of a file with one of these suffixes."""
-    try:
-        text = read_bytes(path, suffixes).decode("utf-8-sig")
-        if "\0" in text:
-            raise UnicodeError("zero bytes")
-    except UnicodeError as fault:
-        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
-                         "file; decompress it or save it as UTF-8.") from fault
-    return text
-
-
-POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def read_bytes(path, suffixes):
-    """The bytes of a file with one of these suffixes, or a sentence that says what it is."""
+    """The text of a file with one of these suffixes, or a sentence that says what it is."""
     try:
         if path.is_dir():
             raise ValueError(f"{path} is a directory; give one of the files in it.")
@@ -838,15 +764,15 @@ def read_bytes(path, suffixes):
         if path.suffix not in suffixes:
             raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
-        held = path.read_bytes()
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("zero bytes")
+    except UnicodeError as fault:
+        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
+                         "file; decompress it or save it as UTF-8.") from fault
     except OSError as fault:
         raise ValueError(f"{path}: {fault.strerror}; needed a file that can be read.") from fault
-    if held.startswith(POINTER):
-        raise ValueError(f"{path} is a Git LFS pointer and not the file itself; fetch the file by "
-                         "`git lfs pull`.")
-    if not held.strip():
-        raise ValueError(f"{path} is empty; needed at least one row.")
-    return held
+    return text
 
 
 def read_json(path, text):
@@ -861,9 +787,10 @@ def read_json(path, text):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
-                             "characters; mend or delete that line.")
+        for name, value in row.items():
+            if re.search("[\ud800-\udfff]", json.dumps([name, value], ensure_ascii=False)):
+                raise ValueError(f"{path}, line {number}: found half a surrogate pair in {name!a}; "
+                                 "needed whole characters; mend or delete that line.")
         yield number, row, mended
 
 
@@ -883,16 +810,17 @@ def parse_json(path, number, text):
 
 # "\frac" in JSON is a form feed and "rac". Form feed and backspace are never meant; tab, return
 # and newline are put back only before the rest of a command, as in "\theta" and "\neq".
-LOST = re.compile(r"([\f\b])|(\t(?=(?:riangle|imes|heta|ext|frac|au|o)\b)"
-                  r"|\r(?=(?:ight|angle|ho|m)\b)|\n(?=(?:eq|abla)\b))")
-LETTER = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
+LOST = re.compile(r"[\f\b]|\t(?=(?:riangle|imes|heta|ext|frac|au|o)\b)"
+                  r"|\r(?=(?:ight|angle|ho|m)\b)|\n(?=(?:eq|abla)\b)")
 
 
 def restore_latex(row):
-    """(row, True) with the backslashes that JSON took put back in top-level strings."""
-    fixed = {name: LOST.sub(lambda lost: LETTER[lost[0]], value) if isinstance(value, str)
-             else value for name, value in row.items()}
-    return fixed, fixed != row
+    """The row with the backslashes that JSON took put back.
+
+    In its own texts only: messages and tests hold programs, where a line may well begin with eq.
+    """
+    return {name: LOST.sub(lambda lost: json.dumps(lost[0])[1:-1], value) if isinstance(value, str)
+            else value for name, value in row.items()}
 
 
 def read_general(row):
@@ -900,7 +828,7 @@ def read_general(row):
     messages = read_messages(row)
     question = first_text(row, "question", "problem", "prompt")
     if not question and messages:
-        question = [one["content"] for one in messages if one["role"] == "user"][-1]
+        question = last_question(messages)
     if not question:
         raise ValueError(f"found no question (columns: {', '.join(row)}); needed question, "
                          "problem, prompt or messages; rename the column.")
@@ -939,17 +867,19 @@ def read_messages(row):
         return None
     opening = []
     for message in messages:
-        if isinstance(message, dict) and opening and message.get("role") not in ("system", "user"):
+        if isinstance(message, dict) and message.get("role") not in ("system", "user"):
             break
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"found the message {message!r:.80}; needed "
                              "{\"role\": ..., \"content\": \"...\"}.")
-        if message.get("role") not in ("system", "user"):
-            break
         opening.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "user" for message in opening):
         raise ValueError("found messages without a user turn; needed the question as a user turn.")
     return opening
+
+
+def last_question(messages):
+    return [message["content"] for message in messages if message["role"] == "user"][-1]
 
 
 def read_answer(row, truth):
@@ -1166,26 +1096,31 @@ def locked(folder):
 # --- The sandbox: what goes in and what comes out -----------------------------------------------
 
 
+MEMORY_MB = 512        # address space of a program above what the interpreter itself holds
+MAX_OUTPUT = 1_000_000  # bytes; a program that prints more is stopped
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a program may use, and how it is shown. Every field is an option of PythonTool."""
-    timeout: float = 5.0       # CPU seconds, for a clock would blame programs for a busy machine
-    wall: float = 0.0          # seconds on the clock, sleeping included; 0: three times timeout
-    memory_mb: int = 512       # address space above what the interpreter itself holds
-    max_output: int = 1_000_000  # bytes; a program that prints more is stopped
-    max_chars: int = 2000      # characters shown to the model; the middle of longer text is cut
-    workers: int = 0           # programs at once; 0: one a core (more would only share the cores)
+    timeout: float = 5.0     # CPU seconds, for a clock would blame programs for a busy machine
+    max_chars: int = 2000    # characters shown to the model; the middle of longer text is cut
+    workers: int = 0         # programs at once; 0: one a core (more would only share the cores)
     modules: tuple = ("numpy", "sympy")  # imported once, where installed, and at hand in no time
-    landlock: bool = True      # False: behave as on a kernel without it (for tests)
-    unsafe: bool = False       # run programs even where a guarantee is missing
+    landlock: bool = True    # False: behave as on a kernel without it (for tests)
+    unsafe: bool = False     # run programs even where a guarantee is missing
 
     def __post_init__(self):
-        for name in ("timeout", "memory_mb", "max_output", "max_chars"):
+        for name in ("timeout", "max_chars"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        object.__setattr__(self, "wall", self.wall or 3 * self.timeout)
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         object.__setattr__(self, "workers", self.workers or len(cores(0)))
+
+    @property
+    def wall(self):
+        """Seconds on the clock, sleeping included."""
+        return 3 * self.timeout
 
 
 @dataclass(frozen=True)
@@ -1201,34 +1136,35 @@ REMEMBERED = 1000  # runs that are kept, to answer an equal call
 
 
 SELF = os.path.abspath(__file__)
-ATTEMPTS = {  # guarantee: a program that must not succeed
+ATTEMPTS = {  # guarantee: what must not succeed
     "reads no file": f"open({SELF!r}).read()",
     "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
     "no network": "import socket; socket.socket()",
     "no new process": "import os; os.fork() or os._exit(0)",
     "no signal to others": "import os; os.kill(os.getppid(), 0)",
-    "bounded memory": "bytearray(TWICE << 20)",
+    "bounded memory": f"bytearray({2 * MEMORY_MB} << 20)",
 }
+PROBE = f"""
+for name, attempt in {ATTEMPTS}.items():
+    try:
+        exec(attempt)
+    except Exception as error:
+        print(name * isinstance(error, (PermissionError, MemoryError)))
+"""
 
 
 class PythonTool:
     """Runs programs and keeps nothing: a call is a function from code (and stdin) to text.
 
-    Safe from several threads and after a fork of the trainer; starts at the first call.
+    Safe from several threads; starts at the first call.
     """
 
     def __init__(self, **options):
         self.limits = Limits(**options)
         self.retried = 0  # calls that the sandbox failed and tried again
-        self._begin()
-        # In a fork of the trainer no thread of ours lives on: it starts a sandbox of its own.
-        tool = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: tool() and tool()._begin())
-
-    def _begin(self):
-        self._lock, self._zygote, self._idle = threading.Lock(), None, collections.deque()
-        self._checking, self._contained, self._closed = threading.Lock(), None, False
-        self._memo_lock, self._memo = threading.Lock(), {}  # ToolCall -> Future of an Observation
+        self._lock, self._zygote, self._idle = threading.RLock(), None, collections.deque()
+        self._refused, self._closed = None, False  # what guarantees returns, once it was tried
+        self._runs = {}  # ToolCall -> Future of an Observation
         self._pool = ThreadPoolExecutor(self.limits.workers, "python-tool")
 
     def run(self, codes, stdins=None, raw=False):
@@ -1237,8 +1173,13 @@ class PythonTool:
         stdins   a text for each program to read, or None: all read the end of file
         raw      for judging a program against tests: text is its stdout alone, uncut, no echo
         """
-        self._check_ready()
-        return self._map(codes, stdins, raw)
+        self.guarantees()
+        codes = list(codes)
+        stdins = [""] * len(codes) if stdins is None else list(stdins)
+        if len(stdins) != len(codes):
+            raise ValueError(f"{len(codes)} programs but {len(stdins)} stdin texts; give one each.")
+        # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
+        return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
 
     def submit(self, call, place=()):
         """A future of what is observed after a ToolCall.
@@ -1252,47 +1193,60 @@ class PythonTool:
         """
         if call.fault:
             return finished(Observation(call.message, call.fault, 0.0))
-        self._check_ready()
-        with self._memo_lock:
-            if call not in self._memo:
-                self._memo[call] = self._pool.submit(self._answer, call)
-            if len(self._memo) > REMEMBERED:
-                del self._memo[next(iter(self._memo))]
-            return self._memo[call]
+        self.guarantees()
+        with self._lock:
+            if call not in self._runs:
+                self._runs[call] = self._pool.submit(self._answer, call)
+            if len(self._runs) > REMEMBERED:
+                del self._runs[next(iter(self._runs))]
+            return self._runs[call]
 
     def _answer(self, call):
-        seen = None
-        try:
-            seen = self._call(call.code, "", raw=False)
-        finally:
-            if seen is None or seen.outcome in ("timeout", "sandbox_error"):
-                with self._memo_lock:  # before anybody can see this run as finished
-                    self._memo.pop(call, None)
+        seen = self._call(call.code, "", raw=False)
+        if seen.outcome in ("timeout", "sandbox_error"):
+            with self._lock:  # before anybody can see this run as finished
+                self._runs.pop(call, None)
         return noting_ignored(call, seen)
 
     def guarantees(self):
-        """Try what must not work, and tell for each whether it was refused."""
-        try:
-            return {name: seen.text == "refused\n" for name, seen in self._probe().items()}
-        except NoLocks:
-            return dict.fromkeys(ATTEMPTS, False)
+        """{what must not work: whether it was refused}; tried once, before the first program."""
+        with self._lock:  # once, however many threads arrive
+            if self._closed:
+                raise RuntimeError("This PythonTool is closed; make a new one.")
+            if self._refused is None:
+                self._refused = self._try_locks()
+            return self._refused
 
-    def _probe(self):
-        """{guarantee: what came of the attempt to break it}."""
-        if self._contained is None:
-            self._idle.append(self._connect())  # an error on the way says why it cannot start
-        programs = [f"TWICE = {2 * self.limits.memory_mb}\ntry:\n    {attempt}\n"
-                    "except (PermissionError, MemoryError):\n    print('refused')"
-                    for attempt in ATTEMPTS.values()]
-        return dict(zip(ATTEMPTS, self._map(programs, None, raw=True)))
+    def _try_locks(self):
+        """Start the sandbox; refuse where it contains nothing, unless told by unsafe=True."""
+        try:
+            self._idle.append(self._connect())
+        except NoLocks as error:
+            refused, missing = dict.fromkeys(ATTEMPTS, False), str(error)
+        except OSError as error:
+            raise RuntimeError(f"The sandbox does not start: {error}.") from error
+        else:
+            seen = self._call(PROBE, "", raw=True)
+            if seen.outcome != "ok":  # a program that was stopped says nothing about the locks
+                raise RuntimeError(f"The sandbox cannot be tried: a program ended with "
+                                   f"{seen.outcome}. It has {self.limits.timeout:g} s (timeout): "
+                                   "raise that if it is too short; the reason of a sandbox_error "
+                                   "stands above.")
+            refused = {name: name in seen.text.splitlines() for name in ATTEMPTS}
+            missing = ", ".join(name for name in ATTEMPTS if not refused[name])
+        if missing and not self.limits.unsafe:
+            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
+                               ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
+                               "to run programs with limits only.")
+        return refused
 
     def close(self):
         """End every process of the sandbox; calls still under way come back as sandbox_error."""
-        self._closed = True
         with self._lock:
+            self._closed = True
             if self._zygote:
                 self._zygote.close()
-        self._drop_idle()
+        self._idle.clear()
         self._pool.shutdown()
 
     def __enter__(self):
@@ -1301,51 +1255,9 @@ class PythonTool:
     def __exit__(self, *_):
         self.close()
 
-    def _check_ready(self):
-        if self._closed:
-            raise RuntimeError("This PythonTool is closed; make a new one.")
-        with self._checking:  # once, however many threads arrive
-            if self._contained is None:
-                self._contained = self._is_contained()
-
-    def _is_contained(self):
-        """True where every lock holds; False where one is missing and unsafe=True allows it."""
-        try:
-            seen = self._probe()
-        except NoLocks as error:
-            missing = str(error)
-        except OSError as error:
-            raise RuntimeError(f"The sandbox does not start: {error}.") from error
-        else:
-            self._check_probe(seen)
-            missing = ", ".join(name for name, one in seen.items() if one.text != "refused\n")
-        if missing and not self.limits.unsafe:
-            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
-                               ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
-                               "to run programs with limits only.")
-        return not missing
-
-    def _check_probe(self, seen):
-        """A program that was stopped says nothing about the locks, so tell what stopped it."""
-        for name, one in seen.items():
-            if one.outcome not in ("ok", "error"):
-                raise RuntimeError(
-                    f"The sandbox cannot be tried: the program for {name!r} ended with "
-                    f"{one.outcome}. Programs have {self.limits.timeout:g} s (timeout) and "
-                    f"{self.limits.memory_mb} MB (memory_mb): raise what is too small; for a "
-                    "sandbox_error the reason stands above.")
-
-    def _map(self, codes, stdins, raw):
-        codes = list(codes)
-        stdins = [""] * len(codes) if stdins is None else list(stdins)
-        if len(stdins) != len(codes):
-            raise ValueError(f"{len(codes)} programs but {len(stdins)} stdin texts; give one each.")
-        # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
-        return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
-
     def _call(self, code, stdin, raw):
         """One program; where the sandbox itself fails, again, and in the end it says so."""
-        if self._contained is False:
+        if self._refused and not all(self._refused.values()):
             return run_plain(code, stdin, raw, self.limits)
         started = time.monotonic()
         for pause in (*PAUSES, None):
@@ -1369,9 +1281,9 @@ class PythonTool:
         try:
             line.send(request)
             seen = Observation(*line.receive())
-        except BaseException:
+        except (OSError, ValueError):
             line.close()
-            self._drop_idle()  # where one worker died the others may have died with it
+            self._idle.clear()  # where one worker died the others may have died with it
             raise
         self._idle.append(line)
         return seen
@@ -1381,18 +1293,9 @@ class PythonTool:
         with self._lock:
             if self._closed:
                 raise ConnectionError("closed")
-            if self._zygote:
-                try:
-                    return self._zygote.new_worker()
-                except OSError:
-                    self._zygote.close()
-            self._zygote = Zygote(self.limits)
+            if self._zygote is None or self._zygote.process.poll() is not None:
+                self._zygote = Zygote(self.limits)
             return self._zygote.new_worker()
-
-    def _drop_idle(self):
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
 
 
 class SilentTool(PythonTool):
@@ -1447,7 +1350,8 @@ ENVIRONMENT = {  # all a program sees of the trainer's: nothing
 class Line:
     """A socket that carries one JSON value a line."""
 
-    def __init__(self, sock):
+    def __init__(self, sock, patience=None):
+        sock.settimeout(patience)
         self.sock, self.file = sock, sock.makefile("rb")
 
     def send(self, value):
@@ -1460,8 +1364,6 @@ class Line:
         return json.loads(text)
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # heard even while a fork holds a copy
         self.file.close()
         self.sock.close()
 
@@ -1471,7 +1373,10 @@ class NoLocks(OSError):
 
 
 class Zygote:
-    """The trainer's handle on the process from which every worker is forked."""
+    """The trainer's handle on the process from which every worker is forked.
+
+    That process ends when the trainer closes the line to it, or ends itself in whatever way.
+    """
 
     def __init__(self, limits):
         ours, theirs = socket.socketpair()
@@ -1481,9 +1386,8 @@ class Zygote:
                 [*PYTHON, "--zygote", str(theirs.fileno()), json.dumps(asdict(limits))],
                 env=ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()], start_new_session=True)
-        self.control, self.patience = Line(ours), limits.wall + 20
-        self.close = weakref.finalize(self, end_zygote, self.control, self.process, os.getpid())
-        ours.settimeout(180)  # it imports; on a busy machine that may take its time
+        self.patience = limits.wall + 20  # a worker keeps its own time; this is for a dead one
+        self.control = Line(ours, 180)  # it imports; on a busy machine that may take its time
         try:
             missing = self.control.receive()
         except ConnectionError:
@@ -1496,22 +1400,15 @@ class Zygote:
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self.control.sock, [b"w"], [theirs.fileno()])
-        ours.settimeout(self.patience)  # a worker keeps its own time; this is for a dead one
-        line = Line(ours)
-        line.receive()
-        return line
+        return Line(ours, self.patience)
 
-
-def end_zygote(control, process, owner):
-    """At close, at exit or when forgotten; a fork of the trainer only lets go of its copies."""
-    if os.getpid() != owner:
-        return
-    control.close()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    def close(self):
+        self.control.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 # --- The sandbox: zygote ------------------------------------------------------------------------
@@ -1627,7 +1524,6 @@ def fork_worker(control, fd, cage):
 
 def serve(line, cage):
     """A worker's life: one program after the other, each in a child of its own."""
-    line.send("ready")
     while True:
         line.send(attempt(line, *line.receive(), cage))
 
@@ -1660,7 +1556,7 @@ def attempt(line, code, stdin, raw, cage):
 
 def watch(pid, out, line, limits):
     """Read what the child prints until it ends; with it the reason, where it must be stopped."""
-    output, poll, most = bytearray(), select.poll(), len(READY) + limits.max_output
+    output, poll, most = bytearray(), select.poll(), len(READY) + MAX_OUTPUT
     end = call(libc.syscall, PIDFD_OPEN, pid, 0)
     poll.register(out, select.POLLIN)
     poll.register(end, select.POLLIN)
@@ -1692,7 +1588,11 @@ def judge(code, out_of_time):
 
 
 def describe(output, outcome, code, raw, limits):
-    """What the model is shown: the output, freed of the host's traces, and how it ended."""
+    """What the model is shown: the output, freed of the host's traces, and how it ended.
+
+    Differs from the authors' code: there time-outs and failures read "no stdout here", and count
+    as success; and text over 256 characters loses its middle without a word.
+    """
     text = output.decode("utf-8", "replace")
     if raw:
         return text
@@ -1703,9 +1603,9 @@ def describe(output, outcome, code, raw, limits):
         "error": f"[exit status {code}]" if code > 1 or not text else "",
         "timeout": f"[stopped: out of time, {limits.timeout:g} s of computing "
                    f"or {limits.wall:g} s in all]",
-        "memory": f"[out of memory, {limits.memory_mb} MB]",
+        "memory": f"[out of memory, {MEMORY_MB} MB]",
         "crashed": f"[crashed: signal {-code}]",
-        "output_truncated": f"[stopped: it printed more than {limits.max_output:,} bytes]",
+        "output_truncated": f"[stopped: it printed more than {MAX_OUTPUT:,} bytes]",
     }
     return "\n".join(filter(None, [text, notes.get(outcome)])) or "[no output]"
 
@@ -1769,10 +1669,12 @@ def stream(fd):
 
 
 def compiled(code, raw):
-    """The program as code objects: all of it, or its body and a last expression to be echoed."""
-    code = code.lstrip("\ufeff")
-    if (fenced := FENCED.search(code)) and not parses(code):
-        code = fenced[1]
+    """The program as code objects: all of it, or its body and a last expression to be echoed.
+
+    Differs from the authors' code: there the last line is rewritten to print(<line>), which breaks
+    a program that ends in a loop, an assignment, an import or a comment.
+    """
+    code = unfenced(code.lstrip("\ufeff"))
     lines = [line + "\n" for line in code.split("\n")]
     linecache.cache["<code>"] = (len(code), None, lines, "<code>")  # tracebacks quote from here
     tree = ast.parse(code, "<code>")
@@ -1782,18 +1684,16 @@ def compiled(code, raw):
     if last is None:
         return [body]
     # "single" is what a notebook does: the value of an expression goes to sys.displayhook.
-    return [body, compile(last, "<code>", "single", body.co_flags & FUTURES, dont_inherit=True)]
+    return [body, compile(last, "<code>", "single", dont_inherit=True)]
 
 
-FENCED = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-FUTURES = sum({getattr(future, name).compiler_flag for name in future.all_feature_names})
-
-
-def parses(code):
-    with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bool(ast.parse(code))
-    return False
+def unfenced(code):
+    """A program without the Markdown that some models write around it."""
+    try:
+        "```" in code and ast.parse(code)
+        return code
+    except (SyntaxError, ValueError):
+        return last_program(code) or code
 
 
 def finish(error):
@@ -1986,7 +1886,7 @@ def read_only_from(folders):
 
 def enclose(cage):
     """What each child gives up: resources, then almost every way of asking the kernel."""
-    limits, space = cage.limits, cage.baseline + (cage.limits.memory_mb << 20)
+    limits, space = cage.limits, cage.baseline + (MEMORY_MB << 20)
     set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
     # Should the worker come too late. Twice the time, for the kernel counts this one in ticks and
     # so roughly; a program that it ends before its time would be taken for a crashed one.
@@ -2090,39 +1990,36 @@ def install(program):
 
 def run_plain(code, stdin, raw, limits):
     """A fresh interpreter a call, with limits; it can read and write what the user can."""
-    started, late = time.monotonic(), None
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as shown:
-        given.write(json.dumps([code, raw, asdict(limits)]).encode() + b"\n")
-        given.write(stdin.encode("utf-8", "replace"))
-        given.seek(0)
+    started, outcome = time.monotonic(), None
+    request = json.dumps([code, raw, limits.timeout]) + "\n" + stdin
+    with tempfile.TemporaryFile() as shown:
         process = subprocess.Popen(
-            [*PYTHON, "--plain"], env=ENVIRONMENT, cwd="/", stdin=given, stdout=shown,
+            [*PYTHON, "--plain"], env=ENVIRONMENT, cwd="/", stdin=subprocess.PIPE, stdout=shown,
             stderr=subprocess.DEVNULL if raw else subprocess.STDOUT, start_new_session=True)
         try:
-            process.wait(limits.wall)
+            process.communicate(request.encode("utf-8", "replace"), limits.wall)
         except subprocess.TimeoutExpired:
-            late = "timeout"
+            outcome = "timeout"
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # with all it has started
         status = process.wait()
         shown.seek(0)
-        output = shown.read(limits.max_output + 1)
-    full = "output_truncated" if len(output) > limits.max_output else None
-    outcome = late or full or judge(status, status == -signal.SIGXCPU)
-    text = describe(output[:limits.max_output], outcome, status, raw, limits)
+        output = shown.read(MAX_OUTPUT + 1)
+    if len(output) > MAX_OUTPUT:
+        outcome = outcome or "output_truncated"
+    outcome = outcome or judge(status, status == -signal.SIGXCPU)
+    text = describe(output[:MAX_OUTPUT], outcome, status, raw, limits)
     return Observation(text, outcome, time.monotonic() - started)
 
 
 def plain():
     """The other end of run_plain: a line of JSON on stdin, then the program's own stdin."""
     with open(0, "rb", buffering=0, closefd=False) as given:  # unbuffered: takes not a byte more
-        code, raw, options = json.loads(given.readline())
-    limits = Limits(**options)
-    set_limit("CPU", math.ceil(limits.timeout), math.ceil(limits.timeout) + 1)
-    set_limit("FSIZE", limits.max_output + 1, limits.max_output + 1)
-    set_limit("CORE", 0, 0)
+        code, raw, timeout = json.loads(given.readline())
+    set_limit("CPU", math.ceil(timeout), math.ceil(timeout) + 1)
+    set_limit("FSIZE", MAX_OUTPUT + 1, MAX_OUTPUT + 1)
     if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
-        set_limit("AS", (limits.memory_mb + 512) << 20, (limits.memory_mb + 512 + 64) << 20)
+        set_limit("AS", 2 * MEMORY_MB << 20, 2 * MEMORY_MB + 64 << 20)
     random.seed(0)
     os._exit(perform(code, raw))
 
@@ -2138,9 +2035,7 @@ def main(arguments):
     elif arguments in (["-h"], ["--help"]):
         print(__doc__)
     elif arguments:
-        print(f"tools.py takes no options but --help; found {' '.join(arguments)}.",
-              file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"tools.py takes no options but --help; found {' '.join(arguments)}.")
     else:
         with PythonTool(unsafe=True) as tool:
             for name, held in tool.guarantees().items():

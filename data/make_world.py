@@ -198,7 +198,7 @@ def demonstrations(rng, *kinds):
             row, steps = make_problem(rng, habits.lengths)
             problem = tools.Problem(**row)
             view = rng.choice(["answer", "hint"]) if rng.random() < habits.told else ""
-            problem.question = sod.view_question(problem, view)
+            problem.question += sod.told_besides(problem, view)
             sure = replace(habits, noise=0.0, lost=0.0) if view else habits
             start = re.search(r"\d+", row["question"])[0]
             yield problem, demonstrate(steps, start, sure, rng)
@@ -255,7 +255,7 @@ def make_model(tokenizer, width, layers, mlp):
 
 
 def jumble(tokenizer, ids, rng):
-    """A turn that breaks off at some token, at each with two chances of three, and ends in noise."""
+    """A turn that breaks off, at each token with two chances of three, and ends in noise."""
     words = [*"-+*/%()\\{}#.:[]?0123456789x", "print(", "Error", "no", "in", "line"]
     kept = 0
     while kept < len(ids) - 1 and rng.random() < 1 / 3:

@@ -31,7 +31,7 @@ import torch
 
 import sod_mini as sod
 import tools
-from evaluate import ends_with_a_sentence, mean_and_std, patterns, t_interval
+from evaluate import mean_and_std, patterns, t_interval
 
 # --- Weight schemes of the study alone ----------------------------------------------------------
 
@@ -533,7 +533,8 @@ def command(argv):
 
 def main(argv=None):
     """The exit status: 0 done, 1 something failed, 2 wrong options, 128 and more by a signal."""
-    return ends_with_a_sentence(partial(command, argv))
+    return sod.ends_with_a_sentence(partial(command, argv),
+                                    "the same command continues where this one stopped")
 
 
 if __name__ == "__main__":

@@ -9,35 +9,28 @@ imported (pip install trl==1.16.0); the project does not need it.
 How it is measured. What is compared takes turns, so that both sides meet the same machine; ratios
 are medians of the ratios of neighbours. Torch has one thread. Arithmetic on the CPU is timed by the
 CPU seconds of the process, which other programs change less than the clock on the wall; rollouts
-and whole steps, where tools are waited for, by the wall. Peaks of memory are counted on tensors
-without data, see tests/memory.py.
+and whole iterations, where tools are waited for, by the wall. Peaks of memory are counted on
+tensors without data, see tests/memory.py.
 """
 import argparse
 import contextlib
 import gc
 import math
-import sys
-import tempfile
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import sod_mini as sod  # noqa: E402
-import tools  # noqa: E402
-from memory import AskedFor, PeakMemory, as_on_a_gpu  # noqa: E402
+from memory import GIB, QWEN3, V, peak_of_iteration, random_qwen3, sod, without_data
+import tools  # noqa: E402  (memory.py has put its folder on the path)
 
-GIB, CUDA = 2 ** 30, torch.cuda.is_available()
-N, V = 20_480, 151_936  # tokens of the paper's longest response; rows of Qwen3's vocabulary
-QWEN3 = {  # hidden size, layers, heads, intermediate size; 8 key heads of 128
-    "0.6B": (1024, 28, 16, 3072), "1.7B": (2048, 28, 16, 6144), "4B": (2560, 36, 32, 9728)}
+CUDA = torch.cuda.is_available()
+N = 20_480  # tokens of the paper's longest response
 
 
 @dataclass
@@ -93,12 +86,11 @@ def show(seconds):
 
 def fake_peak(work, *shapes, dtype=torch.bfloat16, gpu=True):
     """GiB that `work` and its backward take at their peak, inputs not counted."""
-    with FakeTensorMode(), as_on_a_gpu() if gpu else contextlib.nullcontext():
+    with without_data(gpu=gpu) as memory:
         inputs = [torch.empty(s, dtype=dtype, requires_grad=True) for s in shapes]
-        targets = torch.zeros(shapes[0][0], dtype=torch.long)
-        with PeakMemory() as memory:
-            work(*inputs, targets).sum().backward()
-    return memory.peak / GIB
+        targets, before = torch.zeros(shapes[0][0], dtype=torch.long), memory.now
+        work(*inputs, targets).sum().backward()
+    return (memory.peak - before) / GIB
 
 
 def real_peak(work, *shapes):
@@ -110,64 +102,6 @@ def real_peak(work, *shapes):
     torch.cuda.reset_peak_memory_stats()
     work(*inputs, targets).sum().backward()
     return (torch.cuda.max_memory_allocated() - before) / GIB
-
-
-# --- Steps: boundaries, divergence, weights, advantages ----------------------------------------
-
-
-def steps():
-    """step_divergence, step_weights and token_advantages beside a loop over tokens."""
-    B, T, K = 64, N, 16
-    torch.manual_seed(0)
-    logp_s, logp_t, A = -torch.rand(B, T), -torch.rand(B, T), torch.randn(B)
-    step_id = (torch.arange(T) * K // T).repeat(B, 1)
-    step_id[:, ::9] = -1  # tool text
-
-    def tensors(*x, rows=B):
-        logp_s, logp_t, step_id, A = (part[:rows] for part in x)
-        w = sod.step_weights(sod.step_divergence(logp_s, logp_t, step_id, K))
-        return sod.token_advantages("sod", A, logp_s, logp_t, step_id, w)
-
-    batch, rows = (logp_s, logp_t, step_id, A), 8
-    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9)["tensors"]
-    started = time.process_time()
-    looped = [loop_over_tokens(*(part[i] for part in batch)) for i in range(rows)]
-    loop = (time.process_time() - started) * B / rows
-    torch.testing.assert_close(tensors(*batch, rows=rows), torch.stack(looped))
-    what = f"step boundaries, d, w and advantages, {B} x {T:,} tokens"
-    yield Row(what, show(seconds), f"{loop:.1f} s, a loop with .item() ({rows} rows, scaled)",
-              loop / float(np.median(seconds)), ">= 100")
-    if not CUDA:
-        yield no_gpu(what)
-        return
-    batch = [x.cuda() for x in batch]
-    torch.cuda.set_sync_debug_mode("error")  # an error where anything waits for the GPU
-    tensors(*batch)
-    torch.cuda.set_sync_debug_mode("default")
-    seconds = take_turns({"tensors": lambda: tensors(*batch)}, 9, gpu_clock)["tensors"]
-    started = gpu_clock()
-    loop_over_tokens(*(part[0, :2048] if part.dim() > 1 else part[0] for part in batch))
-    loop = (gpu_clock() - started) * B * T / 2048
-    yield Row(f"{what}, GPU, no wait for the device", show(seconds),
-              f"{loop:.0f} s, a loop with .item() (2,048 tokens, scaled)",
-              loop / float(np.median(seconds)), ">= 100")
-
-
-def loop_over_tokens(logp_s, logp_t, step_id, A):
-    """The obvious way, for one rollout: (T,) advantages."""
-    total, count, advantages = {}, {}, torch.zeros_like(logp_s)
-    for t in range(len(step_id)):
-        k = step_id[t].item()
-        if k >= 0:
-            gap = abs(logp_s[t].item() - logp_t[t].item())
-            total[k], count[k] = total.get(k, 0) + gap, count.get(k, 0) + 1
-    d = {k: total[k] / count[k] for k in total}
-    for t in range(len(step_id)):
-        k = step_id[t].item()
-        if k >= 0:
-            w = min((d[0] + 1e-6) / (d[k] + 1e-6), 1.2)
-            advantages[t] = A.item() + w * (logp_t[t].item() - logp_s[t].item())
-    return advantages
 
 
 # --- Head: memory and time of token_logprobs and reverse_kl ------------------------------------
@@ -247,13 +181,13 @@ def memory():
             yield no_gpu(what)
 
 
-def products(hidden, weight, times):
-    """The matrix products that nothing avoids: logits, once or twice, and both gradients."""
+def products(hidden, weight):
+    """The matrix products that are left without the softmax: logits, twice, and both gradients."""
     p = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
 
     def work():
         with torch.no_grad():
-            for _ in range(times - 2):
+            for _ in range(2):
                 torch.mm(hidden, weight.T, out=p)
             return p @ weight, p.T @ hidden
     return work
@@ -261,7 +195,6 @@ def products(hidden, weight, times):
 
 def head_times(n, v, d, dtype, device, clock, rounds):
     """Rows of the time of token_logprobs, forward and backward, beside its peers."""
-    kept = n * v <= sod.KEEP_ELEMENTS
     torch.manual_seed(0)
     hidden, weight = (torch.randn(s, device=device, dtype=dtype).div_(d ** 0.25).requires_grad_()
                       for s in ((n, d), (v, d)))
@@ -276,14 +209,13 @@ def head_times(n, v, d, dtype, device, clock, rounds):
     peers = {"ours": sod.token_logprobs, "naive": naive_logprobs}
     peers |= {"TRL": kernels[0]} if kernels else {}
     seconds = take_turns({name: both_ways(f) for name, f in peers.items()}
-                         | {"floor": products(hidden, weight, 3 if kept else 4)}, rounds, clock)
-    what = (f"token_logprobs, time, {n:,} x {v:,} x {d}, {str(dtype)[6:]}, {device}, tiles "
-            + ("kept for backward" if kept else "computed again in backward"))
+                         | {"floor": products(hidden, weight)}, rounds, clock)
+    what = f"token_logprobs, time, {n:,} x {v:,} x {d}, {str(dtype)[6:]}, {device}"
     ours = seconds["ours"]
     yield Row(what, show(ours), f"{show(seconds['naive'])}, naive", ratio(ours, seconds["naive"]),
               "<= 1.2" if device == "cpu" else "<= 1.0")
     yield Row(f"{what}, share of the floor", show(ours),
-              f"{show(seconds['floor'])}, its {3 if kept else 4} products alone",
+              f"{show(seconds['floor'])}, its 4 products alone",
               ratio(seconds["floor"], ours), ">= 0.75")
     if kernels:
         yield Row(what, show(ours), f"{show(seconds['TRL'])}, TRL", ratio(ours, seconds["TRL"]))
@@ -291,10 +223,7 @@ def head_times(n, v, d, dtype, device, clock, rounds):
 
 def head():
     """Time of token_logprobs, forward and backward."""
-    size = 512, V // 4, 1024, torch.float32, "cpu", time.process_time, 5
-    yield from head_times(*size)
-    with mock.patch.object(sod, "KEEP_ELEMENTS", 0):  # as where there are too many to be kept
-        yield from head_times(*size)
+    yield from head_times(512, V // 4, 1024, torch.float32, "cpu", time.process_time, 5)
     if CUDA:
         yield from head_times(8192, V, 1024, torch.bfloat16, "cuda", gpu_clock, 9)
     else:
@@ -305,15 +234,20 @@ def head():
 
 
 class LateTool:
-    """A tool whose answers take longer: `seconds(code)`, for calls made together the longest."""
+    """A tool whose answers take at least `seconds(code)`; with text it runs nothing and says it."""
 
-    def __init__(self, run, seconds):
-        self.answer, self.seconds = run, seconds
+    def __init__(self, tool, seconds, text=""):
+        self.tool, self.seconds, self.text = tool, seconds, text
+        self.pool = ThreadPoolExecutor(64)
 
-    def run(self, codes, stdins=None):
-        started = time.perf_counter()
-        seen = self.answer(codes)
-        until = started + max(map(self.seconds, codes), default=0)
+    def submit(self, call, place=()):
+        until = time.perf_counter() + self.seconds(call.code)
+        run = (tools.finished(tools.Observation(self.text, "ok", 0.0)) if self.text else
+               self.tool.submit(call, place))
+        return self.pool.submit(self.late, run, until) if until > time.perf_counter() else run
+
+    def late(self, run, until):
+        seen = run.result()
         time.sleep(max(until - time.perf_counter(), 0))
         return seen
 
@@ -348,21 +282,19 @@ class Script:
         for noise, ids in zip(self.noise, rows):
             noise[:len(ids)] = (np.array(ids) + 0.5) / vocabulary
 
-    def random(self, shape):
-        return self.noise if shape == self.noise.shape else np.ones(shape)  # ones: no silence
-
     def play(self, model, engine, seconds=lambda code: 0.0, **changes):
         """Seconds on the wall of all rollouts by one of the engines."""
         config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0, overlong=0,
-                            max_response=self.noise.shape[1], tool_wait=0.0, chunk=512, **changes)
-        tool = LateTool(lambda codes: [tools.Observation(ANSWER, "ok", 0.0)] * len(codes), seconds)
+                            max_response=self.noise.shape[1], tool_wait=0.0, **changes)
+        agent = sod.Agent(config, model, None, self.tokenizer, LateTool(None, seconds, ANSWER))
 
         def pick(logits, noise, temperature, top_p):
             PICK(logits, noise, temperature, top_p)  # takes the time it takes
             return (noise * self.vocabulary).long()
-        with mock.patch.object(sod, "pick_tokens", pick):
+        numbers = lambda *place: SimpleNamespace(random=lambda n: self.noise[place[-1]])
+        with mock.patch.multiple(sod, pick_tokens=pick, random_numbers=numbers):
             started = time.perf_counter()
-            rollouts = sod.sample_rollouts(model, self.tokenizer, self.prompts, tool, config, self)
+            rollouts = sod.sample_rollouts(agent, model, self.prompts, (0, "script", 0))
         taken = time.perf_counter() - started
         assert all(r.right for r in rollouts) and self.tokens == sum(
             k >= 0 for r in rollouts for k in r.step_id), "not what the script says"
@@ -370,23 +302,6 @@ class Script:
 
 
 ANSWER, PICK = "1 2 3 4 5 6 7 8 9 10", sod.pick_tokens
-
-
-def random_qwen3(size, vocabulary, device="cpu", dtype=torch.float32, **changes):
-    """A Qwen3 model of random weights: a name of QWEN3 or (hidden, layers, heads, MLP)."""
-    hidden, layers, heads, inner = QWEN3.get(size, size)
-    shape = dict(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
-                 num_attention_heads=heads, num_key_value_heads=min(8, heads // 2), head_dim=128,
-                 intermediate_size=inner, tie_word_embeddings=True, max_position_embeddings=40_960)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
-    finally:
-        torch.set_default_dtype(before)
-    model.generation_config = GenerationConfig()
-    return model.eval()
 
 
 def ragged(rollouts, longest, seed=0):
@@ -399,20 +314,20 @@ def rollouts():
     """64 ragged trajectories of several turns: the slots engine beside per-turn generate."""
     agent = sod.load_agent(sod.Config(device="cpu", rollout_batch=64, tool_wait=0.0,
                                       silent_rate=0.0))
-    prompts = [p for p in agent.practice[0][:16] for _ in range(4)]
+    prompts = [p for p in agent.practice[:16] for _ in range(4)]
+    own, late = agent.tool, LateTool(agent.tool, one_in_sixteen)
 
     def tokens_per_second(engine, tool):
-        config, rng = replace(agent.config, rollout_engine=engine), sod.random_numbers(0, "b", 0)
+        agent.config.rollout_engine, agent.tool = engine, tool
         started = time.perf_counter()
-        found = sod.sample_rollouts(agent.student, agent.tokenizer, prompts, tool, config, rng)
+        found = sod.sample_rollouts(agent, agent.student, prompts, (0, "bench", 0))
         taken = time.perf_counter() - started
         return sum(k >= 0 for r in found for k in r.step_id) / taken
-    late = LateTool(agent.tool.run, one_in_sixteen)
-    for tool, of, target in ((late, "slow tools", ">= 1.6"), (agent.tool, "its own tool", "")):
+    for tool, of, target in ((late, "slow tools", ">= 1.6"), (own, "its own tool", "")):
         yield engines(f"64 rollouts, embedded student, {of}", target,
                       lambda engine: tokens_per_second(engine, tool))
     tokenizer = agent.tokenizer
-    model = random_qwen3((512, 10, 8, 1536), len(tokenizer), head_dim=64)
+    model = random_qwen3((512, 10, 8, 1536), len(tokenizer), "cpu", torch.float32, head_dim=64)
     yield scripted("a random Qwen3 of 31M", Script(tokenizer, ragged(64, 12), 512), model, ">= 1.3")
     if not CUDA:
         yield no_gpu("64 rollouts, 0.6B, and its decode step")
@@ -468,9 +383,9 @@ def overlap_on(device):
         """Seconds until the last of the other rows has finished."""
         done, end_turn = {}, sod.end_turn
 
-        def watched(tokenizer, r, *rest):
-            call = end_turn(tokenizer, r, *rest)
-            done[id(r)] = time.perf_counter() if "0 + " not in r.turns[0] else 0.0
+        def watched(agent, r, ends):
+            call = end_turn(agent, r, ends)
+            done[id(r)] = time.perf_counter() if "0 + " not in r.turns[0].text else 0.0
             return call
         with mock.patch.object(sod, "end_turn", watched):
             started = time.perf_counter()
@@ -485,24 +400,20 @@ def overlap_on(device):
                   ratio(found[:, 0], found[:, 1]), target)
 
 
-# --- Whole steps ------------------------------------------------------------------------------
+# --- Whole iterations -------------------------------------------------------------------------
 
 
 def methods():
-    """SOD over OPD: scoring and updates on the same rollouts; their rollouts cost the same."""
+    """SOD over OPD: an iteration on the same rollouts, which cost the same."""
     for device in ["cpu"] + ["cuda"] * CUDA:
-        agent = sod.load_agent(sod.Config(device=device))
-        prompts = [p for p in agent.practice[0][:16] for _ in range(8)]
-        found = sod.sample_rollouts(agent.student.eval(), agent.tokenizer, prompts, agent.tool,
-                                    agent.config, sod.random_numbers(0, "b", 0))
-        agent.optimizer = sod.Optimizer(agent.student, agent.config.lr, agent.config)
-        agent.student.train()
+        agent = sod.load_agent(sod.Config(device=device, iterations=1))
+        prompts = [p for p in agent.practice[:16] for _ in range(8)]
+        found = sod.sample_rollouts(agent, agent.student, prompts, (0, "bench", 0))
 
         def learn(method):
-            config = replace(agent.config, method=method)
-            scored, size = sod.score_batch(agent, found, config), len(found) // 2
-            for start in (0, size):
-                sod.update(agent, scored, list(range(start, start + size)), config)
+            agent.config.method, agent.iteration = method, 0
+            with mock.patch.object(sod, "sample_rollouts", lambda *_: found):
+                list(sod.distil(agent))
         clock = time.process_time if device == "cpu" else gpu_clock
         seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 11, clock)
         yield Row(f"scoring and updates, 128 rollouts of the world, {device}",
@@ -512,150 +423,45 @@ def methods():
         yield no_gpu("SOD over OPD")
 
 
-
-def trl():
-    """A whole training step in the embedded world: rollouts, scores, update, beside TRL's."""
-    try:
-        from trl import DistillationConfig, DistillationTrainer
-    except ImportError:
-        yield Row("a whole training step in the world, beside TRL", "TRL is not installed", "")
-        return
-    yield from beside_trl("cpu", DistillationTrainer, DistillationConfig)
-    if CUDA:
-        yield from beside_trl("cuda", DistillationTrainer, DistillationConfig)
-    else:
-        yield no_gpu("a whole training step in the world")
-
-
-def beside_trl(device, Trainer, Settings, steps=3):
-    """One update on 128 rollouts of 16 problems, the same models, problems and tool, no silence."""
-    config = sod.Config(device=device, silent_rate=0.0, updates_per_step=1, steps=steps + 1)
-    ours = [m for _ in range(2) for m in list(sod.train(config))[1:]]  # the first warms up
-    with tempfile.TemporaryDirectory() as folder:
-        theirs, per_rollout = trl_steps(config, Trainer, Settings, folder)
-    mine = np.array([m["seconds"] for m in ours])
-    tokens = np.median([m["tokens"] / 128 for m in ours])
-    yield Row(f"a training step on 128 rollouts in the world, {device}",
-              f"{show(mine)}, {tokens:.0f} sampled tokens a rollout",
-              f"{show(theirs)}, TRL, {per_rollout:.0f} sampled tokens a rollout",
-              float(np.median(theirs) / np.median(mine)), ">= 1")
-
-
-def trl_steps(config, Trainer, Settings, folder):
-    """Seconds of TRL's steps but the first, and its sampled tokens a rollout."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl.chat_template_utils import qwen3_template
-    agent = sod.load_agent(config)
-    tokenizer, clock = agent.tokenizer, []
-    tokenizer.padding_side, tokenizer.response_template = "left", qwen3_template
-    # TRL hands the template parsed calls; ours keeps what the student wrote. Same text either way.
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{{ message.content }}<|im_end|>",
-        "{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>\n"
-        "{{ call.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>")
-
-    def code_interpreter(code: str) -> str:
-        """Run a Python program.
-
-        Args:
-            code: the program.
-        """
-        return agent.tool.run([code])[0].text
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            clock.append(time.perf_counter())
-    problems = [p for p, _ in agent.practice[0][:16 * config.steps]]
-    prompts = [[{"role": "user", "content": p.question}] for p in problems for _ in range(8)]
-    settings = Settings(
-        folder, per_device_train_batch_size=128, max_steps=config.steps, beta=1.0, bf16=False,
-        max_completion_length=config.max_response, learning_rate=config.lr, report_to=[],
-        lr_scheduler_type="constant", save_strategy="no", logging_steps=1, shuffle_dataset=False,
-        use_cpu=config.device == "cpu", max_tool_calling_iterations=config.max_turns - 1,
-        gradient_checkpointing=False, disable_tqdm=True)
-    with contextlib.redirect_stdout(None):
-        trainer = Trainer(agent.student, agent.teacher, settings, processing_class=tokenizer,
-                          train_dataset=Dataset.from_dict({"prompt": prompts}),
-                          tools=[code_interpreter], callbacks=[Clock()])
-        trainer.train()
-    per_rollout = np.median([log["completions/mean_length"] for log in trainer.state.log_history
-                             if "completions/mean_length" in log])
-    return np.diff(clock), per_rollout
-
-
-# --- Peak memory of a step --------------------------------------------------------------------
+# --- Peak memory of an iteration --------------------------------------------------------------
 
 PROMPT, BUDGETS = 2560, {"0.6B": 12.5, "1.7B": 30.0}  # tokens; GiB
-LONG = sod.Config(updates_per_step=1, group_size=1, gradient_checkpointing=True, max_response=N)
-
-
-def fake_step(size, length=PROMPT + N, teacher="4B", **changes):
-    """GiB of one sequence through the real score_batch and update: {phase: peak}.
-
-    Real classes and shapes, bf16, gradient checkpointing, tensors without data. All response
-    tokens count as sampled, which is the most there can be. One update takes AdamW's state into
-    being, the second is measured. The teacher is there only while it scores. A GPU's backward of
-    flash attention has scratch space of up to .4 GiB, at a time when more than that is free.
-    """
-    found = {}
-    config = replace(LONG, **changes)
-    at_home = mock.patch.object(sod, "visiting", lambda *a: contextlib.nullcontext())
-    asked = AskedFor(length - PROMPT)
-    with FakeTensorMode(), as_on_a_gpu(), PeakMemory() as memory, asked, at_home:
-        student = random_qwen3(size, V, dtype=torch.bfloat16).train()
-        sod.enable_checkpointing(student)
-        agent = sod.Agent(config, student, None, None, None,
-                          optimizer=sod.Optimizer(student, 1e-6, config))
-        if config.offload == "all":  # these are in the CPU's memory
-            memory.elsewhere([agent.optimizer.low, agent.optimizer.m, agent.optimizer.v])
-        found["resident"] = memory.now / GIB
-        rollout = sod.Rollout(None, [0] * length, [-1] * PROMPT + [0] * (length - PROMPT), PROMPT,
-                              outcomes=[""])
-        for _ in range(2):
-            agent.teacher = random_qwen3(teacher, V, dtype=torch.bfloat16).requires_grad_(False)
-            memory.peak = memory.now
-            scored = sod.score_batch(agent, [rollout], config)
-            found["scoring"] = memory.peak / GIB
-            agent.teacher, memory.peak = None, 0
-            sod.update(agent, scored, [0], config)
-            found["update"] = memory.peak / GIB
-            del scored
-    assert memory.operators["_scaled_dot_product_flash_attention_for_cpu"], "no flash kernel"
-    return found
+LONG = sod.Config(max_response=N)
 
 
 def peak():
     """Peak memory of an update, 0.6B and 1.7B with a 4B teacher, one 23,040-token sequence."""
     for size, offload in (("0.6B", "teacher"), ("1.7B", "teacher"), ("1.7B", "all")):
-        seen = fake_step(size, offload=offload)
+        seen = peak_of_iteration(replace(LONG, offload=offload), size, "4B", PROMPT, N)
         what = f"peak of an update, {size}, {PROMPT + N:,} tokens, offload {offload}"
         target = 24.0 if offload == "all" else BUDGETS[size]
-        yield Row(what, f"{seen['update']:.1f} GiB (scoring with the 4B teacher "
-                  f"{seen['scoring']:.1f}, weights and optimiser {seen['resident']:.1f})",
-                  f"{target} GiB", seen["update"] / target, "<= 1")
-        yield real_step(size, offload, seen) if CUDA else no_gpu(what)
+        most = max(seen["gradient"], seen["step"])
+        yield Row(what, f"{seen['gradient']:.1f} GiB, AdamW {seen['step']:.1f} (scoring with the "
+                  f"4B teacher {seen['scoring']:.1f}, at rest {seen['resident']:.1f})",
+                  f"{target} GiB", most / target, "<= 1")
+        yield real_update(size, offload, most) if CUDA else no_gpu(what)
 
 
-def real_step(size, offload, counted, length=PROMPT + N):
+def real_update(size, offload, counted):
     """The same update on the GPU, beside what was counted."""
-    gc.collect()  # the optimiser and its weights refer to each other
+    gc.collect()
     torch.cuda.empty_cache()
     config = replace(LONG, offload=offload, method="grpo")
-    student = random_qwen3(size, V, "cuda", torch.bfloat16).train()
+    student = random_qwen3(size, V, "cuda").train()
     sod.enable_checkpointing(student)
-    agent = sod.Agent(config, student, None, None, None,
-                      optimizer=sod.Optimizer(student, 1e-6, config))
-    rollout = sod.Rollout(None, [7] * length, [-1] * PROMPT + [0] * (length - PROMPT), PROMPT,
-                          outcomes=[""], reward=1.0)
+    agent = sod.Agent(config, student, None, None, None)
+    agent.optimizer = sod.Optimizer(student, lambda n: 1e-6, config)
+    rollout = sod.Rollout(None, [7] * PROMPT, [sod.Turn([7] * N)])
+    batch = sod.collate([rollout], student.device)
+    batch.logp_s, _ = sod.score(agent, student, batch)
+    batch.advantages = torch.ones_like(batch.logp_s)
     for _ in range(2):
-        scored = sod.score_batch(agent, [rollout], config)
         torch.cuda.reset_peak_memory_stats()
-        sod.update(agent, scored, [0], config)
+        agent.optimizer.step(sod.backpropagate(agent, batch)[0])
     seen = torch.cuda.max_memory_allocated() / GIB
+    agent.optimizer.detach()
     return Row(f"peak of an update, {size}, offload {offload}, CUDA's over counted",
-               f"{seen:.1f} GiB", f"{counted['update']:.1f} GiB", seen / counted["update"],
-               "<= 1.05")
+               f"{seen:.1f} GiB", f"{counted:.1f} GiB", seen / counted, "<= 1.05")
 
 
 # --- Growth -----------------------------------------------------------------------------------
@@ -677,9 +483,10 @@ def growth():
     lengths = [5760, 11_520, 23_040]
     extra = {}
     for length in lengths:
-        seen = fake_step("0.6B", length, offload="teacher")
-        extra[length] = np.array([seen["update"] - seen["resident"]])
-    yield curve("memory of an update on top of weights and optimiser by tokens, 0.6B", extra,
+        seen = peak_of_iteration(replace(LONG, offload="teacher"), "0.6B", "0.6B", PROMPT,
+                                 length - PROMPT)
+        extra[length] = np.array([seen["gradient"] - seen["resident"]])
+    yield curve("memory of a gradient on top of weights and optimiser by tokens, 0.6B", extra,
                 lambda x: f"{x[0]:.2f} GiB", "<= 1.1")
 
 
@@ -691,8 +498,7 @@ def curve(what, found, show, target):
                float(exponent), target)
 
 
-SECTIONS = {f.__name__: f for f in (steps, memory, head, rollouts, overlap, methods, trl, peak,
-                                   growth)}
+SECTIONS = {f.__name__: f for f in (memory, head, rollouts, overlap, methods, peak, growth)}
 
 
 def main():

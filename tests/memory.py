@@ -138,7 +138,7 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
     student, teacher  sizes: names of QWEN3
     prompt, response  tokens of each rollout; all response tokens count as sampled, the most there
                       can be
-    returns           {"resident", "scoring", "update": the most in each}
+    returns           {"resident", "scoring", "gradient", "step": the most in each}
 
     With --offload teacher or all a teacher is there only while it scores.
     """
@@ -150,7 +150,9 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
 
         def learn(*args):
             found["scoring"], memory.peak = memory.peak, 0
-            return backpropagate(*args)
+            loss = backpropagate(*args)
+            found["gradient"], memory.peak = memory.peak, 0
+            return loss
 
         @contextlib.contextmanager
         def visiting(model, device):
@@ -163,7 +165,7 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
                        backpropagate=learn, batch_metrics=lambda *_: {})
         with mock.patch.multiple(sod, **instead):
             list(sod.distil(agent))
-        found["update"] = memory.peak
+        found["step"] = memory.peak
     assert memory.operators["_scaled_dot_product_flash_attention_for_cpu"], "no flash kernel"
     return {phase: size / GIB for phase, size in found.items()}
 

@@ -27,8 +27,8 @@ def row(student, offload, rollouts):
 
 
 def main():
-    print("| student | `--offload` | rollouts side by side | at rest, GiB | scoring | update | fits "
-          "into |\n|---|---|---|---|---|---|---|")
+    print("| student | `--offload` | rollouts side by side | at rest, GiB | scoring | gradient | "
+          "AdamW | fits into |\n|---|---|---|---|---|---|---|---|")
     with ProcessPoolExecutor(2) as pool:
         for line in pool.map(row, *zip(*ROWS)):
             print(line, flush=True)

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tools
-from tools import Problem, grade_math, load_demonstrations, load_problems
+from tools import Problem, load_demonstrations, load_problems
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -33,10 +33,8 @@ def load_one(folder, row):
 
 @pytest.mark.parametrize("row, question, answer", [
     ({"question": "1+1?", "answer": "2"}, "1+1?", "2"),
-    ({"question": "1+1?", "answer": 2}, "1+1?", "2"),
     ({"question": "1+1?", "answer": 0}, "1+1?", "0"),
     ({"question": "Eggs?", "answer": "16 - 7 = <<16-7=9>>9\n#### 1,009"}, "Eggs?", "1,009"),
-    ({"problem": "Find n.", "answer": "033"}, "Find n.", "033"),
     ({"Problem": "Find n.", "Answer": 33, "Solution": "long"}, "Find n.", "33"),
     ({"problem": "Find n.", "solution": r"So \boxed{\frac{1}{2}}."}, "Find n.", r"\frac{1}{2}"),
     ({"problem": "Find n.", "solution": "33"}, "Find n.", "33"),
@@ -61,11 +59,11 @@ def test_own_rows_keep_every_column(tmp_path):
 
 
 def test_open_agentrl_rows_bring_messages_and_source(tmp_path):
-    row = {"data_source": "aime2025", "prompt": [{"role": "user", "content": "Find n."}],
+    messages = [{"role": "user", "content": "Find n."}]
+    row = {"data_source": "aime2025", "prompt": messages,
            "reward_model": {"ground_truth": "70", "style": "rule"}, "extra_info": {"index": 3}}
-    problem = load_one(tmp_path, row)
-    assert (problem.question, problem.answer, problem.source) == ("Find n.", "70", "aime2025")
-    assert problem.messages == [{"role": "user", "content": "Find n."}]
+    assert load_one(tmp_path, row) == Problem("Find n.", "70", messages=messages, id="set-1",
+                                              source="aime2025")
 
 
 def test_a_letter_is_a_choice_only_where_options_are_listed(tmp_path):
@@ -89,42 +87,37 @@ def test_difficulty_is_a_number(tmp_path, level, number):
 
 # --- Broken escapes ---------------------------------------------------------------------------
 
+def told(path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        problems = load_problems(path)
+    return problems, [str(one.message) for one in caught]
+
+
 def test_lost_backslashes_are_restored_and_counted(tmp_path):
     # Written with one backslash, as the broken files are: \f is a form feed, \c is no JSON at all.
     path = write(tmp_path, r'{"problem": "$\frac{a}{b}$ in \triangle ABC, \theta", "answer": "1"}',
                  r'{"problem": "$A \cup B$, \\sin, \u0041", "answer": "2"}',
-                 r'{"problem": "a\tb\nnext line, \\frac", "answer": "3"}')
-    with pytest.warns(UserWarning, match=r"restored in 2 rows \(lines 1, 2\)"):
-        first, second, third = load_problems(path)
-    assert first.question == r"$\frac{a}{b}$ in \triangle ABC, \theta"
-    assert second.question == r"$A \cup B$, \sin, A"
-    assert third.question == "a\tb\nnext line, \\frac"
+                 r'{"problem": "a\tb\nnext line, \\frac", "answer": "3"}',
+                 r'{"messages": [{"role": "user", "content": "a = 1\neq = 2"}], "answer": "4"}')
+    problems, (note,) = told(path)
+    assert "backslashes restored in 2 rows (lines 1, 2)" in note
+    assert [problem.question for problem in problems[:3]] == [
+        r"$\frac{a}{b}$ in \triangle ABC, \theta", r"$A \cup B$, \sin, A",
+        "a\tb\nnext line, \\frac"]
+    assert problems[3].question == "a = 1\neq = 2"  # a program, perhaps
 
 
-@pytest.mark.parametrize("name, lines", [("aime2024", []), ("aime2025", [19, 20, 28])])
-def test_the_shared_aime_files_load_as_they_are(name, lines):
-    path = SHARED / "aime" / f"{name}.jsonl"
+@pytest.mark.parametrize("name, count, mended", [
+    ("aime/aime2024", 30, ""), ("aime/aime2025", 30, "3 rows (lines 19, 20, 28)"),
+    ("gsm8k/test", 1319, ""), ("gsm8k/train", 7473, "")])
+def test_the_shared_files_load_as_they_are(name, count, mended):
+    path = SHARED / f"{name}.jsonl"
     if not path.exists():
-        pytest.skip("shared/aime is not here")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = load_problems(path)
-    assert len(loaded) == 30
-    wanted = f"3 rows (lines {', '.join(map(str, lines))})"
-    assert [wanted in note for note in told(path)] == [True] * bool(lines)
-    assert not any(char in p.question for p in loaded for char in "\f\b\t\r")
-    assert all(grade_math(f"\\boxed{{{p.answer}}}", p.answer).right for p in loaded)
-
-
-@pytest.mark.parametrize("name, count", [("test", 1319), ("train", 7473)])
-def test_the_shared_gsm8k_files_load_as_they_are(name, count):
-    path = SHARED / "gsm8k" / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip("shared/gsm8k is not here")
-    loaded = load_problems(path)
-    assert len(loaded) == count
-    for problem in loaded:
-        float(problem.answer.replace(",", ""))
+        pytest.skip(f"shared/{name} is not here")
+    problems, notes = told(path)
+    assert len(problems) == count and not any(c in p.question for p in problems for c in "\f\b\t")
+    assert [mended in note for note in notes] == [True] * bool(mended)
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -146,18 +139,17 @@ GOOD = {"question": "a", "answer": "1"}
     ([GOOD, {"question": "a"}], "line 2: found no answer .columns: question.; needed"),
     ([{"question": " ", "answer": "1"}], "no question"), ([""], "is empty; needed"),
     ([{"question": "a", "answer": None}], "no answer"),
-    ([{"question": "a", "answer": ""}], "no ans"),
     ([{"question": "a", "tests": [7]}], "found the test 7; needed"),
     ([{"question": "a", "tests": [{"input": "", "output": "", "type": "functional"}]}], "fn_name"),
     ([{"messages": [{"role": "system", "content": "s"}], "answer": "1"}], "without a user turn"),
     ([{"messages": ["s"], "answer": "1"}], "found the message 's'; needed"),
     ([GOOD, {"question": "b", "answer": "nan"}], "line 2: found the answer 'nan'.*data frame"),
     ([GOOD, {"question": "b", "answer": math.nan}], "line 2: found no answer"),
-    ([{"question": "a", "reward_model": {"ground_truth": math.nan}}], "line 1: found the answer"),
     ([{"question": "NaN", "answer": "1"}], "line 1: found the question 'NaN'"),
+    ([{"question": "a", "tests": 5}], "line 1: found a column that holds another kind of value"),
+    ([GOOD, r'{"question": "\ud83d", "answer": "1"}'], "line 2: .*half a surrogate pair in 'quest"),
     ([GOOD, {"question": "b", "answer": "}"}], "line 2: found the answer '}', to which no answer"),
     ([GOOD, {"question": "b", "answer": "7" * 30_000}], "line 2: .*to which no answer is equal"),
-    ([tools.POINTER.decode() + "v1\noid sha256:4d7a2\nsize 9\n"], "LFS pointer.*`git lfs pull`"),
     (["[" * 100_000], "broken JSON"), (['[{"question": "a",\n"answer": }]'], "line 2"),
 ])
 def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
@@ -178,26 +170,6 @@ def test_wrong_files_are_named(tmp_path, name, held, message):
         (tmp_path / name).write_bytes(held)
     with pytest.raises(ValueError, match=message):
         load_problems(tmp_path / name)
-
-
-def told(path):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load_problems(path)
-    return [str(one.message) for one in caught]
-
-
-def test_two_answers_to_one_question_are_told(tmp_path):
-    rows = [GOOD, {"question": "a", "answer": "1.0"}, {"question": "b", "answer": "1"},
-            {"question": "a", "answer": "2"}, {"question": "b", "answer": "x"}]
-    assert told(write(tmp_path, *rows[:3])) == []
-    (note,) = told(write(tmp_path, *rows))
-    assert "another answer than before to the same question in 2 rows (lines 4, 5)" in note
-
-
-def test_an_answer_that_only_its_own_text_equals_is_told(tmp_path):
-    (note,) = told(write(tmp_path, GOOD, {"question": "b", "answer": "7" * 5000}))
-    assert "an answer above 600 characters" in note and "(lines 2)" in note
 
 
 def test_a_hint_that_a_data_frame_left_out_is_none(tmp_path):
@@ -231,6 +203,9 @@ def test_demonstrations_keep_the_opening_and_spell_out_tool_calls(tmp_path):
 @pytest.mark.parametrize("row, message", [
     ({"messages": [{"role": "user", "content": "Q"}]}, "found no conversation"),
     ({"text": "Q"}, "found no conversation"), ("", "is empty"), ("{", "line 1: found broken JSON"),
+    ({"messages": {"role": "user"}}, "line 1: found messages that are no list"),
+    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": 5}]},
+     "found the tool_calls 5; needed a list"),
     ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
                    {"role": "user", "content": "more"}]}, "found the turn"),
 ])
@@ -250,11 +225,12 @@ def test_a_folder_that_fails_while_it_is_filled_leaves_nothing(tmp_path):
 
 
 def test_a_folder_killed_while_it_is_filled_does_not_get_its_name(tmp_path):
-    if not os.fork():
+    child = os.fork()
+    if not child:
         with tools.whole_folder(tmp_path / "a") as place:
             (place / "x").write_text("1")
             os.kill(os.getpid(), signal.SIGKILL)
-    os.wait()
+    os.waitpid(child, 0)
     assert [p.name for p in tmp_path.iterdir()] == ["a.tmp"]
     with tools.whole_folder(tmp_path / "a") as place:
         assert not list(place.iterdir())  # what the killed one left is gone
@@ -343,3 +319,11 @@ def test_a_folder_is_locked_for_one_process(tmp_path):
             pass
     with tools.locked(tmp_path):
         pass
+
+
+def test_a_question_with_different_answers_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 1?", "answer": "3"}\n'
+                    '{"question": "2 + 2?", "answer": "4"}\n', encoding="utf-8")
+    with pytest.warns(UserWarning, match="1 questions stand there with different answers"):
+        assert [p.answer for p in tools.load_problems(path)] == ["2", "3", "4"]

@@ -427,32 +427,3 @@ def test_the_command_tells_its_versions(capsys):
     assert f"torch {torch.__version__}" in capsys.readouterr().out
 
 
-# --- Files, without models ----------------------------------------------------------------------
-
-
-def test_a_folder_that_fails_while_it_is_filled_leaves_nothing(tmp_path):
-    with pytest.raises(KeyError), tools.whole_folder(tmp_path / "a" / "b") as place:
-        (place / "x").write_text("1")
-        raise KeyError
-    assert not list((tmp_path / "a").iterdir())
-
-
-def test_a_folder_killed_while_it_is_filled_does_not_get_its_name(tmp_path):
-    places = tmp_path / "saves"
-    if not os.fork():
-        with tools.whole_folder(places / "a") as place:
-            (place / "x").write_text("1")
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.wait()
-    assert os.listdir(places) == ["a.tmp"]
-    with tools.whole_folder(places / "a") as place:
-        assert not list(place.iterdir())  # what the killed one left is gone
-        (place / "y").write_text("2")
-    assert os.listdir(places) == ["a"] and os.listdir(places / "a") == ["y"]
-
-
-def test_saves_are_ordered_by_number_not_by_letter(tmp_path):
-    for name in ("iteration-9", "iteration-10", "iteration-11", "iteration-12.tmp", "iteration-x"):
-        (tmp_path / name).mkdir()
-    assert [p.name for p in tools.numbered(tmp_path)] == [
-        "iteration-9", "iteration-10", "iteration-11"]

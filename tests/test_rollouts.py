@@ -4,7 +4,6 @@ A scripted model stands in for the student: it says what the test tells it to an
 ids it was shown.
 """
 import dataclasses
-import json
 import math
 from functools import partial
 
@@ -257,6 +256,17 @@ def test_padding_with_an_end_id_does_not_spoil_the_batch():
     assert together[0] == alone[0] and len(alone[0]) > 1
 
 
+def test_each_token_of_a_turn_is_picked_by_its_own_number():
+    model, ids = tiny(vocab_size=500), [5, 6]
+    model.shipped_generation = GenerationConfig(eos_token_id=None)
+    noise = torch.tensor(sod.random_numbers(0, "test", 0).random((1, 6)))
+    for t, token in enumerate(turn_after(model, [[5, 6]], 6)[0]):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[:, -1]
+        assert token == sod.pick_tokens(logits, noise[:, t])
+        ids.append(token)
+
+
 def test_sampling_from_a_model_in_training_mode_is_refused():
     with pytest.raises(AssertionError, match="eval"):
         turn_after(tiny().train(), [[5]], 2)
@@ -365,26 +375,9 @@ def test_models_that_do_more_to_their_logits_are_refused(family):
         describe(family, **MORE[family])
 
 
-@pytest.mark.parametrize("old, new, sentence", [
-    ("{% endfor %}<|im_end|>", "{% endfor %}<|endoftext|>", "ends a turn with .*endoftext"),
-    ("{{ message.content }}\n</tool_response>", "</tool_response>", "does not show tool answers"),
-    ("{{ tool.function.name }}", "", "does not tell the model of its tool"),
-    ("{%- if tools %}", "{%- if tools %}{{ nothing.at.all }}", "gave nothing .'nothing' is undef")])
-def test_a_template_that_cannot_hold_a_conversation_with_a_tool_is_refused(tmp_path, old, new,
-                                                                          sentence):
+def test_a_template_that_raises_where_it_is_to_show_tools_is_refused_with_its_reason(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
-    assert old in tokenizer.chat_template
-    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    tokenizer.chat_template = "{% if tools %}{{ raise_exception('no tools') }}{% endif %}<|im_end|>"
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        sod.load_tokenizer(tmp_path)
-
-
-def test_an_end_token_that_the_template_does_not_write_is_refused(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
-    tokenizer.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "eos_token": "<|endoftext|>"}))
-    with pytest.raises(ValueError, match="ends a turn with '<.im_end.>.* and its.*endoftext"):
+    with pytest.raises(ValueError, match="it gave nothing .no tools.; use a model whose template"):
         sod.load_tokenizer(tmp_path)

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -42,7 +41,7 @@ OUTCOMES = {"ok", "error", "timeout", "memory", "crashed", "output_truncated", "
 
 @pytest.fixture(scope="module")
 def tool():
-    with PythonTool(timeout=1, wall=2.5) as tool:
+    with PythonTool(timeout=0.8) as tool:
         yield tool
 
 
@@ -54,16 +53,13 @@ def run(tool, code, stdin="", **options):
 
 TEXTS = [
     ("6 * 7", "42"),
-    ("'a' + 'b'", "'ab'"),
     ("x = [2, 1]\nx.sort()", "[no output]"),
     ("", "[no output]"),
     ("from __future__ import annotations\n1 + 1", "2"),
     ("import sys\nprint(1)\nprint(2, file=sys.stderr)\nprint(3)", "1\n2\n3"),
-    ("```python\nprint('fenced')\n```", "fenced"),
-    ("This is it:\n```\n1 + 1\n```\nDone.", "2"),
+    ("This is it:\n```python\nprint('fenced')\n```\nDone.", "fenced"),
     ("s = '''\n```\nno fence\n```\n'''\nlen(s)", "18"),
     ("object()", "<object object at 0x0>"),
-    ("import random, numpy\nrandom.random() < 1", "True"),
     ("print(__name__)", "__main__"),
     ("class D:\n    def __del__(self): print('gone', f())\ndef f(): return 1\nd = D()", "gone 1"),
     ("import atexit\natexit.register(print, 'bye')\nprint('hi')", "hi\nbye"),
@@ -78,7 +74,6 @@ TEXTS = [
      "statistics.StatisticsError: mean requires at least one data point"),
     ("import sys\nsys.exit(3)", "[exit status 3]"),
     ("import sys\nsys.exit('no solution')", "no solution"),
-    ("raise SystemExit", "[no output]"),
 ]
 
 
@@ -193,7 +188,7 @@ HOSTILE = {
 
 @pytest.fixture(scope="module", params=[True, False], ids=["landlock", "no landlock"])
 def impatient(request):
-    with PythonTool(timeout=0.4, wall=0.8, landlock=request.param, modules=()) as tool:
+    with PythonTool(timeout=0.3, landlock=request.param, modules=()) as tool:
         yield tool
 
 
@@ -243,54 +238,29 @@ def test_where_a_lock_is_missing_it_refuses_unless_told(monkeypatch):
 
 def test_unsafe_runs_plain_processes_with_limits(monkeypatch):
     monkeypatch.setattr(tools, "PYTHON", ANOTHER_MACHINE)
-    with PythonTool(unsafe=True, timeout=1, wall=2) as tool:
+    with PythonTool(unsafe=True, timeout=1) as tool:
         codes = ["6 * 7", "1 / 0", "while True: pass", "print('x' * 10 ** 7)",
                  "bytearray(10 ** 12)", "import os\nos.abort()", "input()"]
         seen = tool.run(codes, [""] * 6 + ["typed"])
         assert [one.outcome for one in seen] == ["ok", "error", "timeout", "output_truncated",
                                                  "memory", "crashed", "ok"]
         assert seen[0].text == "42" and seen[-1].text == "'typed'"
-        assert not all(tool.guarantees().values())
+        assert not any(tool.guarantees().values())
 
 
 @pytest.mark.parametrize("unsafe", [False, True])
 @pytest.mark.parametrize("trouble, sentence", [
-    ("timeout", r"ended with (timeout|sandbox_error)\. Programs have 0.0001 s"),
-    ("handles", "does not start: .*Too many open files"),
-    ("server", "its process ended with status 3 before it was ready"),
+    ("timeout", r"ended with (timeout|sandbox_error)\. It has 0.0001 s"),
+    ("server", "does not start: its process ended with status 3 before it was ready"),
 ])
 def test_no_trouble_but_a_missing_lock_leads_to_unsafe(monkeypatch, trouble, sentence, unsafe):
     monkeypatch.setattr(tools, "PAUSES", ())
     if trouble == "server":
         monkeypatch.setattr(tools, "PYTHON", [sys.executable, "-c", "raise SystemExit(3)"])
     tool = PythonTool(timeout=0.0001 if trouble == "timeout" else 5, modules=(), unsafe=unsafe)
-    with tool, few_handles(trouble == "handles"), pytest.raises(RuntimeError) as refused:
+    with tool, pytest.raises(RuntimeError) as refused:
         tool.run(["1"])
     assert re.search(sentence, str(refused.value)) and "unsafe" not in str(refused.value)
-
-
-@contextlib.contextmanager
-def few_handles(really):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if really:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_it_works_with_few_file_handles():
-    code = f"""
-        import resource, sys
-        resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-        sys.path.insert(0, {str(HERE.parents[1])!r})
-        import tools
-        with tools.PythonTool(workers=1, modules=()) as tool:
-            print(tool.run(["6 * 7"])[0].text)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
-    assert done.stdout == b"42\n", done.stderr
 
 
 # --- Calls ----------------------------------------------------------------------------------
@@ -304,23 +274,19 @@ class Counting(PythonTool):
         return super()._call(code, stdin, raw)
 
 
-def calls(*codes):
-    return [ToolCall(code) for code in codes]
-
-
 def test_equal_calls_run_once_and_the_newest_are_remembered(monkeypatch):
     monkeypatch.setattr(tools, "REMEMBERED", 2)
     with Counting(modules=()) as tool:
-        tool.run([])  # tries the locks, which are programs, too
+        tool.guarantees()  # tries the locks, by a program
         tool.ran = []
-        for call in calls("1", "1", "2", "2", "3", "3", "2", "1"):
-            assert tool.submit(call).result().text == call.code
+        for code in "11223321":
+            assert tool.submit(ToolCall(code)).result().text == code
         assert tool.ran == ["1", "2", "3", "1"]
 
 
 def test_a_time_out_is_shared_by_those_who_waited_and_by_nobody_later():
-    with Counting(timeout=0.3, wall=0.6, workers=1, modules=()) as tool:
-        (call,) = calls("import time\ntime.sleep(9)")
+    with Counting(timeout=0.2, workers=1, modules=()) as tool:
+        call = ToolCall("import time\ntime.sleep(9)")
         waiting = [tool.submit(call) for _ in range(3)]
         assert {run.result().outcome for run in waiting} == {"timeout"}
         assert tool.ran.count(call.code) == 1
@@ -352,7 +318,7 @@ def test_silence_is_a_chain_of_its_place_alone():
 
 
 @pytest.mark.parametrize("option, status, text", [
-    ("--help", 0, "python tools.py"), ("-h", 0, "Outcomes"), ("--halp", 2, "found --halp")])
+    ("--help", 0, "python tools.py"), ("-h", 0, "Outcomes"), ("--halp", 1, "found --halp")])
 def test_the_command_line_takes_help_and_nothing_else(option, status, text):
     done = subprocess.run([sys.executable, tools.SELF, option], capture_output=True, text=True)
     shown = done.stderr if status else done.stdout
@@ -379,13 +345,6 @@ def descendants(root):
 
 def alive(pids):
     return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
-
-
-def wait_until_gone(pids, seconds):
-    deadline = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pids)
 
 
 SLOW_ANSWER = "import time\ntime.sleep(0.7)\nprint('answer')"
@@ -433,65 +392,61 @@ def test_a_fault_at_every_attempt_is_a_sandbox_error(monkeypatch):
         assert run(tool, "1").text == "1"
 
 
-def test_a_fork_of_the_trainer_has_a_sandbox_of_its_own(tool):
-    assert run(tool, "1").text == "1"
-    pid = os.fork()
-    if pid == 0:
-        right = False
-        with contextlib.suppress(BaseException):
-            right = [o.text for o in tool.run(["2", "3"])] == ["2", "3"]
-            tool.close()
-        os._exit(0 if right else 1)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert run(tool, "4").text == "4"
-
-
-def test_many_threads_get_their_own_answers(tool):
+def test_many_callers_get_their_own_answers(tool, callers=16):
     answers = {}
-    threads = [threading.Thread(target=lambda i=i: answers.update({i: [o.text for o in tool.run(
-        [f"{i} * 100 + {j}" for j in range(4)])]})) for i in range(16)]
+    threads = [threading.Thread(target=lambda i=i: answers.update(
+        {i: [seen.text for seen in tool.run([f"{i} * 3", str(i)])]})) for i in range(callers)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert answers == {i: [str(i * 100 + j) for j in range(4)] for i in range(16)}
+    assert answers == {i: [str(3 * i), str(i)] for i in range(callers)}
+
+
+@pytest.mark.slow
+def test_1024_callers_at_once_get_their_own_answers(tool):
+    test_many_callers_get_their_own_answers(tool, 1024)
 
 
 def trainer(script):
-    """A trainer in a process group of its own, that has started the sandbox and said so."""
-    script = f"import sys\nsys.path.insert(0, {str(HERE.parents[1])!r})\nimport tools\n" + script
+    """A trainer in a process group of its own, half a second after it began the script."""
+    begin = f"""
+        import sys
+        sys.path.insert(0, {str(HERE.parents[1])!r})
+        import tools
+        tool = tools.PythonTool(timeout=3, modules=())
+        tool.run(["1"])
+        print("started", flush=True)
+    """
+    script = textwrap.dedent(begin) + textwrap.dedent(script)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                                start_new_session=True)
     assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
     return process
 
 
 def test_ctrl_c_stops_a_batch_and_the_tool_goes_on():
-    process = trainer(textwrap.dedent("""
-        tool = tools.PythonTool(wall=3, modules=())
-        tool.run(["1"])
-        print("started", flush=True)
+    process = trainer("""
         try:
             tool.run(["import time\\ntime.sleep(1)"] * 60)
         except KeyboardInterrupt:
             print(tool.run(["6 * 7"])[0].text)
-    """))
-    time.sleep(0.5)
+    """)
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=20)[0] == "42\n" and process.returncode == 0
 
 
 def test_nothing_outlives_a_killed_trainer():
-    process = trainer(textwrap.dedent("""
-        tool = tools.PythonTool(timeout=9, modules=())
-        tool.run(["1"])
-        print("started", flush=True)
+    process = trainer("""
         tool.run(["while True: pass"] * 4)
-    """))
-    time.sleep(0.5)
+    """)
     below = descendants(process.pid)
     assert len(below) >= 3
     process.kill()
     process.communicate()
-    assert wait_until_gone(below, 5)
+    deadline = time.monotonic() + 5
+    while alive(below) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(below)
 
 
 def test_nothing_is_left_after_close():
@@ -499,7 +454,7 @@ def test_nothing_is_left_after_close():
         first.run(["1"])
     descriptors = len(os.listdir("/proc/self/fd"))
     before = descendants(os.getpid())
-    with PythonTool(modules=(), wall=1) as tool:
+    with PythonTool(modules=(), timeout=0.4) as tool:
         tool.run(["1", "import os\nos.fork()", "import time\ntime.sleep(9)"])
         assert len(descendants(os.getpid())) > len(before)
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -591,13 +546,13 @@ def test_hostile_corpus_quick_part():
     rows = [row for row in corpus() if row["category"] not in patient and row["expect"] != "timeout"
             and "timeout" not in row.get("also", []) and "sleep" not in row["code"]]
     assert len(rows) > 120
-    assert run_corpus(rows, timeout=4, wall=8) == []
+    assert run_corpus(rows, timeout=3) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("landlock", [True, False])
 def test_hostile_corpus(landlock):
-    assert run_corpus(corpus(), timeout=4, wall=8, landlock=landlock) == []
+    assert run_corpus(corpus(), timeout=3, landlock=landlock) == []
 
 
 @pytest.mark.slow
@@ -608,8 +563,8 @@ def test_hostile_corpus_as_an_unprivileged_user(landlock):
     for source in (tools.SELF, HERE, CORPUS):
         shutil.copy(source, home)
     subprocess.run(["chmod", "-R", "a+rX", home], check=True)
-    done = subprocess.run([*nobody, python, home / HERE.name, f"landlock={landlock}", "timeout=4",
-                           "wall=8"], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([*nobody, python, home / HERE.name, f"landlock={landlock}", "timeout=3"],
+                          capture_output=True, text=True, cwd="/")
     shutil.rmtree(home)
     assert (done.stdout, len(rows)) == ("[]\n", 208), done.stderr
 
@@ -628,17 +583,6 @@ def unprivileged_python():
 
 
 # --- Load ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_1024_callers_at_once_get_their_own_answers():
-    answers = {}
-    with PythonTool() as tool:
-        threads = [threading.Thread(target=lambda i=i: answers.update(
-            {i: run(tool, f"{i} * 3").text})) for i in range(1024)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-    assert answers == {i: str(3 * i) for i in range(1024)}
 
 
 def resident(pids):

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-import torch
+
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -83,7 +83,8 @@ def test_a_rollout_has_the_pattern_of_its_last_step():
 def test_the_example_is_a_right_rollout_whose_weight_rises_again():
     d, failed = [.2, .4, .8, .4, .2], ["ok", "error", "ok", "ok", ""]
     batch = scored([d, d], [failed, ["ok"] * 4 + [""]])
-    assert study.recoveries(batch) == pytest.approx([.75, 0], abs=1e-5)  # 1 - .2 / .8; no call failed
+    # w falls to .2 / .8 and rises to 1; in the other one no call failed
+    assert study.recoveries(batch) == pytest.approx([.75, 0], abs=1e-5)
     assert study.recoveries(scored([d], [failed], right=False)) == [0.0]
 
 

@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sod_mini as sod
@@ -47,7 +46,8 @@ def test_scores_are_those_of_the_plain_forward_pass_where_the_student_sampled(me
                                       + told[method].format(r.problem.answer))
         prompt = sod.encode_prompt(agent.tokenizer, problem)
         place = slice(len(r.prompt), len(r.ids))
-        assert batch.logp_s[i, :len(r.prompt)].eq(0).all() and batch.logp_s[i, len(r.ids):].eq(0).all()
+        outside = torch.cat([batch.logp_s[i, :len(r.prompt)], batch.logp_s[i, len(r.ids):]])
+        assert outside.eq(0).all()
         for got, want in ((batch.logp_s[i, place], plain_logprobs(agent.student, r.prompt, r)),
                           (batch.logp_t[i, place], plain_logprobs(agent.teacher, prompt, r))):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -137,8 +137,8 @@ def test_loss_of_demonstrations_is_the_cross_entropy_of_assistant_tokens():
 
 def test_nothing_is_learnt_from_rollouts_that_the_machine_failed(scored):
     agent, batch = scored
-    lost = [dataclasses.replace(r, finish="infrastructure") for r in batch.rollouts]
-    failed = sod.collate(lost, "cpu")
+    lost = [dataclasses.replace(r, finish="infrastructure") for r in batch.rollouts[:6]]
+    failed = sod.collate([*lost, *batch.rollouts[6:]], "cpu").rows(range(6))
     assert failed.step_id.eq(-1).all() and failed.reward.isnan().all()
     assert sod.backpropagate(agent, failed) == (0.0, 0.0)
     assert all(p.grad is None for p in agent.student.parameters())
@@ -158,7 +158,7 @@ def push(model, scale=1.0):
 
 def travelled(dtype, step, updates=40):
     """Mean way of weights under a constant gradient, as a share of lr * updates."""
-    model = tiny(dtype=dtype)
+    model = tiny(dtype=dtype, num_hidden_layers=1)
     start = [p.detach().double().clone() for p in model.parameters()]
     take = step(model)
     for _ in range(updates):
@@ -422,32 +422,6 @@ def test_every_option_shows_its_comment_and_default_in_help(capsys):
     assert "assistant turns in a rollout [12]" in text  # of the options shared with evaluate.py
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--detla", "1"], "unrecognized arguments: --detla"),
-    (["--delt", "1"], "unrecognized arguments: --delt"),
-    (["--lr", "fast"], "invalid float value: 'fast'"),
-    (["--lr", "nan"], "lr is nan; it must be"),
-    (["--lr", "-1"], "lr is -1.0; it must be at least"),
-    (["--iterations", "0"], "iterations is 0; it must be at least 1"),
-    (["--method", "ppo"], "method is 'ppo'; choose from vanilla, sft, grpo"),
-    (["--weights", "none"], "weights is 'none'; choose from sod, uniform"),
-    (["--method", "opd", "--weights", "decay"], "method opd fixes its own weights"),
-    (["--kl", "half"], "kl is 'half'; choose from sampled, full"),
-    (["--kl", "full", "--method", "grpo"], "has no teacher, and kl full compares with one"),
-    (["--kl", "full", "--offload", "teacher"], "kl full needs the teacher in every update"),
-    (["--method", "grpo", "--group_size", "1"], "grpo compares the rollouts of a group"),
-    (["--overlong", "500"], "overlong 500 is more than max_response 384"),
-    (["--eval_top_p", "1.5"], "eval_top_p is 1.5"),
-    (["--prompts", "3"], "prompts 3 does not divide into 2"),
-    (["--gradient_checkpointing", "yes"], "'yes' is neither true nor false"),
-    (["--preset", "huge"], "invalid choice: 'huge'"),
-])
-def test_wrong_usage_is_one_sentence_and_status_2(arguments, sentence, capsys):
-    with pytest.raises(SystemExit) as stop:
-        sod.parse_config(arguments)
-    assert stop.value.code == 2 and sentence in capsys.readouterr().err
-
-
 def test_presets_set_the_papers_numbers_and_options_win_over_them():
     paper, _ = sod.parse_config(["--preset", "paper"])
     assert (paper.prompts, paper.group_size, paper.updates) == (64, 16, 4)
@@ -466,47 +440,3 @@ def test_presets_set_the_papers_numbers_and_options_win_over_them():
 def test_other_data_select_the_gpu_preset_and_the_world_spelled_otherwise_does_not(arguments,
                                                                                   preset):
     assert sod.parse_config(arguments)[1] == preset
-
-
-BROKEN = {"json.jsonl": '{"question": "1+1", "answer": "2"}\n{"question": "1+\n',
-          "empty.jsonl": "", "keys.jsonl": '{"text": "1+1"}\n', "binary.jsonl": "\0\1\2",
-          "long.jsonl": json.dumps({"question": "Add 1. " * 500, "answer": "2"}),
-          "hint.jsonl": '{"question": "1+1", "answer": "2"}\n', "folder": None}
-
-
-@pytest.mark.parametrize("option, name, sentence, more", [
-    ("--train_data", "json.jsonl", "line 2: found broken JSON", []),
-    ("--train_data", "empty.jsonl", "is empty", []),
-    ("--train_data", "keys.jsonl", "line 1: found no question", []),
-    ("--train_data", "binary.jsonl", "no UTF-8 text", []),
-    ("--train_data", "folder", "is a directory", []),
-    ("--train_data", "long.jsonl", "all 1 prompts are longer than 128 tokens", []),
-    ("--train_data", "hint.jsonl", "1 of 1 problems", ["--method", "opsd_hint"]),
-    ("--train_data", "hint.jsonl", "nothing to measure on", ["--method", "vanilla"]),
-    ("--demonstrations", "keys.jsonl", "line 1: found no conversation", ["--method", "sft"]),
-    ("--student", "folder", "cannot load", []),
-    ("--teacher", "folder", "cannot load", []),
-    ("--student", "gone", "there is no folder", []),
-    ("--student", "nobody/nothing", "cannot load nobody/nothing", []),
-    ("--out", "hint.jsonl", "cannot write to", []),
-])
-def test_bad_input_is_one_sentence_and_status_1(tmp_path, capsys, option, name, sentence, more):
-    for file, text in BROKEN.items():
-        (tmp_path / file).mkdir() if text is None else (tmp_path / file).write_text(text)
-    value = name if "/" in name else str(tmp_path / name)
-    status = sod.main(["--iterations", "1", "--eval_data", "", "--out", str(tmp_path), "--preset",
-                       "world", option, value, *more])
-    said = capsys.readouterr().err.strip().splitlines()
-    assert status == 1 and sentence in said[-1] and "Traceback" not in "".join(said)
-    assert not list(tmp_path.glob("*-2*"))  # no folder of a run that never began
-
-
-def test_teacher_with_other_ids_is_refused(tmp_path):
-    AutoModelForCausalLM.from_pretrained(WORLD / "teacher").save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(WORLD / "student").save_pretrained(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    vocab = spec["model"]["vocab"]
-    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match="different ids for the same text .they differ from token"):
-        sod.preflight(small(teacher=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""The embedded world: it can be made again, its parts are as told, and SOD's premises hold in it."""
+"""The embedded world: it can be made again, is as told, and SOD's premises hold in it."""
 import random
 import subprocess
 import sys

@@ -1,0 +1,221 @@
+"""The fast engine gives the rollouts of the plain one, token for token, whatever the model."""
+import dataclasses
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig)
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import sod_mini as sod
+import tools
+
+SMALL = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256,
+             tie_word_embeddings=True)
+MODELS = {"qwen3": dict(SMALL, head_dim=16), "llama": SMALL,
+          "qwen2": dict(SMALL, tie_word_embeddings=False),  # its queries, keys, values have a bias
+          "gpt2": dict(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=256)}
+
+
+def make_model(kind, settings):
+    """Weights large enough that every token depends on what its row holds, and ends that come."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    ends = torch.randperm(500)[:30].tolist()
+    model.generation_config = model.shipped_generation = GenerationConfig(eos_token_id=ends)
+    return model
+
+
+class Answers:
+    """A tool whose answer is as long as its call says, ready at once or a little later."""
+
+    def __init__(self, delay=0.0):
+        self.delay, self.pool = delay, ThreadPoolExecutor(4)
+
+    def submit(self, call, place=()):
+        answer = tools.Observation("7 " * (len(call.code) % 17), "ok", 0.0)
+        if self.delay:
+            return self.pool.submit(lambda: threading.Event().wait(self.delay) or answer)
+        run = Future()
+        run.set_result(answer)
+        return run
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """Random models write no tool calls: let four of five turns count as one."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(tools, "parse_tool_call", lambda text: (
+        tools.ToolCall(text) if len(text) % 5 else None))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "data" / "world" / "student")
+
+
+PROMPTS = [[n * 7 + i for i in range(3 + n * 5 % 31)] for n in range(9)]  # 3 to 32 ids
+
+
+def play(model, tokenizer, tool=None, temperature=1.0, **changes):
+    changes = {"max_response": 90, "max_turns": 6, "overlong": 0} | changes
+    agent = sod.Agent(sod.Config(**changes), model, None, tokenizer, tool or Answers())
+    prompts = [(tools.Problem("q", "1"), ids) for ids in PROMPTS]
+    return sod.sample_rollouts(agent, model, prompts, (0, "test", 2), temperature=temperature)
+
+
+def record(rollouts):
+    return [(r.ids, r.finish, [dataclasses.astuple(turn) for turn in r.turns]) for r in rollouts]
+
+
+FAST = {"all at once": {}, "refilled": dict(rollout_batch=4, look=3),
+        "one read at a time": dict(micro_batch_tokens=1), "look of 1": dict(look=1)}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-12], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_fast_engine_gives_the_rollouts_of_the_plain_one_token_for_token(
+        kind, temperature, tokenizer):
+    model = make_model(kind, MODELS[kind])
+    plain = record(play(model, tokenizer, temperature=temperature, rollout_engine="generate"))
+    for name in FAST if kind == "qwen3" and temperature == 1.0 else ["refilled"]:
+        changes = FAST[name]
+        assert record(play(model, tokenizer, temperature=temperature, **changes)) == plain, name
+    late = play(model, tokenizer, Answers(0.02), temperature, tool_wait=0.0, look=2)
+    assert record(late) == plain  # waiting rows take no part, and come back where they left
+    if temperature == 1.0:  # and they were all kinds of rollouts
+        assert len({len(turn[4]) for _, _, turns in plain for turn in turns}) > 5
+        assert len({finish for _, finish, _ in plain}) > 1
+        assert max(len(turns) for _, _, turns in plain) > 2
+
+
+def test_positions_behind_the_window_of_a_model_are_never_asked_for(tokenizer):
+    """GPT-2 has a table of positions: padding and the rest of a look must not leave it."""
+    model, settings = make_model("gpt2", MODELS["gpt2"]), dict(max_response=40, max_turns=9)
+    plain = play(model, tokenizer, rollout_engine="generate", **settings)
+    window = max(len(r.ids) for r in plain)
+    model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:window]
+    model.config.n_positions = window
+    assert record(play(model, tokenizer, look=16, **settings)) == record(plain)
+
+
+def test_rollouts_do_not_wait_for_the_slow_tool_of_another_one(tokenizer):
+    class Stuck(Answers):
+        """Ends its first call only when nobody else is under way."""
+
+        def __init__(self, others):
+            super().__init__()
+            self.others, self.stuck = others, None
+
+        def submit(self, call, place=()):
+            if not self.stuck:
+                self.stuck, self.first = Future(), super().submit(call)
+                threading.Timer(30, self.stuck.cancel).start()
+                return self.stuck
+            self.others -= 1
+            if not self.others:
+                self.stuck.set_result(self.first.result())
+            return super().submit(call)
+
+    model = make_model("llama", MODELS["llama"])
+    plain = play(model, tokenizer, rollout_engine="generate")
+    calls = [sum(turn.outcome == "ok" for turn in r.turns) for r in plain]
+    first = play(model, tokenizer, look=1)
+    tool = Stuck(others=sum(calls) - max(calls))
+    assert record(play(model, tokenizer, tool, tool_wait=0.0)) == record(first) == record(plain)
+    assert tool.others <= 0
+
+
+def test_tokens_of_a_look_are_sampled_without_waiting_for_the_device():
+    """On the meta device, where there are no numbers, every read of one is an error."""
+    slots = sod.Slots(make_model("qwen3", MODELS["qwen3"]).to("meta"), 3)
+    slots.rollouts = [sod.Rollout(None, ids, [sod.Turn()], noise=np.full(9, 0.5))
+                      for ids in PROMPTS[:3]]
+    picked = []
+
+    def pick(logits, noise):
+        picked.append(sod.pick_tokens(logits, noise, top_p=0.9))
+        return picked[-1]
+    slots.catch_up(3, 100)
+    with pytest.raises(NotImplementedError, match="meta"):
+        slots.sample(3, 4, pick)
+    assert len(picked) == 4  # only the ids of the whole look were asked for
+
+
+def test_sampling_from_a_model_in_training_mode_is_refused():
+    with pytest.raises(AssertionError, match="eval"):
+        sod.Slots(make_model("llama", SMALL).train(), 1)
+
+
+ROPE = dict(rope_theta=1e4, original_max_position_embeddings=64)
+REFUSED = {
+    "sliding window": ("mistral", dict(SMALL, sliding_window=8), "whole past"),
+    "sliding layers": ("qwen2", dict(SMALL, use_sliding_window=True, sliding_window=8,
+                                     max_window_layers=1), "whole past"),
+    "gemma3": ("gemma3_text", SMALL, "whole past"),
+    "dynamic": ("llama", dict(SMALL, rope_parameters=dict(ROPE, rope_type="dynamic", factor=2.0)),
+                "longest row"),
+    "longrope": ("phi3", dict(SMALL, pad_token_id=0, original_max_position_embeddings=64,
+                              rope_parameters=dict(ROPE, rope_type="longrope",
+                                                   short_factor=[1.0] * 4, long_factor=[3.0] * 4)),
+                 "longest row"),
+    "bloom": ("bloom", dict(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "position ids"),
+    "alibi": ("falcon", dict(vocab_size=64, hidden_size=32, num_hidden_layers=2,
+                             num_attention_heads=4, alibi=True), "position ids"),
+    "mamba": ("mamba", dict(vocab_size=64, hidden_size=32, num_hidden_layers=2), "attention"),
+    "hybrid": ("jamba", dict(SMALL, num_experts=2), "without attention"),
+    "eager": ("gptj", dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4), "mask"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_served_is_refused_with_a_sentence(name):
+    kind, settings, reason = REFUSED[name]
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    with pytest.raises(ValueError, match=f"{kind}.*{reason}.*--rollout_engine generate"):
+        sod.check_slots(skeleton)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    *MODELS.items(), ("mistral", dict(SMALL, sliding_window=None)),
+    ("llama", dict(SMALL, rope_parameters=dict(ROPE, rope_type="yarn", factor=4.0)))])
+def test_a_model_with_full_attention_in_all_layers_is_accepted_before_its_weights(kind, settings):
+    with torch.device("meta"):
+        sod.check_slots(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)))
+
+
+# --- Picking tokens under rounding --------------------------------------------------------------
+
+
+def ranked_pick(logits, noise, top_p):
+    """As pick_tokens once was: the nucleus in the order of its probabilities."""
+    p, order = logits.float().softmax(-1).sort(-1, descending=True)
+    p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)
+    edges = p.cumsum(-1, dtype=torch.float64)
+    chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
+    return order.gather(1, chosen.clamp(max=p.shape[1] - 1))[:, 0]
+
+
+def test_rounding_changes_fewer_tokens_when_the_nucleus_keeps_the_order_of_the_vocabulary():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 512, generator=generator)
+    noise = torch.rand(2000, dtype=torch.float64, generator=generator)
+    rounded = logits.bfloat16()  # what another engine's order of sums may do to bf16 logits
+
+    def changed(pick):
+        return (pick(logits, noise, top_p=0.6) != pick(rounded, noise, top_p=0.6)).float().mean()
+    print(f"changed: {changed(sod.pick_tokens):.1%}, {changed(ranked_pick):.1%} when ranked")
+    assert changed(sod.pick_tokens) < 0.3 * changed(ranked_pick)
+    evenly = torch.arange(2000, dtype=torch.float64) / 2000
+    first, second = (torch.bincount(pick(logits[:1].expand(2000, -1), evenly, top_p=0.6),
+                                    minlength=512) for pick in (sod.pick_tokens, ranked_pick))
+    assert (first - second).abs().max() <= 1  # the same distribution, dealt out in another order
