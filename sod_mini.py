@@ -951,9 +951,6 @@ def collate(rollouts, device, prompts=None):
 
     A rollout that the machine failed has no tokens of the student's: nothing is learnt from it.
     """
-    if all(r.finish == "infrastructure" for r in rollouts):
-        raise ValueError("the sandbox failed a program of every rollout: see `python tools.py`, "
-                         "and whether the machine has memory and disk left")
     prompts = prompts or [r.prompt for r in rollouts]
     ids, step_ids = [], []
     for r, prompt in zip(rollouts, prompts):
@@ -1138,7 +1135,8 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state):
         self.updates = state["updates"]
-        self.adamw.load_state_dict(state["adamw"])
+        options = self.adamw.state_dict()["param_groups"]  # this run's, which may be new ones
+        self.adamw.load_state_dict({**state["adamw"], "param_groups": options})
         for (_, mine), theirs in zip(self.apart(), state["masters"], strict=True):
             mine.copy_(theirs)
 
@@ -1167,13 +1165,13 @@ def backpropagate(agent, batch):
     num_tokens = int((batch.step_id >= 0).sum())
     if not num_tokens:  # the machine failed all of them
         return 0.0, 0.0
+    temperature = 1.0 if batch.advantages is None else config.temperature  # that of sampling
     totals = torch.zeros(2, device=student.device)  # read once: each read waits for the GPU
     for rows in micro_batches(batch.lengths, config.micro_batch_tokens):
         part = batch.rows(rows)
         mask = part.step_id >= 0  # (B, T), with N tokens
         hidden = sampled_hidden(student, part.ids, part.step_id)  # (N, D)
-        logp = spread(token_logprobs(hidden, head(student), part.ids[mask], config.temperature),
-                      mask)
+        logp = spread(token_logprobs(hidden, head(student), part.ids[mask], temperature), mask)
         if part.advantages is None:  # demonstrations: cross-entropy
             loss, clipped = -logp.sum() / num_tokens, torch.zeros(())
         else:
@@ -1241,6 +1239,7 @@ def distil(agent):
         torch.manual_seed((config.seed << 32) + iteration)  # of dropout, in models that have it
         prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
         rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
+        check_sandbox(rollouts)
         batch = collate(rollouts, student.device)                           # with their rewards
 
 
@@ -1263,6 +1262,13 @@ def distil(agent):
             updates.append((loss, agent.optimizer.step(loss), clipped))
         agent.iteration = iteration
         yield batch_metrics(agent, batch, updates), batch
+
+
+def check_sandbox(rollouts):
+    """Stop, before anything moves, where the machine has failed every rollout."""
+    if all(r.finish == "infrastructure" for r in rollouts):
+        raise ValueError("the sandbox failed a program of every rollout: see `python tools.py`, "
+                         "and whether the machine has memory and disk left")
 
 
 def imitate(agent):

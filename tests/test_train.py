@@ -123,7 +123,7 @@ def test_full_kl_of_the_loss_is_the_weighted_token_mean():
 
 
 def test_loss_of_demonstrations_is_the_cross_entropy_of_assistant_tokens():
-    agent = sod.load_agent(small(method="sft"))
+    agent = sod.load_agent(small(method="sft", temperature=2.0))  # that is for rollouts only
     shown = agent.practice[:3]
     own = torch.cat([plain_logprobs(agent.student, r.prompt, r)[torch.tensor(
         r.step_id[len(r.prompt):]) >= 0] for r in shown])
@@ -224,6 +224,20 @@ def test_an_optimiser_comes_off_its_model_and_another_one_takes_its_place():
     second.detach()
     push(model)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_resumed_optimiser_has_the_moments_of_the_save_and_the_options_of_this_run():
+    model = tiny()
+    first = optimizer_of(model)
+    push(model)
+    first.step(0.0)
+    second = sod.Optimizer(tiny(), lambda n: 0.1, small(weight_decay=0.5, beta1=0.8))
+    second.load_state_dict(first.state_dict())
+    assert second.updates == 1
+    for mine, theirs in zip(second.adamw.state.values(), first.adamw.state.values(), strict=True):
+        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+    assert second.adamw.param_groups[0]["weight_decay"] == 0.5
+    assert second.adamw.param_groups[0]["betas"] == (0.8, 0.999)
 
 
 def test_in_fp32_a_weight_is_its_own_master():
