@@ -18,6 +18,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
+from math import inf
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -120,16 +121,16 @@ def drift_premises(batch):
     """[(premise, measured, least, most)] of what a batch of any iteration shows."""
     seen, d_1 = drift(batch), batch.d[:, 0]
     _, d, w, entropy = seen["clean"]
-    more = [seen[p] for p in ("after one", "after more")]
+    (_, d_one, *_), (_, d_more, w_more, entropy_more) = seen["after one"], seen["after more"]
     return [
         ("(a) d_1, median", float(d_1.median()), 0.1, 0.5),
         ("(a) share of rollouts with d_1 under .02", float((d_1 < 0.02).float().mean()), 0, 0.05),
         ("(b) w on clean later steps, mean", w, 0.8, 1.1),
-        ("(c) d after one failed call, over that of clean steps", more[0][1] / d, 1.5, 4),
-        ("(c) d after two and more, over that of clean steps", more[1][1] / d, 4, 20),
-        ("(c) the teacher's entropy there, over that on clean steps", more[1][3] / entropy, 4, 50),
-        ("(c) w there, mean", more[1][2], 0, 0.4),
-        ("(d) w after a recovery, mean", seen["recovered"][2], 0.65, 1.2)]
+        ("(c) d after one failed call, over that of clean steps", d_one / d, 1.5, 4),
+        ("(c) d after two and more, over that of clean steps", d_more / d, 4, inf),
+        ("(c) the teacher's entropy there, over that on clean steps", entropy_more / entropy, 4, inf),
+        ("(c) w there, mean", w_more, 0, 0.4),
+        ("(d) w after a recovery, mean", seen["recovered"][2], 0.65, inf)]
 
 
 def competence_premises(student, teacher):
@@ -137,11 +138,11 @@ def competence_premises(student, teacher):
     calls, lasts = share_of_right_calls(student), success(teacher)
     return [
         ("(d) the teacher's success with single failures, over that without a failed call",
-         lasts["single failures"][1] / lasts["no failed call"][1], 0.75, 2),
+         lasts["single failures"][1] / lasts["no failed call"][1], 0.75, inf),
         ("(d) the student's right calls after a failed one, over those on clean steps",
-         calls["after one"] / calls["clean"], 0.5, 2),
+         calls["after one"] / calls["clean"], 0.5, inf),
         ("(d) the student's right calls after a recovery, over those on clean steps",
-         calls["recovered"] / calls["clean"], 0.5, 2)]
+         calls["recovered"] / calls["clean"], 0.5, inf)]
 
 
 def sample_world(world, problems=64, **changes):
@@ -175,7 +176,7 @@ def report(batch, teachers):
     for name, value, least, most in (drift_premises(batch)
                                      + competence_premises(batch.rollouts, teachers)):
         verdict = "holds" if least <= value <= most else "DOES NOT HOLD"
-        yield f"{name:82} {value:6.3f}  {least:4} to {most:3}  {verdict}"
+        yield f"{name:82} {value:6.3f}  {least:4} to {most:4}  {verdict}"
 
 
 def main():
