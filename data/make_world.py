@@ -109,7 +109,7 @@ class Habits:
 CLEAN = Habits(told=0.15)
 NOISY = replace(CLEAN, noise=0.2, lost=0.3, silent=0.1, persist=0.5, imitates=True)
 FAILING = replace(NOISY, noise=0.17, lost=0.25, silent=0.4)  # else it sees too few failures
-READING = Habits(care=0.7, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
+READING = Habits(care=0.75, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
 
 
 def check_digits(program, digits, care, rng):
