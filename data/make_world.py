@@ -2,6 +2,7 @@
 
     python data/make_world.py                          about 15 minutes on two cores, seeded
     python data/make_world.py --digits 0 --out FOLDER  the same world without check digits
+        --start data/world                             ... by a short course for models that exist
     python data/make_world.py --quick FOLDER           the same with little of everything, to try it
     python data/premises.py                            measures the world that is there
 
@@ -330,32 +331,39 @@ def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
     optimizer.detach()
 
 
-def make_student(tokenizer, world, digits, scale):
+def make_student(tokenizer, world, digits, scale, start):
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
-    model = make_model(tokenizer, width=96, layers=3, mlp=256)
     rng = random.Random(f"{SEED} student")
     clean, noisy, failing = (replace(h, digits=digits) for h in (CLEAN, NOISY, FAILING))
-    for course, kinds, updates, size, lr in [
-            ("single calls", [replace(clean, lengths=(1,), told=0.0)], 150, 32, 3e-3),
-            ("clean", [clean], 400, 16, 3e-3),
-            ("noisy", [noisy, failing], 700, 24, 2e-3)]:
+    courses = [("single calls", [replace(clean, lengths=(1,), told=0.0)], 150, 32, 3e-3),
+               ("clean", [clean], 400, 16, 3e-3), ("noisy", [noisy, failing], 700, 24, 2e-3)]
+    if start:
+        model = sod.load_model(str(start / "student"), "cpu", torch.float32)
+        courses = [("noisy", [noisy, failing], 150, 24, 1e-3)]
+    else:
+        model = make_model(tokenizer, width=96, layers=3, mlp=256)
+    for course, kinds, updates, size, lr in courses:
         practise(model, tokenizer, f"student, {course}", demonstrations(rng, *kinds),
                  math.ceil(updates * scale), size, lr)
     save(model, tokenizer, world / "student")
 
 
-def make_teacher(tokenizer, world, digits, scale):
+def make_teacher(tokenizer, world, digits, scale, start):
     torch.manual_seed(SEED + 1)
     torch.set_num_threads(1)
-    model = make_model(tokenizer, width=128, layers=4, mlp=352)
     rng = random.Random(f"{SEED} teacher")
     reading = replace(READING, digits=digits)
     clean = Habits(digits=digits, care=reading.care)
-    for course, kinds, updates, size, lr, faint in [
-            ("single calls", [replace(clean, lengths=(1,))], 400, 32, 3e-3, 1.0),
-            ("clean", [clean], 400, 16, 3e-3, 0.2),
-            ("reading", [clean, reading, reading, reading], 700, 24, 2e-3, 1.0)]:
+    kinds = [clean, reading, reading, reading]
+    courses = [("single calls", [replace(clean, lengths=(1,))], 400, 32, 3e-3, 1.0),
+               ("clean", [clean], 400, 16, 3e-3, 0.2), ("reading", kinds, 700, 24, 2e-3, 1.0)]
+    if start:
+        model = sod.load_model(str(start / "teacher"), "cpu", torch.float32)
+        courses = [("reading", kinds, 200, 24, 1e-3, 1.0)]
+    else:
+        model = make_model(tokenizer, width=128, layers=4, mlp=352)
+    for course, kinds, updates, size, lr, faint in courses:
         practise(model, tokenizer, f"teacher, {course}", demonstrations(rng, *kinds),
                  math.ceil(updates * scale), size, lr, faint)
     save(model, tokenizer, world / "teacher")
@@ -399,14 +407,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--digits", type=int, default=Habits.digits, help="check digits [3]")
     parser.add_argument("--out", type=Path, default=ROOT / "world", help="folder [data/world]")
+    parser.add_argument("--start", metavar="FOLDER", type=Path,
+                        help="a world whose models are taught the new digits, in 4 minutes")
     parser.add_argument("--quick", metavar="FOLDER", type=Path,
                         help="a fiftieth of everything, into a folder of its own")
     given = parser.parse_args()
     world, scale = (given.quick, 0.02) if given.quick else (given.out, 1.0)
     world.mkdir(parents=True, exist_ok=True)
     tokenizer = make_files(world, given.digits, scale)
+    if given.start:  # ids that the models know
+        tokenizer = sod.load_tokenizer(str(given.start / "student"))
     makers = [torch.multiprocessing.get_context("spawn").Process(
-        target=make, args=(tokenizer, world, given.digits, scale))
+        target=make, args=(tokenizer, world, given.digits, scale, given.start))
         for make in (make_student, make_teacher)]
     for maker in makers:
         maker.start()

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import numpy as np
-import torch
 
 import make_world
 import sod_mini as sod
@@ -47,11 +46,16 @@ def patterns(rollout):
     return found
 
 
+def step_entropy(batch):
+    """(B, K) the teacher's mean entropy at each step, nats a token."""
+    K = batch.d.shape[1]
+    return (sod.step_sums(batch.entropy_t, batch.step_id, K)
+            / sod.step_tokens(batch.step_id, K).clamp(min=1))
+
+
 def drift(batch):
     """{pattern: (steps, median d, mean w, the teacher's mean entropy)}, entropy in nats a token."""
-    K, steps = batch.d.shape[1], defaultdict(list)
-    entropy = (sod.step_sums(batch.entropy_t, batch.step_id, K)
-               / sod.step_tokens(batch.step_id, K).clamp(min=1))
+    steps, entropy = defaultdict(list), step_entropy(batch)
     for i, rollout in enumerate(batch.rollouts):
         for k, pattern in enumerate(patterns(rollout)):
             steps[pattern].append([float(x[i, k]) for x in (batch.d, batch.w, entropy)])
@@ -145,12 +149,17 @@ def competence_premises(student, teacher):
          calls["recovered"] / calls["clean"], 0.5, inf)]
 
 
+def files_of(world):
+    """The options of sod_mini.py that name the files of a world."""
+    files = {"train_data": "train.jsonl", "eval_data": "heldout.jsonl", "student": "student",
+             "teacher": "teacher", "demonstrations": "demonstrations.jsonl"}
+    return {name: str(Path(world) / file) for name, file in files.items()}
+
+
 def sample_world(world, problems=64, **changes):
     """A scored Batch of the student, 8 rollouts a problem, and as many rollouts of the teacher."""
-    files = {"train_data": "train.jsonl", "eval_data": "heldout.jsonl", "student": "student",
-             "teacher": "teacher"}
     config = sod.Config(prompts=problems, group_size=8, updates=1, iterations=1,
-                        **{name: str(Path(world) / file) for name, file in files.items()} | changes)
+                        **files_of(world) | changes)
     agent = sod.load_agent(config)
     with agent.tool:
         _, batch = next(sod.train(agent))
