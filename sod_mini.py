@@ -97,7 +97,7 @@ class Config(Sampling):
     train_data: str = f"{WORLD}/train.jsonl"             # problems to practise on
     eval_data: str = f"{WORLD}/heldout.jsonl"            # problems to measure on, "" for none
     demonstrations: str = f"{WORLD}/demonstrations.jsonl"  # conversations to imitate (method sft)
-    iterations: int = 25                    # batches of rollouts to sample and learn from
+    iterations: int = 30                    # batches of rollouts to sample and learn from
     prompts: int = 16                       # P: problems in a batch
     group_size: int = 8                     # G: rollouts of each problem
     updates: int = 2                        # parts of a batch; each moves the weights once
