@@ -2,7 +2,8 @@
 
     python data/make_world.py                          about 15 minutes on two cores, seeded
     python data/make_world.py --digits 0 --out FOLDER  the same world without check digits
-        --start data/world                             ... by a short course for models that exist
+    python data/make_world.py --digits 0 --out FOLDER --start data/world    that world in 3 minutes:
+                                                       a short course for the models that ship
     python data/make_world.py --quick FOLDER           the same with little of everything, to try it
     python data/premises.py                            measures the world that is there
 
@@ -66,7 +67,6 @@ INSTRUCTIONS = [
     ("Double it and add {a}.", "2 * {x} + {a}", "2*+"),
     ("Square it.", "{x} * {x}", "square"),
 ]
-
 
 
 def make_problem(rng, lengths):

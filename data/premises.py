@@ -121,6 +121,11 @@ def success(rollouts):
 # --- The premises ----------------------------------------------------------------------------
 
 
+def times(a, b):
+    """a over b, nan where b is 0: nothing was seen there."""
+    return a / b if b else np.nan
+
+
 def drift_premises(batch):
     """[(premise, measured, least, most)] of what a batch of any iteration shows."""
     seen, d_1 = drift(batch), batch.d[:, 0]
@@ -130,9 +135,10 @@ def drift_premises(batch):
         ("(a) d_1, median", float(d_1.median()), 0.1, 0.5),
         ("(a) share of rollouts with d_1 under .02", float((d_1 < 0.02).float().mean()), 0, 0.05),
         ("(b) w on clean later steps, mean", w, 0.8, 1.1),
-        ("(c) d after one failed call, over that of clean steps", d_one / d, 1.5, 4),
-        ("(c) d after two and more, over that of clean steps", d_more / d, 4, inf),
-        ("(c) the teacher's entropy there, over that on clean steps", entropy_more / entropy, 4, inf),
+        ("(c) d after one failed call, over that of clean steps", times(d_one, d), 1.5, 4),
+        ("(c) d after two and more, over that of clean steps", times(d_more, d), 4, inf),
+        ("(c) the teacher's entropy there, over that on clean steps", times(entropy_more, entropy),
+         4, inf),
         ("(c) w there, mean", w_more, 0, 0.4),
         ("(d) w after a recovery, mean", seen["recovered"][2], 0.65, inf)]
 
@@ -142,11 +148,11 @@ def competence_premises(student, teacher):
     calls, lasts = share_of_right_calls(student), success(teacher)
     return [
         ("(d) the teacher's success with single failures, over that without a failed call",
-         lasts["single failures"][1] / lasts["no failed call"][1], 0.75, inf),
+         times(lasts["single failures"][1], lasts["no failed call"][1]), 0.75, inf),
         ("(d) the student's right calls after a failed one, over those on clean steps",
-         calls["after one"] / calls["clean"], 0.5, inf),
+         times(calls["after one"], calls["clean"]), 0.5, inf),
         ("(d) the student's right calls after a recovery, over those on clean steps",
-         calls["recovered"] / calls["clean"], 0.5, inf)]
+         times(calls["recovered"], calls["clean"]), 0.5, inf)]
 
 
 def files_of(world):

@@ -395,7 +395,8 @@ def report(results, budget):
              "rollouts](patterns.svg), [weights along a rollout](weights.svg) and the dials of "
              "[check digits](digits.svg) and [lasting failures](persist.svg).", "",
              f"average@{budget['eval_samples']} on {budget['eval_problems']} held-out problems, in "
-             f"percent, mean ± std over seeds (their number); {budget['iterations']} iterations of "
+             "percent, mean ± std over seeds (their number); "
+             f"{budget['iterations']} iterations of "
              f"{budget['prompts'] * budget['group_size']} rollouts. {len(runs)} runs, "
              f"{hours:.1f} hours of one thread in all.", "",
              "Paired by seed: difference in points, 95% t interval over seeds, and what it says; "
@@ -437,8 +438,8 @@ def dial_lines(results, heading, dial):
     """What a dial does: the scale of d_1, the law of w on clean steps, and who is ahead."""
     lines = ["", "B and M: nats of a clean later step on check digits and on all other tokens, at "
              "the first iteration; w: mean weight there.", "",
-             f"| {heading} | d_1 | B | M | B / (B + M) | w | start | opd | sod | mask_after_error | "
-             "sod minus opd | sod minus mask |", "|---:" * 10 + "|---|---|"]
+             f"| {heading} | d_1 | B | M | B / (B + M) | w | start | opd | sod | "
+             "mask_after_error | sod minus opd | sod minus mask |", "|---:" * 10 + "|---|---|"]
     for value, world in dial.items():
         row = lambda name: f"{name}@{world}" if world else name
         if runs := results.get(row("sod"), {}).values():

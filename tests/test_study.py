@@ -88,7 +88,8 @@ def test_steps_after_a_failure_at_step_2_are_told_apart_as_in_the_papers_figure(
                    [["ok", "error", "timeout", ""], ["ok", ""], ["ok", "error", "ok", ""]])
     none, fails, recovers = study.steps_after_a_failure(batch)
     assert [row[0] for row in none] == [1, 1, 0, 0]  # the rollout without a failed call
-    assert [row[0] for row in fails] == [2, 2, 2, 1] and [row[0] for row in recovers] == [0, 0, 0, 1]
+    assert [row[0] for row in fails] == [2, 2, 2, 1]
+    assert [row[0] for row in recovers] == [0, 0, 0, 1]
     assert fails[1][1:] == pytest.approx([1.1, .11 - .02])  # d, and entropy less that of step 1
     assert recovers[3] == pytest.approx([1, .7, .06])
 
@@ -212,7 +213,8 @@ STEPS = [[[30, 9.0, 3.0]], [[0, 0, 0]], [[25, 50.0, 20.0]]]
           patterns=[[.5, .3, .2]] * 2, example=EXAMPLE),
      {"learning.svg", "drift.svg", "patterns.svg", "persist.svg", "weights.svg"}),
     (dict(curve=[{"right": 0.0}], steps=[[[[1, 1, 1]]] * 3], patterns=[[1, 0, 0]], example=None),
-     {"learning.svg", "drift.svg", "patterns.svg", "persist.svg"})], ids=["usual", "nothing right or often seen"])
+     {"learning.svg", "drift.svg", "patterns.svg", "persist.svg"})],
+    ids=["usual", "nothing right or often seen"])
 def test_figures_are_whole_svg_with_title_and_description_and_escape_text(run, names):
     run = run | {"right": [[1], [0]]}
     figures = study.figures({"sod": {0: run, 1: run}, "grpo": {0: run}, "sod@lasting": {0: run}})

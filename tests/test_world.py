@@ -93,15 +93,20 @@ def test_check_digits_count_a_tenth():
 # --- The script ------------------------------------------------------------------------------
 
 
-def test_the_whole_script_runs_with_little_of_everything(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path],
-                          capture_output=True, text=True)
+@pytest.mark.parametrize("options", [[], ["--digits", "0", "--start", WORLD]],
+                         ids=["from nothing", "other digits for models that exist"])
+def test_the_whole_script_runs_with_little_of_everything(tmp_path, options):
+    done = subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path,
+                           *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for words in ("student, noisy", "teacher, reading", "(a) d_1, median"):
         assert words in done.stdout
     for name in ("student", "teacher"):
         model = sod.load_model(str(tmp_path / name), "cpu", torch.float32)
         shipped = sod.load_model(str(WORLD / name), "cpu", torch.float32)
+        same_ids = sod.load_tokenizer(str(tmp_path / name)).get_vocab() == sod.load_tokenizer(
+            str(WORLD / name)).get_vocab()
+        assert same_ids == bool(options)
         assert {n: p.shape for n, p in model.named_parameters() if "embed" not in n} == {
             n: p.shape for n, p in shipped.named_parameters() if "embed" not in n}
 
