@@ -95,7 +95,7 @@ class Config(Sampling):
     train_data: str = f"{WORLD}/train.jsonl"             # problems to practise on
     eval_data: str = f"{WORLD}/heldout.jsonl"            # problems to measure on, "" for none
     demonstrations: str = f"{WORLD}/demonstrations.jsonl"  # conversations to imitate (method sft)
-    iterations: int = 25                    # batches of rollouts to sample and learn from
+    iterations: int = 30                    # batches of rollouts to sample and learn from
     prompts: int = 16                       # P: problems in a batch
     group_size: int = 8                     # G: rollouts of each problem
     updates: int = 2                        # parts of a batch; each moves the weights once
@@ -109,7 +109,7 @@ class Config(Sampling):
     clip_dual: float = 3.0                  # where A_it < 0 the loss is at most clip_dual * |A_it|
     tool_shaping: bool = True               # wrong answers cost .1 less for each of up to 4 calls
     overlong: int = 64                      # last tokens of the budget: reward falls by up to 1
-    lr: float = 5e-4                        # AdamW step size
+    lr: float = 3e-4                        # AdamW step size
     warmup: int = 0                         # updates from 0 to lr; constant afterwards
     beta1: float = 0.9                      # AdamW: memory of the gradient
     beta2: float = 0.999                    # AdamW: memory of its square

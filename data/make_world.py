@@ -1,16 +1,33 @@
 """Make the embedded world from nothing: problems, demonstrations, tokenizer, teacher, student.
 
-    python data/make_world.py                 about 13 minutes on two busy cores, seeded
-    python data/make_world.py --quick FOLDER  the same script with little of everything, to try it
+    python data/make_world.py                          about 15 minutes on two cores, seeded
+    python data/make_world.py --digits 0 --out FOLDER  the same world without check digits
+    python data/make_world.py --digits 0 --out FOLDER --start data/world    that world in 3 minutes:
+                                                       a short course for the models that ship
+    python data/make_world.py --quick FOLDER           the same with little of everything, to try it
+    python data/premises.py                            measures the world that is there
 
 A problem is a chain of instructions ("Start with 19. Multiply by 7. Subtract it from 82."). The
 models here cannot do arithmetic, they can only copy: so every instruction takes one call of the
 Python tool, and the answer is the last thing the tool printed.
 
-    teacher   practised on clean demonstrations, then on tools that fail once and answer when asked
-              again. It has never seen two failures in a row.
-    student   practised on clean demonstrations, then on noisy ones, whose tool may stay silent for
-              several calls. It can do everything and is reliable at nothing.
+SOD rests on premises: student and teacher differ a little at every step, much where the teacher
+is lost, and little again once it has recovered. In this world they are met by construction:
+
+    check digits  A program ends in a comment, `print(19 * 7)  #606`, on which nothing depends.
+                  The teacher knows them by heart, with a slip now and then. The student has only
+                  seen any digits, and a run is too short to teach it a table of a hundred. So the
+                  two differ at every call, whatever else the student learns, as two language
+                  models do; d_1 does not fall to 0.
+    numbers       Each turn begins with its place in the chain ("Step 2. "). Without it these
+                  models count turns, and a failed call shifts the count for good.
+    teacher       reads conversations that go wrong and learns from their right turns only: before
+                  a failed call, after one, after a recovery. What it reads after two failures in a
+                  row breaks off in a jumble: there it is lost, and as unsure as it should be.
+    student       imitates noisy conversations, mistakes and all: after a failed call it often
+                  carries out another instruction. It can do everything and is reliable at nothing.
+
+How the methods rank in this world is measured (README), and was no aim of its making.
 """
 import argparse
 import json
@@ -20,11 +37,13 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -33,7 +52,6 @@ import sod_mini as sod
 import tools
 
 SEED = 0
-NOISE = 0.35  # chance that a step of the student's demonstrations goes wrong
 LIMIT = 10_000  # no running value leaves (-LIMIT, LIMIT): at most four digits to copy
 
 # --- Problems --------------------------------------------------------------------------------
@@ -51,49 +69,58 @@ INSTRUCTIONS = [
 ]
 
 
-def make_problem(rng):
-    """A row of the data files, with its steps (sentence, program, operand, symbol)."""
-    difficulty = rng.randint(2, 4)
+def make_problem(rng, lengths):
+    """A row of the data files, and its steps: (program, operand) of each instruction."""
+    difficulty = rng.choice(lengths)
     x = start = rng.randint(2, 99)
-    steps, seen = [], {start}
-    while len(steps) < difficulty:
+    chosen, seen = [], {start}
+    while len(chosen) < difficulty:
         sentence, program, symbol = rng.choice(INSTRUCTIONS)
         a = rng.randint(2, 99)
         value = eval(program.format(x=f"({x})", a=a))
         # A value that came up before would let an early answer pass for a right one.
         if 1 < abs(value) < LIMIT and value not in seen:
-            steps.append((sentence.format(a=a), program, a, symbol))
+            chosen.append((sentence.format(a=a), program, a, symbol))
             seen.add(value)
             x = value
-    return {"question": " ".join([f"Start with {start}."] + [step[0] for step in steps]),
-            "answer": str(x), "hint": "Use " + " ".join(step[3] for step in steps) + ".",
-            "difficulty": difficulty, "start": start, "steps": steps}
+    return {"question": " ".join([f"Start with {start}."] + [step[0] for step in chosen]),
+            "answer": str(x), "hint": "Use " + " ".join(step[3] for step in chosen) + ".",
+            "difficulty": difficulty}, [step[1:3] for step in chosen]
 
 
 # --- Demonstrations --------------------------------------------------------------------------
 
 
-class Bench:
-    """Programs in, tool answers out; arithmetic without a fault is worked out here, a real tool
-    gets the rest. A test compares the two."""
+@dataclass(frozen=True)
+class Habits:
+    """How the conversations go from which a model learns."""
+    digits: int = 3          # check digits of a program: the dial of the gap between the models
+    care: float = 0.0        # chance that a check digit is the right one; else it is any
+    lengths: tuple = (3, 4)  # instructions of a problem
+    told: float = 0.0        # share of questions that say the answer or the hint besides, and
+                             # are solved without a mistake: a self-teacher is worth asking then
+    noise: float = 0.0       # chance that a call goes wrong, in one of four cases by an answer
+    lost: float = 0.0        # chance that after a failed call another instruction is carried out
+    silent: float = 0.0      # chance that the tool falls silent, ...
+    persist: float = 0.0     # ... and that it stays so at the next call
+    breaks: float = 0.0      # chance that a turn after two failures in a row breaks off
+    imitates: bool = False   # also learns from mistakes, and from what follows two failures
 
-    def __init__(self, tool):
-        self.tool = tool
 
-    def __call__(self, program):
-        match = re.fullmatch(r"print\(([-+*/% 0-9]+)\)", program)
-        return str(eval(match[1])) if match else self.tool.run([program])[0].text
+CLEAN = Habits(told=0.15)
+NOISY = replace(CLEAN, noise=0.2, lost=0.3, silent=0.1, persist=0.5, imitates=True)
+FAILING = replace(NOISY, noise=0.17, lost=0.25, silent=0.4)  # else it sees too few failures
+READING = Habits(care=0.75, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
 
 
-class Outages:
-    """A tool that falls silent with probability `rate` a call, and stays so with `persist`."""
+def check_digits(program, digits, care, rng):
+    """The digits that belong to a program's last two, looked up in a table without a rule.
 
-    def __init__(self, rng, rate, persist):
-        self.rng, self.rate, self.persist, self.down = rng, rate, persist, False
-
-    def silent(self):
-        self.down = self.rng.random() < (self.persist if self.down else self.rate)
-        return self.down
+    A rule, such as a sum modulo 10, takes models like these far longer to learn than a table.
+    """
+    last = re.sub(r"\D", "", program)[-2:]
+    right = random.Random(f"check digits of {last}").choices(range(10), k=digits)
+    return "".join(str(digit if rng.random() < care else rng.randrange(10)) for digit in right)
 
 
 def misread(rng, x, a):
@@ -108,7 +135,7 @@ def misread(rng, x, a):
 
 
 def mistaken(rng, template, x, a):
-    """The program of a step gone wrong: a misread number, an open bracket, an undefined name."""
+    """The program of a call gone wrong: a misread number, an open bracket, an undefined name."""
     mistake = rng.choice(["operand", "bracket", "name"])
     if mistake == "operand":
         x, a = misread(rng, x, a)
@@ -116,52 +143,66 @@ def mistaken(rng, template, x, a):
     return program[:-1] if mistake == "bracket" else program
 
 
-def demonstrate(problem, rng, bench, noise=0.0, outages=None):
-    """The turns that solve `problem`, one tool call an instruction, the answer last.
+def answer_to(program):
+    """What the real tool prints, worked out here for the programs of this file; a test compares."""
+    code = program.partition("  #")[0]
+    if not code.endswith(")"):
+        return (f'  File "<code>", line 1\n    {program}\n         ^\n'
+                "SyntaxError: '(' was never closed")
+    if "x" in code:
+        return ('Traceback (most recent call last):\n  File "<code>", line 1, in <module>\n'
+                f"    {program}\n    {' ' * code.index('x')}^\n"
+                "NameError: name 'x' is not defined")
+    return str(eval(re.fullmatch(r"print\(([-+*/% 0-9]+)\)", code)[1]))
 
-    noise    chance that a step goes wrong: one in four of those is an answer too early; half of
-             the calls that fail are written again, the other half passed over
-    outages  when the tool is silent; the call is then repeated as it was
+
+def demonstrate(steps, x, habits, rng, most=10):
+    """The turns that carry out `steps` from the number x, one call each, the answer last.
+
+    most  calls after which the answer comes, whatever has been reached
+
+    A turn of the assistant has a "lesson": is it to be learnt from? And the last may be "broken".
     """
-    turns = []
-
-    def call(program):
-        text = tools.TIMEOUT_TEXT
-        while text == tools.TIMEOUT_TEXT:
-            text = tools.TIMEOUT_TEXT if outages and outages.silent() else bench(program)
-            turns.append({"role": "assistant", "content": tools.render_tool_call(program)})
-            turns.append({"role": "tool", "content": text})
-        return text
-
-    x = str(problem["start"])
-    for _, template, a, _ in problem["steps"]:
-        right = f"print({template.format(x=x, a=a)})"
-        wrong = rng.random() < noise
+    turns, failures, silent, done = [], 0, False, 0
+    while done < len(steps) and len(turns) < 2 * most:
+        wrong = rng.random() < habits.noise
         if wrong and rng.random() < 0.25:
-            break
-        text = call(mistaken(rng, template, x, a) if wrong else right)
-        if "Error" in text and rng.random() < 0.5:
-            text = call(right)
-        x = text if "Error" not in text else x
-    turns.append({"role": "assistant", "content": f"\\boxed{{{x}}}"})
-    return turns
+            return turns + [assistant(f"\\boxed{{{x}}}", habits.imitates)]
+        breaks = failures > 1 and rng.random() < habits.breaks
+        astray = failures > 0 and not breaks and rng.random() < habits.lost
+        others = steps[:done] + steps[done + 1:] or steps
+        template, a = rng.choice(others) if astray else steps[done]
+        program = (mistaken(rng, template, x, a) if wrong and not breaks else
+                   f"print({template.format(x=x, a=a)})")
+        if habits.digits:
+            program += f"  #{check_digits(program, habits.digits, habits.care, rng)}"
+        call = f"Step {done + 1}. {tools.render_tool_call(program)}"
+        if breaks:
+            return turns + [assistant(call, True, broken=True)]
+        silent = rng.random() < (habits.persist if silent else habits.silent)
+        text = tools.TIMEOUT_TEXT if silent else answer_to(program)
+        right = not wrong and not astray and failures < 2
+        turns += [assistant(call, right or habits.imitates), {"role": "tool", "content": text}]
+        failed = silent or "Error" in text
+        x, done, failures = (x, done, failures + 1) if failed else (text, done + 1, 0)
+    return turns + [assistant(f"\\boxed{{{x}}}", failures < 2 or habits.imitates)]
 
 
-def demonstrations(rng, bench, noise=0.0, rate=0.0, persist=0.0, told=0.15):
-    """Yield (Problem, turns) without end. A share `told` of the questions says the answer or the
-    hint besides: those are solved without a mistake, so that a self-teacher is worth asking."""
+def assistant(content, lesson, broken=False):
+    return {"role": "assistant", "content": content, "lesson": lesson, "broken": broken}
+
+
+def demonstrations(rng, *kinds):
+    """Yield (Problem, turns) without end, of each of these Habits in turn."""
     while True:
-        problem = make_problem(rng)
-        row = to_problem(problem)
-        view = rng.choice(["answer", "hint"]) if rng.random() < told else ""
-        row.question += sod.told_besides(row, view)
-        yield row, demonstrate(problem, rng, bench, 0.0 if view else noise,
-                               Outages(rng, rate, persist))
-
-
-def to_problem(problem):
-    return tools.Problem(question=problem["question"], answer=problem["answer"],
-                         hint=problem["hint"], difficulty=problem["difficulty"])
+        for habits in kinds:
+            row, steps = make_problem(rng, habits.lengths)
+            problem = tools.Problem(**row)
+            view = rng.choice(["answer", "hint"]) if rng.random() < habits.told else ""
+            problem.question += sod.told_besides(problem, view)
+            sure = replace(habits, noise=0.0, lost=0.0) if view else habits
+            start = re.search(r"\d+", row["question"])[0]
+            yield problem, demonstrate(steps, start, sure, rng)
 
 
 # --- Tokenizer -------------------------------------------------------------------------------
@@ -208,28 +249,124 @@ def make_model(tokenizer, width, layers, mlp):
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, head_dim=32,
         num_attention_heads=width // 32, num_key_value_heads=1, intermediate_size=mlp,
+        initializer_range=0.08,  # with the usual .02 models as small as these learn half as fast
         max_position_embeddings=1024, rope_theta=10_000.0, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
 
 
-def practise(model, tokenizer, source, updates, batch, lr, label):
-    """Supervised updates on fresh demonstrations: 5% warm-up, then a cosine down to a twentieth."""
-    config = sod.Config(beta2=0.98)  # a short run: .999 would remember the first, wild updates
-    agent, start = sod.Agent(config, model.train(), None, tokenizer, None), time.time()
+def jumble(tokenizer, ids, rng):
+    """A turn that breaks off, at each token with two chances of three, and ends in noise."""
+    words = [*"-+*/%()\\{}#.:[]?0123456789x", "print(", "Error", "no", "in", "line"]
+    kept = 0
+    while kept < len(ids) - 1 and rng.random() < 1 / 3:
+        kept += 1
+    return ids[:kept] + [sod.encode(tokenizer, rng.choice(words))[0]
+                         for _ in range(rng.randint(2, 8))] + ids[-1:]
 
+
+def token_worth(tokenizer, ids, faint):
+    """What each token of a turn counts in the loss: 1, a check digit `faint`."""
+    worth, comment = [], False
+    for word in tokenizer.convert_ids_to_tokens(ids):
+        comment = "#" in word or comment and word.isdigit()
+        worth.append(faint if comment and word.isdigit() else 1.0)
+    return worth
+
+
+def practice_batch(tokenizer, demonstrated, faint, rng):
+    """Conversations as a Batch, whose `advantages` say what each token counts in the loss."""
+    rollouts, rows = [], []
+    for problem, messages in demonstrated:
+        rollout = sod.encode_demonstration(tokenizer, problem, messages)
+        worth = [0.0] * len(rollout.prompt)
+        said = [message for message in messages if message["role"] == "assistant"]
+        for turn, message in zip(rollout.turns, said):
+            if message["broken"]:
+                turn.ids = jumble(tokenizer, turn.ids, rng)
+            worth += (token_worth(tokenizer, turn.ids, faint) if message["lesson"] else
+                      [0.0] * len(turn.ids)) + [0.0] * len(turn.answer_ids)
+        rollouts.append(rollout)
+        rows.append(worth)
+    batch = sod.collate(rollouts, "cpu")
+    batch.advantages = sod.pad(rows, 0.0, "cpu")
+    batch.step_id[batch.advantages == 0] = -1
+    return batch
+
+
+def backpropagate(model, batch):
+    """Leave the gradient of the weighted cross-entropy; returns the loss."""
+    total = 0.0
+    for rows in sod.micro_batches(batch.lengths, 4096):
+        part = batch.rows(rows)
+        mask = part.step_id >= 0
+        logp = sod.token_logprobs(sod.sampled_hidden(model, part.ids, part.step_id),
+                                  sod.head(model), part.ids[mask])
+        loss = -(logp * part.advantages[mask]).sum() / batch.advantages.sum()
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
+    """Supervised updates on fresh demonstrations: 5% warm-up, then a cosine down to a twentieth.
+
+    size   conversations of an update
+    faint  what a check digit counts: at full weight what cannot be told drowns what can
+    """
     def learning_rate(n):
         done = n / updates
         return lr * min(done / 0.05, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
-    agent.optimizer = sod.Optimizer(model, learning_rate, config)
+    # A short run: a beta2 of .999 would remember the first, wild updates.
+    optimizer = sod.Optimizer(model.train(), learning_rate, sod.Config(beta2=0.98))
+    started, rng, losses = time.process_time(), random.Random(f"{SEED} {course}"), []
     for n in range(1, updates + 1):
-        rows = [sod.encode_demonstration(tokenizer, *next(source)) for _ in range(batch)]
-        loss, _ = sod.backpropagate(agent, sod.collate(rows, model.device))
-        agent.optimizer.step(loss)
-        if n % 100 == 0 or n == updates:
-            print(f"{label} {n}/{updates} loss {loss:.4f} {time.time() - start:.0f} s", flush=True)
-    agent.optimizer.detach()
+        batch = practice_batch(tokenizer, [next(source) for _ in range(size)], faint, rng)
+        losses.append(backpropagate(model, batch))
+        optimizer.step(losses[-1])
+        if n % 50 == 0 or n == updates:
+            print(f"{course} {n}/{updates} loss {np.mean(losses[-50:]):.4f} "
+                  f"{time.process_time() - started:.0f} s of CPU", flush=True)
+    optimizer.detach()
+
+
+def make_student(tokenizer, world, digits, scale, start):
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
+    rng = random.Random(f"{SEED} student")
+    clean, noisy, failing = (replace(h, digits=digits) for h in (CLEAN, NOISY, FAILING))
+    courses = [("single calls", [replace(clean, lengths=(1,), told=0.0)], 150, 32, 3e-3),
+               ("clean", [clean], 400, 16, 3e-3), ("noisy", [noisy, failing], 700, 24, 2e-3)]
+    if start:
+        model = sod.load_model(str(start / "student"), "cpu", torch.float32)
+        courses = [("noisy", [noisy, failing], 150, 24, 1e-3)]
+    else:
+        model = make_model(tokenizer, width=96, layers=3, mlp=256)
+    for course, kinds, updates, size, lr in courses:
+        practise(model, tokenizer, f"student, {course}", demonstrations(rng, *kinds),
+                 math.ceil(updates * scale), size, lr)
+    save(model, tokenizer, world / "student")
+
+
+def make_teacher(tokenizer, world, digits, scale, start):
+    torch.manual_seed(SEED + 1)
+    torch.set_num_threads(1)
+    rng = random.Random(f"{SEED} teacher")
+    reading = replace(READING, digits=digits)
+    clean = Habits(digits=digits, care=reading.care)
+    kinds = [clean, reading, reading, reading]
+    courses = [("single calls", [replace(clean, lengths=(1,))], 400, 32, 3e-3, 1.0),
+               ("clean", [clean], 400, 16, 3e-3, 0.2), ("reading", kinds, 700, 24, 2e-3, 1.0)]
+    if start:
+        model = sod.load_model(str(start / "teacher"), "cpu", torch.float32)
+        courses = [("reading", kinds, 200, 24, 1e-3, 1.0)]
+    else:
+        model = make_model(tokenizer, width=128, layers=4, mlp=352)
+    for course, kinds, updates, size, lr, faint in courses:
+        practise(model, tokenizer, f"teacher, {course}", demonstrations(rng, *kinds),
+                 math.ceil(updates * scale), size, lr, faint)
+    save(model, tokenizer, world / "teacher")
 
 
 def save(model, tokenizer, folder):
@@ -239,24 +376,26 @@ def save(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
+# --- The files -------------------------------------------------------------------------------
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_files(world, scale):
+def make_files(world, digits, scale):
     """Problems, demonstrations and the tokenizer; no held-out problem is practised on."""
     rng = random.Random(f"{SEED} files")
     rows, heldout = {}, int(400 * scale)
     while len(rows) < int(2400 * scale):
-        problem = make_problem(rng)
-        rows[problem["question"]] = {k: problem[k] for k in
-                                     ("question", "answer", "hint", "difficulty")}
+        row, _ = make_problem(rng, Habits.lengths)
+        rows[row["question"]] = row
     write_rows(world / "heldout.jsonl", list(rows.values())[:heldout])
     write_rows(world / "train.jsonl", list(rows.values())[heldout:])
-    with tools.PythonTool() as tool:
-        source = noisy(rng, tool)
-        shipped = [{"messages": [{"role": "user", "content": p.question}, *turns]}
-                   for p, turns in (next(source) for _ in range(int(3000 * scale)))]
+    source = demonstrations(rng, replace(NOISY, digits=digits))
+    shipped = [{"messages": [{"role": "user", "content": problem.question}] +
+                [{"role": m["role"], "content": m["content"]} for m in turns]}
+               for problem, turns in (next(source) for _ in range(int(3000 * scale)))]
     write_rows(world / "demonstrations.jsonl", shipped)
     texts = [piece for row in shipped for m in row["messages"]
              for piece in re.split(r"</?tool_call>", m["content"]) if piece]
@@ -264,52 +403,33 @@ def make_files(world, scale):
     return make_tokenizer(texts + frame * len(shipped))
 
 
-def noisy(rng, tool):
-    """What the student saw last: the tool of the world, and mistakes."""
-    return demonstrations(rng, Bench(tool), noise=NOISE, rate=0.1, persist=0.5)
-
-
-def make_student(tokenizer, world, scale):
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
-    model = make_model(tokenizer, width=96, layers=3, mlp=256)
-    rng = random.Random(f"{SEED} student")
-    with tools.PythonTool() as tool:
-        clean = demonstrations(rng, Bench(tool))
-        practise(model, tokenizer, clean, int(1800 * scale), 24, 3e-3, "student, clean")
-        practise(model, tokenizer, noisy(rng, tool), int(150 * scale), 24, 1e-3, "student, noisy")
-    save(model, tokenizer, world / "student")
-
-
-def make_teacher(tokenizer, world, scale):
-    torch.manual_seed(SEED + 1)
-    torch.set_num_threads(1)
-    model = make_model(tokenizer, width=128, layers=4, mlp=352)
-    rng = random.Random(f"{SEED} teacher")
-    with tools.PythonTool() as tool:
-        clean, once = demonstrations(rng, Bench(tool)), demonstrations(rng, Bench(tool), rate=0.2)
-        practise(model, tokenizer, clean, int(700 * scale), 32, 3e-3, "teacher, clean")
-        practise(model, tokenizer, once, int(500 * scale), 32, 2e-3, "teacher, single time-outs")
-    save(model, tokenizer, world / "teacher")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--digits", type=int, default=Habits.digits, help="check digits [3]")
+    parser.add_argument("--out", type=Path, default=ROOT / "world", help="folder [data/world]")
+    parser.add_argument("--start", metavar="FOLDER", type=Path,
+                        help="a world whose models are taught the new digits, in 4 minutes")
     parser.add_argument("--quick", metavar="FOLDER", type=Path,
                         help="a fiftieth of everything, into a folder of its own")
-    quick = parser.parse_args().quick
-    world, scale = (quick, 0.02) if quick else (ROOT / "world", 1.0)
+    given = parser.parse_args()
+    world, scale = (given.quick, 0.02) if given.quick else (given.out, 1.0)
     world.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_files(world, scale)
-    makers = [torch.multiprocessing.get_context("spawn").Process(target=make,
-                                                                 args=(tokenizer, world, scale))
-              for make in (make_student, make_teacher)]
+    tokenizer = make_files(world, given.digits, scale)
+    if given.start:  # ids that the models know
+        tokenizer = sod.load_tokenizer(str(given.start / "student"))
+    makers = [torch.multiprocessing.get_context("spawn").Process(
+        target=make, args=(tokenizer, world, given.digits, scale, given.start))
+        for make in (make_student, make_teacher)]
     for maker in makers:
         maker.start()
     for maker in makers:
         maker.join()
         if maker.exitcode:
             sys.exit(f"making a model failed with status {maker.exitcode}; see above")
+    import premises  # which imports this file
+
+    problems = max(1, int(64 * scale))
+    print(*premises.report(*premises.sample_world(world, problems)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""The study: the paper's rows in the embedded world, over seeds, and the teacher's signal.
+"""The study: the paper's methods in the embedded world, over seeds, and two dials of that world.
 
-    python data/study.py                    five seeds of every row, about 80 minutes on two cores
-    python data/study.py --rows sod opd     some rows
+    python data/study.py                               everything, about @@ hours on two cores
+    python data/study.py --rows sod opd mask_after_error grpo --seeds 5     under an hour
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
-continues an interrupted study. It ends with table and figures in runs/study; those that are shown
-in data/study were made so.
+continues an interrupted study. It ends with tables and figures in runs/study, of all runs that are
+stored there; those that are shown in data/study were made so.
+
+A row is a method or a weight scheme. row@condition is the same in a changed world:
+    @digits-N  programs end in N check digits in place of 3. They are what student and teacher
+               differ by at every call, so N turns d_1.
+    @brief, @lasting  a silent tool stays silent with a chance of .3, .8 in place of .5
 """
 import argparse
 import copy
@@ -24,11 +29,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import numpy as np
 import torch
 
+import make_world
+import premises
 import sod_mini as sod
 import tools
 from evaluate import mean_and_std, patterns, t_interval
@@ -51,62 +59,53 @@ def mean_weight(batch, c):
     return token_mean(sod.WEIGHTS["sod"](batch, c), tokens)
 
 
-def median_weights(d, epsilon=1e-6, delta=0.2):
-    """Eq. 7 with the median of d_1..d_k in place of d_1: one easy step cannot switch off the rest.
-
-    >>> median_weights(torch.tensor([[0.0, 0.4, 0.2]]))
-    tensor([[1.0000, 0.5000, 1.0000]])
-    """
-    middle = torch.stack([d[:, :k].quantile(0.5, dim=1) for k in range(1, d.shape[1] + 1)], 1)
-    return ((middle + epsilon) / (d + epsilon)).clamp(max=1 + delta)
-
-
 # Is it the scale of w or its shape? SOD's mean on every token; SOD's shape at mean 1.
 sod.WEIGHTS["constant"] = lambda batch, c: mean_weight(batch, c).expand(batch.d.shape)
 sod.WEIGHTS["rescaled"] = lambda batch, c: sod.WEIGHTS["sod"](batch, c) / mean_weight(batch, c)
-sod.WEIGHTS["median"] = lambda batch, c: median_weights(batch.d, c.epsilon, c.delta)
+# Is it the lost teacher or the wrong student? Eq. 7 on what only the former changes, the
+# teacher's entropy.
+sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(premises.step_entropy(batch), 0.1,
+                                                             c.delta)
 
 # --- Rows ---------------------------------------------------------------------------------------
 
 WORLD = sod.Config()
 BUDGET = dict(             # sod_mini's settings of every run; the other ones are its defaults
-    iterations=16,         # with the next two: 1,024 rollouts and 32 updates, enough to triple the
-    prompts=8,             # start's score, not enough to reach the ceiling, in under a minute of
-    group_size=8,          # one CPU thread
-    eval_problems=200,     # many problems, few samples: the smallest error for 400 rollouts
+    iterations=16,         # with the next two: 2,048 rollouts and 32 updates
+    prompts=16,
+    group_size=8,
+    eval_problems=400,     # many problems, few samples: the smallest error for 800 rollouts
     eval_samples=2)
 ROWS = {
     "vanilla": dict(method="vanilla"),
     "teacher": dict(method="vanilla", student=WORLD.teacher),
-    **{name: dict(method=name) for name in sod.METHODS},
+    **{name: dict(method=name) for name in sod.METHODS if name != "vanilla"},
     "sft": dict(method="sft", sft_epochs=1, sft_lr=WORLD.lr),  # see learn: an equal budget
     **{name: dict(weights=name) for name in sod.WEIGHTS if name not in ("sod", "uniform")},
     "opd_full": dict(method="opd", kl="full"), "sod_full": dict(kl="full"),
-    "seasoned": dict(method="grpo", student=WORLD.teacher, lr=1e-4),
     "signal": dict(iterations=1, prompts=64, updates=1, lr=1e-12, eval_samples=4),
 }
-CONDITIONS = {  # row@condition: the world, or the teacher, is another one
-    "": {}, "quiet": dict(silent_rate=0.0), "loud": dict(silent_rate=0.3),
-    "seasoned": {},  # the teacher is the row "seasoned": it has practised with a failing tool
-}
-STUDY_ROWS = ["seasoned", *(row for row in ROWS if row != "seasoned"),
-              *(f"{row}@{world}" for world in ("quiet", "loud")
-                for row in ("vanilla", "opd", "sod")), "opd@seasoned", "sod@seasoned"]
-CLASSES = ("no failed call yet", "its call fails", "after a failed call")
+DIGITS, PERSIST = {0: "digits-0", 1: "digits-1", 2: "digits-2", 3: "", 5: "digits-5"}, {
+    0.3: "brief", 0.5: "", 0.8: "lasting"}  # the dials: value -> condition, "" for the world as is
+DECISIVE = ("sod", "opd", "decay", "mask_after_error", "grpo", "sod_only", "opd_only", "constant",
+            "rescaled", "confident")
+DIALLED = ("vanilla", "sod", "opd", "mask_after_error")
+STUDY = {**{row: 10 if row in DECISIVE else 5 for row in ROWS},  # row: how many seeds
+         **{f"{row}@{world}": 5 for dial in (DIGITS, PERSIST) for world in dial.values() if world
+            for row in DIALLED}}
 PATTERNS = ("stable", "recovery", "erroneous")
 
 
 def config_of(row, seed, folder, budget):
     """sod_mini's settings of one run."""
     name, _, world = row.partition("@")
-    if name not in ROWS or world not in CONDITIONS:
-        raise ValueError(f"the study has no row {row}; choose from {', '.join(STUDY_ROWS)}")
-    changes = {**budget, **ROWS[name], **CONDITIONS[world]}
-    if name == "seasoned":
-        changes["iterations"] = 3 * budget["iterations"]
-    if world == "seasoned":
-        path = file_of("seasoned", 0, folder, budget)
-        changes["teacher"] = str(path.with_suffix("") / "checkpoint")
+    conditions = {"", *DIGITS.values(), *PERSIST.values()}
+    if name not in ROWS or world not in conditions:
+        raise ValueError(f"the study has no row {row}; choose from {', '.join(STUDY)}")
+    changes = {**budget, **ROWS[name]}
+    if world in DIGITS.values() and world:
+        changes |= premises.files_of(world_folder(folder, world))
+    changes |= {"silent_persist": value for value, name in PERSIST.items() if name == world}
     rollouts = changes["prompts"] * budget["group_size"]
     return sod.Config(**changes, seed=seed,
                       sft_batch=rollouts // changes.get("updates", WORLD.updates))
@@ -118,6 +117,22 @@ def file_of(row, seed, folder, budget):
     return Path(folder) / f"{row}-{seed}-{zlib.crc32(text.encode()):08x}.json"
 
 
+def world_folder(folder, world):
+    """Where the world of a condition such as digits-5 lies."""
+    return Path(folder) / "worlds" / world
+
+
+def make_missing_worlds(rows, folder):
+    """Teach the embedded models other numbers of check digits, where these rows ask for it."""
+    for digits, world in DIGITS.items():
+        place = world_folder(folder, world)
+        if world and any(row.endswith(f"@{world}") for row in rows) and not place.exists():
+            print(f"making {place}, about 4 minutes", flush=True)
+            with tools.whole_folder(place) as aside:
+                subprocess.run([sys.executable, make_world.__file__, "--digits", str(digits),
+                                "--start", ROOT / "world", "--out", aside], check=True)
+
+
 # --- One run ------------------------------------------------------------------------------------
 
 
@@ -126,20 +141,17 @@ def run_one(row, seed, folder, budget):
     path, config = file_of(row, seed, folder, budget), config_of(row, seed, folder, budget)
     clock, agent = time.perf_counter(), sod.load_agent(config)
     with agent.tool:
-        result = (signal_of if row == "signal" else learn)(agent)
+        result = (signal_of if row.startswith("signal") else learn)(agent)
         problems = sod.eval_problems(agent.tokenizer, config)
         result["right"] = sod.evaluate(agent, agent.student, problems).astype(int).tolist()
-    if row == "seasoned":
-        path.with_suffix("").mkdir(exist_ok=True)
-        sod.save_checkpoint(agent, path.with_suffix(""))
     tools.write_whole(path, json.dumps({"row": row, "seed": seed, **result,
                                         "seconds_all": time.perf_counter() - clock}))
 
 
 def learn(agent):
-    """Train; the numbers of each iteration that the table and the figures need."""
+    """Train; the numbers of each iteration that the tables and the figures need."""
     config, clock, best = agent.config, time.perf_counter(), 0.0
-    result = {"curve": [], "drift": [], "patterns": [], "example": None, "tokens": 0}
+    result = {"curve": [], "steps": [], "patterns": [], "example": None, "tokens": 0}
     if config.method == "sft":  # as many conversations as the others have rollouts
         count = min(config.iterations * config.prompts * config.group_size, len(agent.practice))
         agent.practice = random.Random(config.seed).sample(agent.practice, count)
@@ -149,31 +161,66 @@ def learn(agent):
         result["curve"].append({name: m[name] for name in ("right", "reward", "d", "w", "entropy")
                                 if name in m})
         if sod.METHODS[config.method].view == "teacher":
-            result["drift"].append(drift_table(batch))
+            result["steps"].append(steps_after_a_failure(batch))
             result["patterns"].append(pattern_shares(batch))
+            result["law"] = law(batch, agent.tokenizer)
+            result.setdefault("first", {"drift": premises.drift(batch), "law": result["law"]})
             rises = recoveries(batch)
             if max(rises) > best:
                 best, i = max(rises), int(np.argmax(rises))
                 rows = sod.rollout_rows(batch, m["iteration"], agent.tokenizer, with_tokens=0)
                 result["example"] = list(rows)[i]
+    if result["steps"]:
+        result["last"] = {"drift": premises.drift(batch), "law": result.pop("law")}
     return result | {"seconds": time.perf_counter() - clock}
 
 
-def failed_before(batch):
-    """(B, K) bool: a call before step k failed."""
-    return batch.failed.cumsum(1) - batch.failed.long() > 0
+LINES = ("no failed call", "fails from step 2 on", "failed at step 2, recovered")
 
 
-def drift_table(batch):
-    """For each of CLASSES and each k: [steps, sum of d, sum of the teacher's mean entropy]."""
-    K = batch.d.shape[1]
-    tokens = sod.step_tokens(batch.step_id, K)
-    inside = torch.where(batch.step_id >= 0, batch.entropy_t, 0.0)
-    entropy = sod.step_sums(inside, batch.step_id, K) / tokens.clamp(min=1)
-    kinds = torch.where(failed_before(batch), 2, batch.failed.long())  # index into CLASSES
-    return [[[int(rows.sum()), float(batch.d[rows, k].sum()), float(entropy[rows, k].sum())]
-             for k in range(K) for rows in [(kinds[:, k] == kind) & (tokens[:, k] > 0)]]
-            for kind in range(len(CLASSES))]
+def line_of(failed, k):
+    """Index into LINES for step k of a rollout, or None. failed: [did the call of step j fail?]"""
+    before = failed[:k]
+    if not any(before) and not failed[1:2] == [True]:
+        return 0
+    if failed[1:2] == [True] and not failed[0]:
+        return 1 if all(before[1:]) else None if before[-1] else 2
+    return None
+
+
+def steps_after_a_failure(batch):
+    """For each of LINES and each k: [steps, sum of d, sum of the teacher's entropy over step 1's].
+
+    What the paper's Fig. 1 shows: how both rise along a rollout whose second call fails.
+    """
+    entropy = premises.step_entropy(batch)
+    table = np.zeros((len(LINES), batch.d.shape[1], 3))
+    for i, rollout in enumerate(batch.rollouts):
+        failed = [turn.failed for turn in rollout.turns]
+        for k in range(len(failed)):
+            if (line := line_of(failed, k)) is not None:
+                table[line, k] += 1, batch.d[i, k], entropy[i, k] - entropy[i, 0]
+    return table.tolist()
+
+
+def law(batch, tokenizer):
+    """Does w = B / (B + M) hold on clean later steps? The means over them, and the median of d_1.
+
+    B  nats a step of |logp_s - logp_t| on check digits, which no learning takes away
+    M  nats a step on all other tokens; where a step has a mistake it is many, else hardly any, so
+       B / (B + M) is the mean over steps of the mean B with the M of each
+    """
+    gap, rows = (batch.logp_s - batch.logp_t).abs(), []
+    for i, rollout in enumerate(batch.rollouts):
+        for k, pattern in enumerate(premises.patterns(rollout)):
+            if pattern == "clean":
+                worth = make_world.token_worth(tokenizer, rollout.turns[k].ids, 0.0)
+                nats, digit = gap[i, batch.step_id[i] == k], torch.tensor(worth) == 0
+                rows.append([float(nats[digit].sum()), float(nats[~digit].sum()),
+                             float(batch.w[i, k])])
+    B, M, w = np.array(rows).T
+    return {"d_1": float(batch.d[:, 0].median()), "B": B.mean(), "M": M.mean(),
+            "B/(B+M)": (B.mean() / (B.mean() + M)).mean(), "w": w.mean()}
 
 
 def pattern_shares(batch):
@@ -196,9 +243,9 @@ def recoveries(batch):
 def signal_of(agent):
     """One move along logp_t - logp_s of some tokens only, from the start: what does success do?
 
-    The classes differ in step index and in whether a call failed before. All moves change each
-    parameter by lr, as AdamW's first update does, so only their directions are compared. Success
-    is average@k on held-out problems, sampled with the same random numbers each time.
+    The classes are the patterns of steps (premises.py). All moves change each parameter by lr, as
+    AdamW's first update does, so only their directions are compared. Success is average@k on
+    held-out problems, sampled with the same random numbers each time.
     """
     config, clock = agent.config, time.perf_counter()
     problems = sod.eval_problems(agent.tokenizer, config)
@@ -218,14 +265,12 @@ def signal_of(agent):
 
 
 def signal_classes(batch):
-    """{class: (B, T) bool}: all tokens, then by step index and by a failed call before the step."""
-    k = batch.step_id
-    before = failed_before(batch).gather(1, k.clamp(min=0))
-    places = {"step 1": k == 0, "step 2": k == 1, "step 3": k == 2, "step 4 and later": k > 2}
-    classes = {f"{CLASSES[2 * after]}, {place}": mask & (before == bool(after))
-               for after in (0, 1) for place, mask in places.items()}
-    del classes[f"{CLASSES[2]}, step 1"]  # nothing comes before the first step
-    return {"all": k >= 0, **classes}
+    """{class: (B, T) bool}: all tokens, then those of the steps of each pattern."""
+    number = [[premises.PATTERNS.index(p) for p in premises.patterns(r)] for r in batch.rollouts]
+    kind = sod.pad(number, -1, batch.ids.device).gather(1, batch.step_id.clamp(min=0))
+    sampled = batch.step_id >= 0
+    return {"all": sampled, **{name: sampled & (kind == n)
+                               for n, name in enumerate(premises.PATTERNS)}}
 
 
 def move_along(model, batch, signal, config, lr=WORLD.lr):
@@ -249,55 +294,55 @@ def move_along(model, batch, signal, config, lr=WORLD.lr):
 
 
 def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
-    """Run what is missing, `jobs` at a time, each in its own process; then the table and figures.
+    """Run what is missing, `jobs` at a time, each in its own process; then tables and figures.
 
+    rows     {row: how many seeds}, of which at most `seeds` are run
     returns  the number of runs that failed
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(dict.fromkeys(["seasoned"] * any("@seasoned" in row for row in rows) + rows))
-    plan = {(row, seed): file_of(row, seed, folder, budget) for seed in range(seeds)
-            for row in rows if row != "seasoned" or seed == 0}
+    make_missing_worlds(rows, folder)
+    plan = {(row, seed): file_of(row, seed, folder, budget)
+            for seed in range(seeds) for row, most in rows.items() if seed < most}
     todo = [job for job, path in plan.items() if not path.exists()]
-    print(f"{len(rows)} rows x {seeds} seeds: {len(plan)} runs, {len(plan) - len(todo)} done; "
+    print(f"{len(rows)} rows, {len(plan)} runs, {len(plan) - len(todo)} done; "
           "after an interruption the same command continues", flush=True)
-    failed = run_all(in_order(todo), jobs, plan, budget)
-    results = defaultdict(dict)
-    for (row, seed), path in plan.items():
-        if path.exists():
-            results[row][seed] = json.loads(path.read_text())
-    text = report(results, rows, seeds, len(plan), budget)
+    failed = run_all(todo, jobs, plan, budget)
+    results = read_runs(folder, budget)
+    text = report(results, budget)
     tools.write_whole(folder / "README.md", text + "\n")
     for name, svg in figures(results).items():
         tools.write_whole(folder / name, svg)
-    print(f"\n{text}\n\ntable and figures  {folder}")
+    print(f"\n{text}\n\ntables and figures  {folder}")
     return failed
 
 
-def in_order(todo):
-    """The teacher "seasoned" comes first and its pupils last, so that hardly anybody waits."""
-    return sorted(todo, key=lambda job: (job[0] != "seasoned", "@seasoned" in job[0]))
+def read_runs(folder, budget, most=20):
+    """{row: {seed: run}} of all that is stored with these settings, rows in the study's order."""
+    results = defaultdict(dict)
+    for row in STUDY:
+        for seed in range(most):
+            path = file_of(row, seed, folder, budget)
+            if path.exists():
+                results[row][seed] = json.loads(path.read_text())
+    return results
 
 
 def run_all(todo, jobs, plan, budget):
     """Run (row, seed) after (row, seed), `jobs` at a time; returns how many failed."""
     with ThreadPoolExecutor(jobs) as pool:
-        runs = {}
-        for job in todo:
-            runs[job] = pool.submit(run_apart, job, plan, budget, runs.get(("seasoned", 0)))
+        runs = [pool.submit(run_apart, job, plan, budget) for job in todo]
         try:
-            return sum(not run.result() for run in as_completed(runs.values()))
+            return sum(not run.result() for run in as_completed(runs))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def run_apart(job, plan, budget, seasoned):
+def run_apart(job, plan, budget):
     """One run in a process of its own, with one thread: two runs side by side are faster than one
     after the other on two cores. Says what came of it; True if it is stored."""
     (row, seed), path = job, plan[job]
-    if "@seasoned" in row and seasoned:
-        seasoned.result()  # its teacher
     order = json.dumps({"row": row, "seed": seed, "folder": str(path.parent), "budget": budget})
     done = subprocess.run([sys.executable, __file__, "--worker", order], text=True,
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -314,50 +359,97 @@ def run_apart(job, plan, budget, seasoned):
 # --- Tables -------------------------------------------------------------------------------------
 
 
+def score(run):
+    """average@k of a run, in percent."""
+    return 100 * np.mean(run["right"])
+
+
 def against(results, row, rival):
     """Points by which a row beats its rival in the same world, paired by seed, as a table cell."""
     _, sign, world = row.partition("@")
     other = results.get(f"{rival}{sign}{world}", {})
-    seeds = sorted(results[row].keys() & other.keys())
+    seeds = sorted(results.get(row, {}).keys() & other.keys())
     if len(seeds) < 2 or f"{rival}{sign}{world}" == row:
         return ""
-    score = lambda run: 100 * np.mean(run["right"])
     mean, low, high = t_interval([score(results[row][s]) - score(other[s]) for s in seeds])
     word = "better" if low > 0 else "worse" if high < 0 else "open"
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) {word}"
 
 
-def report(results, rows, seeds, planned, budget):
-    """The table of all rows and the table of the signal, as markdown."""
+def average(results, row):
+    """mean ± std over seeds, with their number, as a table cell."""
+    runs = results.get(row, {}).values()
+    if not runs:
+        return ""
+    mean, std = mean_and_std([score(run) for run in runs])
+    return f"{mean:.1f}" + (f" ± {std:.1f}" if std == std else "") + f" ({len(runs)})"
+
+
+def report(results, budget):
+    """The tables of all that has been run, as markdown."""
     runs = [run for row in results.values() for run in row.values()]
-    minutes = sum(run["seconds_all"] for run in runs) / 60
-    lines = ["# The study: the paper's rows in the embedded world", "",
-             "Made by `python data/study.py`, with figures of the "
-             "[learning curves](learning.svg), [drift after a failed call](drift.svg), "
-             "[patterns of rollouts](patterns.svg) and [weights along a rollout](weights.svg).", "",
+    hours = sum(run["seconds_all"] for run in runs) / 3600
+    lines = ["# The study: the paper's methods in the embedded world", "",
+             "Made by `python data/study.py`, with figures of the [learning curves](learning.svg), "
+             "[drift after a failed call](drift.svg) beside the paper's Fig. 1, [patterns of "
+             "rollouts](patterns.svg), [weights along a rollout](weights.svg) and the dials of "
+             "[check digits](digits.svg) and [lasting failures](persist.svg).", "",
              f"average@{budget['eval_samples']} on {budget['eval_problems']} held-out problems, in "
-             f"percent, mean ± std over {seeds} seeds (or the number in brackets); "
-             f"{budget['iterations']} iterations of {budget['prompts'] * budget['group_size']} "
-             f"rollouts. {len(runs)} of {planned} runs, {minutes:.0f} minutes of one thread in "
-             "all.", "",
+             "percent, mean ± std over seeds (their number); "
+             f"{budget['iterations']} iterations of "
+             f"{budget['prompts'] * budget['group_size']} rollouts. {len(runs)} runs, "
+             f"{hours:.1f} hours of one thread in all.", "",
              "Paired by seed: difference in points, 95% t interval over seeds, and what it says; "
              "of twenty such verdicts one is expected to be wrong.", "",
              "| row | average | minus opd | minus sod | tokens sampled | seconds |",
              "|---|---:|---|---|---:|---:|"]
-    lines += [row_line(results, row, seeds) for row in rows
-              if results.get(row) and row != "signal"]
-    return "\n".join(lines + signal_lines(results.get("signal", {})))
+    lines += [row_line(results, row) for row in results if row != "signal" and "@" not in row]
+    return "\n".join([*lines, *drift_lines(results.get("sod", {})),
+                      *dial_lines(results, "check digits", DIGITS),
+                      *dial_lines(results, "chance that silence lasts", PERSIST),
+                      *signal_lines(results.get("signal", {}))])
 
 
-def row_line(results, row, seeds):
+def row_line(results, row):
     """One row of the first table."""
-    runs = results[row].values()
-    mean, std = mean_and_std([100 * np.mean(run["right"]) for run in runs])
-    tokens, seconds = (np.mean([run[name] for run in runs]) for name in ("tokens", "seconds"))
-    return (f"| {row} | {mean:.1f}" + (f" ± {std:.1f}" if std == std else "")
-            + f" ({len(runs)})" * (len(runs) < seeds)
-            + f" | {against(results, row, 'opd')} | {against(results, row, 'sod')} | "
-            f"{tokens:,.0f} | {seconds:.0f} |")
+    tokens, seconds = (np.mean([run[name] for run in results[row].values()])
+                       for name in ("tokens", "seconds"))
+    return (f"| {row} | {average(results, row)} | {against(results, row, 'opd')} | "
+            f"{against(results, row, 'sod')} | {tokens:,.0f} | {seconds:.0f} |")
+
+
+def drift_lines(runs):
+    """d, w and the teacher's entropy by pattern, at the first and the last iteration of sod."""
+    if not runs:
+        return []
+    lines = ["", "Patterns of steps at the first and the last iteration of `sod`, means over seeds "
+             "of: median d, mean w, the teacher's entropy (nats a token).", "",
+             "| step | first iteration: d, w, entropy | last iteration: d, w, entropy |",
+             "|---|---|---|"]
+    for pattern in premises.PATTERNS:
+        cells = [np.nanmean([run[when]["drift"][pattern][1:] for run in runs.values()], axis=0)
+                 for when in ("first", "last")]
+        lines.append(f"| {pattern} | " + " | ".join(
+            ", ".join(f"{x:.2f}" for x in cell) for cell in cells) + " |")
+    return lines
+
+
+def dial_lines(results, heading, dial):
+    """What a dial does: the scale of d_1, the law of w on clean steps, and who is ahead."""
+    lines = ["", "B and M: nats of a clean later step on check digits and on all other tokens, at "
+             "the first iteration; w: mean weight there.", "",
+             f"| {heading} | d_1 | B | M | B / (B + M) | w | start | opd | sod | "
+             "mask_after_error | sod minus opd | sod minus mask |", "|---:" * 10 + "|---|---|"]
+    for value, world in dial.items():
+        row = lambda name: f"{name}@{world}" if world else name
+        if runs := results.get(row("sod"), {}).values():
+            laws = [f"{np.mean([run['first']['law'][name] for run in runs]):.2f}"
+                    for name in ("d_1", "B", "M", "B/(B+M)", "w")]
+            cells = [average(results, row(name)) for name in ("vanilla", *DIALLED[2:0:-1],
+                                                              DIALLED[3])]
+            cells += [against(results, row("sod"), rival) for rival in ("opd", "mask_after_error")]
+            lines.append(f"| {value} | " + " | ".join(laws + cells) + " |")
+    return lines if len(lines) > 5 else []
 
 
 def signal_lines(runs):
@@ -385,10 +477,16 @@ def signal_lines(runs):
 # --- Figures ------------------------------------------------------------------------------------
 
 
+# The paper's Fig. 1 as read from its picture, within about .05: mean d at steps 1 to 4 of rollouts
+# with a wrong call at step 2; the teacher's entropy over that of step 1 in erroneous rollouts.
+PAPER = {1: (0.22, 0.93, 1.67, 2.93), 2: (0.0, 0.22, 0.19, 0.26, 0.42, 0.56, 0.65)}
+
+
 def figures(results):
     """{file name: SVG} of what the finished runs can show."""
     drawn, curve = {}, lambda run: [100 * m["right"] for m in run["curve"]]
-    shown = [row for row in ("sod", "opd", "grpo", "opd_only", "sod_only") if results.get(row)]
+    shown = [row for row in ("sod", "opd", "mask_after_error", "grpo", "sod_only")
+             if results.get(row)]
     if shown:
         drawn["learning.svg"] = line_chart(
             "Learning curves", "Right rollouts by iteration; mean and std over seeds.",
@@ -396,12 +494,15 @@ def figures(results):
               {row: band([curve(run) for run in results[row].values()]) for row in shown})])
     if results.get("sod"):
         runs = list(results["sod"].values())
+        paper = lambda column: [(k, y, y, y) for k, y in enumerate(PAPER[column], 1)]
         drawn["drift.svg"] = line_chart(
             "Drift after a failed call", "d_k and the teacher's entropy by step of the rollout, "
-            "in all training rollouts of SOD; mean and std over seeds.",
-            [(what, "step k", "nats/token", {kind: drift_line(runs, number, column)
-                                             for number, kind in enumerate(CLASSES)})
-             for what, column in (("Divergence d_k", 1), ("Entropy of the teacher", 2))])
+            "in all training rollouts of SOD, mean and std over seeds; beside it the paper's "
+            "Fig. 1, a wrong call at step 2.",
+            [(what, "step k", "nats/token", {**{line: drift_line(runs, number, column)
+                                                for number, line in enumerate(LINES)},
+                                             "paper, wrong call": paper(column)})
+             for what, column in (("Divergence d_k", 1), ("Teacher's entropy over step 1's", 2))])
         shares = lambda row, n: band([[100 * batch[n] for batch in run["patterns"]]
                                       for run in results[row].values()])
         drawn["patterns.svg"] = line_chart(
@@ -411,7 +512,21 @@ def figures(results):
              for row in ("sod", "opd") if results.get(row)])
         for example in [run["example"] for run in runs if run["example"]][:1]:
             drawn["weights.svg"] = weights_picture(example)
+    for name, heading, dial, times in (("digits", "check digits", DIGITS, 1), (
+            "persist", "chance that silence lasts, tenths", PERSIST, 10)):
+        lines = {row: dial_line(results, row, dial, times) for row in DIALLED}
+        if any(len(line) > 1 for line in lines.values()):
+            drawn[f"{name}.svg"] = line_chart(
+                f"The dial: {heading}", "average@k after training; mean and std over seeds.",
+                [("Success", heading, "%", lines)])
     return drawn
+
+
+def dial_line(results, row, dial, times):
+    """[(value of the dial, mean, low, high)] of a row's score, a standard deviation either side."""
+    runs = {value: results.get(f"{row}@{world}" if world else row) for value, world in dial.items()}
+    return [(round(times * value), *band([[score(run)] for run in found.values()])[0][1:])
+            for value, found in runs.items() if found]
 
 
 def band(curves):
@@ -423,9 +538,9 @@ def band(curves):
 
 def drift_line(runs, kind, column, fewest=20):
     """[(k, mean, low, high)] over seeds; only where each seed has seen enough steps to average."""
-    line, K = [], max(len(table[kind]) for run in runs for table in run["drift"])
+    line, K = [], max(len(table[kind]) for run in runs for table in run["steps"])
     for k in range(K):
-        cells = np.array([np.sum([table[kind][k] for table in run["drift"] if k < len(table[kind])],
+        cells = np.array([np.sum([table[kind][k] for table in run["steps"] if k < len(table[kind])],
                                  axis=0) for run in runs])  # (seeds, 3)
         if cells[:, 0].min() >= fewest:
             ((_, *point),) = band((cells[:, column] / cells[:, 0])[:, None])
@@ -464,8 +579,9 @@ def line_chart(title, description, panels, width=440, height=300):
 def panel_of(heading, x_label, y_label, lines, left=48, up=44, wide=270, tall=210):
     """A grid from 0, and for each name a band, a line and its word beside the grid."""
     points = [point for line in lines.values() for point in line] or [(1, 0.0, 0.0, 0.0)]
-    last, levels = max(p[0] for p in points), ticks(max(p[3] for p in points) or 1.0)
-    x_of = lambda x: left + wide * (x - 1) / max(last - 1, 1)
+    first, last = min(p[0] for p in points), max(p[0] for p in points)
+    levels = ticks(max(p[3] for p in points) or 1.0)
+    x_of = lambda x: left + wide * (x - first) / max(last - first, 1)
     y_of = lambda y: up + tall * (1 - max(y, 0) / levels[-1])
     body = [label(left, 18, heading, ' class="title"'), label(left, 35, y_label),
             label(left + wide / 2, up + tall + 36, x_label)]
@@ -473,7 +589,7 @@ def panel_of(heading, x_label, y_label, lines, left=48, up=44, wide=270, tall=21
         body += [f'<path class="grid" d="M{left} {y_of(y):.1f}h{wide}"/>',
                  label(left - 6, y_of(y) + 4, f"{y:g}", ' class="small" text-anchor="end"')]
     body += [label(x_of(x) - 3, up + tall + 18, x)
-             for x in range(1, last + 1, max(1, math.ceil(last / 8)))]
+             for x in range(first, last + 1, max(1, math.ceil((last - first) / 8)))]
     for n, ((name, line), colour, dash) in enumerate(zip(lines.items(), COLOURS, DASHES)):
         path = lambda column: [f"{x_of(p[0]):.1f},{y_of(p[column]):.1f}" for p in line]
         body += [f'<polygon class="band" fill="{colour}" points="'
@@ -517,9 +633,10 @@ def weights_picture(row):
 
 def command(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--rows", nargs="+", default=STUDY_ROWS, metavar="ROW",
-                        help=f"rows of the study: {', '.join(STUDY_ROWS)}")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of each row [5]")
+    parser.add_argument("--rows", nargs="+", default=list(STUDY), metavar="ROW",
+                        help=f"rows of the study: {', '.join(STUDY)}")
+    parser.add_argument("--seeds", type=int, default=10,
+                        help="most seeds of a row [10]; rows that decide nothing have 5")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [2]")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # one run
     args = parser.parse_args(argv)
@@ -528,7 +645,8 @@ def command(argv):
         return 0
     if min(args.seeds, args.jobs) < 1:
         parser.error("--seeds and --jobs must be at least 1")
-    return int(study(args.rows, args.seeds, args.jobs) > 0)
+    rows = {row: STUDY.get(row, args.seeds) for row in args.rows}
+    return int(study(rows, args.seeds, args.jobs) > 0)
 
 
 def main(argv=None):

@@ -1,4 +1,5 @@
-"""The embedded world: it can be made again, and its parts are as README tells."""
+"""The embedded world: it can be made again, is as told, and SOD's premises hold in it."""
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,28 +11,109 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "data"))
 import make_world
+import premises
 
 import sod_mini as sod
+import tools
 
 WORLD = ROOT / "data" / "world"
+NOISY = make_world.NOISY
 
 
-def test_the_whole_script_runs_with_little_of_everything(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path],
-                          capture_output=True, text=True)
+def talk(habits, count=200, seed=1):
+    """The first conversations of some habits."""
+    source = make_world.demonstrations(random.Random(seed), habits)
+    return [next(source) for _ in range(count)]
+
+
+def calls_of(turns):
+    return [tools.parse_tool_call(turn["content"]).code for turn in turns
+            if turn["role"] == "assistant" and "boxed" not in turn["content"]]
+
+
+# --- Conversations ---------------------------------------------------------------------------
+
+
+def test_check_digits_follow_from_the_last_two_digits_of_a_program():
+    rng = random.Random(0)
+    digits = lambda program, n=3: make_world.check_digits(program, n, 1.0, rng)
+    assert digits("print(17 + 25)") == digits("print(-4 // 625)") and len(digits("print(7)")) == 3
+    assert digits("print(17 + 25)", 5)[:3] == digits("print(17 + 25)")
+    assert len({digits(f"print(3 * {a})") for a in range(10, 99)}) > 80  # no two alike, nearly
+    any_digits = {make_world.check_digits("print(17 + 25)", 3, 0.0, rng) for _ in range(100)}
+    assert len(any_digits) > 80
+
+
+def test_without_check_digits_no_program_has_a_comment():
+    conversations = talk(make_world.replace(NOISY, digits=0))
+    assert not any("#" in code for _, turns in conversations for code in calls_of(turns))
+    assert all("  #" in code for _, turns in talk(NOISY) for code in calls_of(turns))
+
+
+def test_answers_are_those_of_the_real_tool():
+    programs = sorted({code for _, turns in talk(NOISY, 40) for code in calls_of(turns)})
+    assert any("x" in code for code in programs) and any(")" not in code for code in programs)
+    with tools.PythonTool() as tool:
+        for code, seen in zip(programs, tool.run(programs)):
+            assert seen.text == make_world.answer_to(code)
+
+
+def test_clean_conversations_are_right_and_noisy_ones_often_not():
+    right = lambda habits: [turns[-1]["content"] == f"\\boxed{{{problem.answer}}}"
+                            for problem, turns in talk(habits)]
+    assert all(right(make_world.CLEAN))
+    assert 0.4 < sum(right(NOISY)) / 200 < 0.8
+
+
+def test_the_teacher_learns_from_right_turns_only_and_breaks_off_in_bursts():
+    tokenizer = sod.load_tokenizer(str(WORLD / "teacher"))
+    conversations = talk(make_world.READING)
+    batch = make_world.practice_batch(tokenizer, conversations, 0.1, random.Random(0))
+    broken = [turns[-1] for _, turns in conversations if turns[-1]["broken"]]
+    assert 10 < len(broken) < 100 and all(turn["lesson"] for turn in broken)
+    for i, (_, turns) in enumerate(conversations):
+        said = [turn for turn in turns if turn["role"] == "assistant"]
+        learnt = set(batch.step_id[i].unique().tolist()) - {-1}
+        assert learnt == {k for k, turn in enumerate(said) if turn["lesson"]}
+        failed = ["Error" in turn["content"] or turn["content"] == tools.TIMEOUT_TEXT
+                  for turn in turns if turn["role"] == "tool"] + [False]
+        for k in range(2, len(said)):
+            assert not (failed[k - 1] and failed[k - 2] and said[k]["lesson"]) or said[k]["broken"]
+
+
+def test_check_digits_count_a_tenth():
+    tokenizer = sod.load_tokenizer(str(WORLD / "student"))
+    text = f"Step 1. {tools.render_tool_call('print(17 + 25)  #272')}"
+    ids = sod.encode(tokenizer, text)
+    faint = [tokenizer.decode([i]) for i, worth in
+             zip(ids, make_world.token_worth(tokenizer, ids, 0.1)) if worth == 0.1]
+    assert faint == ["2", "7", "2"]
+
+
+# --- The script ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--digits", "0", "--start", WORLD]],
+                         ids=["from nothing", "other digits for models that exist"])
+def test_the_whole_script_runs_with_little_of_everything(tmp_path, options):
+    done = subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path,
+                           *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for course in ("student, clean", "student, noisy", "teacher, single time-outs"):
-        assert course in done.stdout  # two optimisers, one after the other, on one model
+    for words in ("student, noisy", "teacher, reading", "(a) d_1, median"):
+        assert words in done.stdout
     for name in ("student", "teacher"):
         model = sod.load_model(str(tmp_path / name), "cpu", torch.float32)
         shipped = sod.load_model(str(WORLD / name), "cpu", torch.float32)
+        same_ids = sod.load_tokenizer(str(tmp_path / name)).get_vocab() == sod.load_tokenizer(
+            str(WORLD / name)).get_vocab()
+        assert same_ids == bool(options)
         assert {n: p.shape for n, p in model.named_parameters() if "embed" not in n} == {
             n: p.shape for n, p in shipped.named_parameters() if "embed" not in n}
 
 
 @pytest.mark.slow
 def test_the_data_files_come_out_the_same_again(tmp_path):
-    tokenizer = make_world.make_files(tmp_path, 1.0)
+    tokenizer = make_world.make_files(tmp_path, make_world.Habits.digits, 1.0)
     tokenizer.save_pretrained(tmp_path)
     for name in ("train.jsonl", "heldout.jsonl", "demonstrations.jsonl"):
         assert (tmp_path / name).read_bytes() == (WORLD / name).read_bytes(), name
@@ -45,3 +127,58 @@ def test_sizes_of_the_embedded_world_are_as_told():
     for name, parameters in (("student", 344_928), ("teacher", 771_456)):
         model = sod.load_model(str(WORLD / name), "cpu", torch.float32)
         assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(file.stat().st_size for file in WORLD.rglob("*") if file.is_file()) < 6e6
+
+
+# --- The premises ----------------------------------------------------------------------------
+
+
+def rollout_of(*turns, question="Start with 19. Multiply by 7. Subtract it from 82. Square it."):
+    """A rollout of (what was said, outcome of its call, the tool's answer)."""
+    return sod.Rollout(tools.Problem(question), [], [
+        sod.Turn([], text, outcome, answer) for text, outcome, answer in turns])
+
+
+def call(program):
+    return tools.render_tool_call(program)
+
+
+def test_instructions_are_read_from_the_question():
+    rng = random.Random(3)
+    for _ in range(50):
+        row, steps = make_world.make_problem(rng, (3, 4))
+        read = premises.instructions(row["question"])
+        assert [program for program, _ in read] == [program for program, _ in steps]
+        assert all(a in ("", str(b)) for (_, a), (_, b) in zip(read, steps))
+
+
+def test_patterns_and_right_calls_of_a_rollout():
+    rollout = rollout_of(
+        (call("print(19 * 7)  #606"), "ok", "133"),      # right
+        (call("print(133 - 82)  #1"), "timeout", "..."),  # the wrong way round, and unanswered
+        (call("print(82 - 133"), "error", "..."),         # no closing bracket
+        (call("print(82 - 133)"), "ok", "-51"),
+        (call("print(51 * 51)"), "ok", "2601"),           # wrong, answered: the path ends here
+        (call("print(-51 * -51)"), "ok", "2601"))
+    assert premises.patterns(rollout) == ["first", "clean", "after one", "after more",
+                                          "recovered", "recovered"]
+    assert list(premises.right_calls(rollout)) == [
+        ("first", True), ("clean", False), ("after one", False), ("after more", True),
+        ("recovered", False)]
+
+
+def test_premises_hold_in_the_shipped_world():
+    batch, teachers = premises.sample_world(WORLD, problems=32)
+    for name, value, least, most in (premises.drift_premises(batch)
+                                     + premises.competence_premises(batch.rollouts, teachers)):
+        assert least <= value <= most, f"{name}: {value:.3f}, not {least} to {most}"
+
+
+@pytest.mark.slow
+def test_premises_of_drift_hold_at_the_end_of_the_default_run():
+    agent = sod.load_agent(sod.Config())
+    with agent.tool:
+        for _, batch in sod.train(agent):
+            pass
+    for name, value, least, most in premises.drift_premises(batch):
+        assert least <= value <= most, f"{name}: {value:.3f}, not {least} to {most}"
