@@ -26,8 +26,8 @@ Outcomes
     sandbox_error      the machine's fault, not the program's; the call was tried four times
 
 Not covered: bugs of the kernel, side channels, anything but Linux 5.13 or newer on x86_64;
-names, sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory the
-kernel holds for a program; equal text from clocks, os.urandom, sets ordered by address, other versions.
+names, sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory
+the kernel holds for a program; equal text from clocks, os.urandom, sets ordered by address.
 """
 from __future__ import annotations
 
@@ -100,10 +100,7 @@ class ToolCall:
 
 def render_tool_call(code):
     """The text of a turn that calls the tool, as a model of this family writes it."""
-    return hermes({"name": TOOL_NAME, "arguments": {"code": code}})
-
-
-def hermes(call):
+    call = {"name": TOOL_NAME, "arguments": {"code": code}}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
@@ -258,12 +255,11 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
     (r"\\%", "%"),
     (r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degrees?(?![A-Za-z])", " degrees "),
-    (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
+    (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
     (r"\\le(?:q|qslant)?(?![A-Za-z])", "<="),
     (r"\\ge(?:q|qslant)?(?![A-Za-z])", ">="),
-    (r"\\\{|\\lbrace(?![A-Za-z])", "⦃"),                        # printed braces: a set
-    (r"\\\}|\\rbrace(?![A-Za-z])", "⦄"),
-    (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
+    (r"\\\{", "⦃"),                                            # printed braces: a set
+    (r"\\\}", "⦄"),
     (r"(\\[A-Za-z]+) (?=[0-9])", r"\1"),                        # \sqrt 2 = \sqrt2
     (r" ?([_^]) ?", r"\1"),
     (r"([_^])\{ ?\+?(-?[A-Za-z0-9]+) ?\}", r"\1\2"),            # x^{10} = x^10
@@ -281,26 +277,15 @@ NUMBER = re.compile(
     rf"\(?([+-]?{DECIMAL})\)?(?: ?/ ?\(?([+-]?{DECIMAL})\)?)?"         # top, bottom
     rf"(?: ?(?:\*|x) ?10 ?\^ ?([+-]?[0-9]{{1,3}})|[eE]([+-]?[0-9]{{1,3}}))?"  # power of ten
     rf"(?![0-9^.,]|/ ?[0-9(])(.*)")                                    # unit
-DIGITS = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-POWER = re.compile(rf"(-?) ?(?:({DIGITS})|\( ?(-?{DIGITS}(?:/[0-9]+)?) ?\))"  # sign, base
-                   r" ?\^(-?[0-9]{1,3})(?![0-9^.,/])(.*)")                     # exponent, unit
 UNIT = re.compile(r"( ?/? ?)([A-Za-z]+)(?:[ /.*'-]{1,3}[A-Za-z]+|\^-?[1-3])*")
 
-# First name of a row = every other name of the row. Two different rows are two different answers;
-# a word that is not here ("5 ducks") is trailing text and says nothing.
-UNITS = {name: row.split()[0] for row in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre",
-    "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "mi mile",
-    "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce", "ml milliliter millilitre",
-    "l liter litre", "s sec second",
-    "min minute", "h hr hour", "day", "week", "month", "year yr", "degree deg", "rad radian",
-    "dollar usd", "cent", "euro eur", "mph") for name in row.split()}
+# Units too short to be told from a product of symbols by their length: 5 cm, but not 5 xy.
+UNITS = set("mm cm m km in ft yd mi mg g kg lb oz ml l s h hr".split())
 # Words that change the number before them: "3 dozen" is no 3. Such an answer is a text.
-NOT_UNITS = set("dozen hundred thousand lakh million crore billion trillion half halve third "
-                "quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth "
-                "millionth billionth mod sin cos tan cot log exp sqrt squared cubed factorial "
-                "choose over times plus minus divided than infinity doubled tripled twice thrice "
-                "negative below score mil mln".split())
+NOT_UNITS = set("dozen hundred thousand million billion trillion half halve third quarter fourth "
+                "fifth sixth seventh eighth ninth tenth hundredth thousandth millionth mod sin cos "
+                "tan cot log exp sqrt squared cubed factorial choose over times plus minus divided "
+                "than infinity below".split())
 
 
 def grade_math(final_turn, truth):
@@ -364,10 +349,8 @@ def slashed(match):
 def number(text):
     """(exact value, unit) of a cleaned string that is one number, or None.
 
-    The unit is "%", the first name of a row of UNITS, or "" for none and for other trailing text.
+    A power of anything but ten is none, for it may have more digits than fit into memory.
     """
-    if power := POWER.fullmatch(text):
-        return read_power(*power.groups())
     match = NUMBER.fullmatch(text)
     if not match:
         return None
@@ -382,19 +365,10 @@ def number(text):
     return (-value if sign == "-" else value), unit
 
 
-def read_power(sign, base, bracketed, exponent, tail):
-    """(exact value, unit) of a power; None where it is not defined or has too many digits."""
-    base, exponent, unit = Fraction(base or bracketed), int(exponent), read_unit(tail)
-    size = len(str(base)) * abs(exponent)
-    if unit is None or size > MAX_ANSWER or base == 0 and exponent < 0:
-        return None
-    value = base ** exponent
-    return (-value if sign else value), unit
-
-
 def read_unit(tail):
-    """The unit in the text after a number; None if that text is part of the expression, as in 5x.
+    """The first word after a number, without its ending; "%" for percent, "" for nothing.
 
+    None if that text is part of the expression, as in 5x, or changes the number, as in 5 dozen.
     The words of "5 per dozen" and "5 half-gallon jugs" do not change the 5.
     """
     if tail.strip() in ("%", "percent", ""):
@@ -404,26 +378,20 @@ def read_unit(tail):
     if not match or any(word.removesuffix("s") in NOT_UNITS for word in words):
         return None
     before, word = match[1], match[2].lower()
-    name = UNITS.get(word) or UNITS.get(word.rstrip("s"))
-    if name and (before or len(word) > 1):  # 5cm is a length; 5m may be five times m
-        return name
-    return "" if " " in before and len(word) > 2 else None
+    short = word in UNITS and (before or len(word) > 1)  # 5cm is a length; 5m may be five times m
+    return word.rstrip("es") or word if short or " " in before and len(word) > 2 else None
 
 
 def canonical(text, depth=0):
     """A cleaned string as a value that can be compared with ==.
 
     A number becomes its Fraction; (1,2) and intervals keep order and brackets; a set or a bare
-    list loses its order; unions lose theirs; a product keeps its number apart from its symbols;
-    everything else is text without blanks.
+    list loses its order; everything else, products and unions too, is text without blanks.
     """
     text = text.strip()
     if ", " in text:  # where commas with a blank separate, 1,000 without one is a number
         text = re.sub(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])",
                       lambda match: match[0].replace(",", ""), text)
-    if depth < 5 and "\\cup" in text:
-        return ("union", *sorted((canonical(part, depth + 1) for part in text.split("\\cup")),
-                                 key=repr))
     kind, inner = unwrap(text)
     parts = split_commas(inner)
     if depth < 5 and (kind or len(parts) > 1):
@@ -432,28 +400,7 @@ def canonical(text, depth=0):
             return values[0]
         return (kind, *values) if kind else ("set", *sorted(values, key=repr))
     value = number(text)
-    return value[0] if value else factors(without_blanks(text)) or without_blanks(text)
-
-
-# A number, then symbols or a bracket, then a divisor: 1/2\pi, 2\pi/3, (x+1)/2; not 1/(2x).
-SYMBOLIC = r"\\?[A-Za-z](?:[A-Za-z0-9\\_]|\^-?|\{[^{}]*\})*|\([^()]+\)"
-PRODUCT = re.compile(rf"([+-]?)(?:({DIGITS})(?:/([0-9]+))?\*?)?({SYMBOLIC})(?:/([0-9]+))?")
-BRACKETED = re.compile(rf"(^[+-]?|/)\(([+-]?)({DIGITS}(?:/[0-9]+)?)\)")  # (-1)/2x, x/(-2)
-
-
-def factors(text):
-    """(number, symbols) of a product, the same for 1/2\\pi and \\pi/2, or None."""
-    minus = sum(found[2] == "-" for found in BRACKETED.finditer(text))
-    match = PRODUCT.fullmatch(BRACKETED.sub(r"\1\3", text))
-    if not match:
-        return None
-    sign, factor, below, symbols, divisor = match.groups()
-    below = int(below or 1) * int(divisor or 1)
-    if below == 0 or (factor, below) == ("1", 1) and symbols.isalnum():  # 1a: a name, base 16
-        return None
-    value = Fraction(factor or 1) / below * (-1) ** (minus + (sign == "-"))
-    inner = factors(symbols[1:-1]) if symbols[0] == "(" else None
-    return (value * inner[0], inner[1]) if inner else (value, symbols)
+    return value[0] if value else without_blanks(text)
 
 
 def unwrap(text):
@@ -496,26 +443,20 @@ def without_blanks(text):
 # "C", "(C)", "C) 5 cm", "option C"; not "A, C" and not "(A) (C)".
 CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
                     r"(?:[).:](?! ?(?:,|\(|[A-Z][).:])).*)?", re.IGNORECASE)
-SAID = re.compile(r"answer(?: is)? ?:? ?[*(]{0,3}([A-Za-z])[*).]{0,4} ?$", re.IGNORECASE)
 
 
 def grade_choice(final_turn, letter):
-    """Compare the letter of the last box, or of the last line "Answer: C", with the right one."""
+    """Compare the letter in the last box with the right one."""
     chosen = chosen_letter(str(final_turn))
     if chosen is None:
         boxed = last_boxed(str(final_turn)) is not None
-        return Verdict(False, "boxed answer is no letter" if boxed else "no letter", 0.0)
+        return Verdict(False, "boxed answer is no letter" if boxed else "no boxed answer", 0.0)
     right = chosen == str(letter).strip(" ().").upper()
     return Verdict(right, "right" if right else "wrong", float(right))
 
 
 def chosen_letter(turn):
-    boxed = last_boxed(turn)
-    if boxed is not None:
-        found = CHOICE.fullmatch(clean(boxed[:MAX_ANSWER]))
-    else:
-        lines = (re.sub(r"[ \t]+", " ", line) for line in turn[-MAX_ANSWER:].splitlines())
-        found = next((said for line in reversed([*lines]) if (said := SAID.search(line))), None)
+    found = CHOICE.fullmatch(clean((last_boxed(turn) or "")[:MAX_ANSWER]))
     return found[1].upper() if found else None
 
 
@@ -648,37 +589,33 @@ def load_problems(path):
         prompt, reward_model.ground_truth, data_source           Open-AgentRL
 
     Raises ValueError, one sentence with file, line, what was found and what to do. Rows whose
-    LaTeX lost backslashes to JSON are repaired, and a warning counts them.
+    LaTeX lost backslashes to JSON are mended, and a warning counts them.
     """
     path = Path(path)
     return read_problems(path, read_json(path, read_text(path)), read_general)
 
 
 def read_problems(path, rows, read_row):
-    """The Problem of each (line number, row, whether its JSON was mended) of a file.
+    """The Problem of each (line number, row) of a file.
 
     read_row  row, column names in lower case -> Problem; ValueError says what is missing
     """
-    problems, mended_lines = [], []
-    for line, row, mended in rows:
+    problems, mended = [], []
+    for line, row in rows:
         restored = restore_latex(row)
+        mended += [str(line)] * (restored != row)
         with naming_the_line(path, line):
             problem = read_row({str(name).strip().lower(): restored[name] for name in row})
-            check_answer(problem)
+            if problem.kind == "math" and not agree(problem.answer, problem.answer):
+                raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is "
+                                 "equal, not even itself; mend it.")
         problems.append(replace(problem, source=problem.source or path.stem,
                                 id=problem.id or f"{path.stem}-{line}"))
-        mended_lines += [str(line)] * (mended or restored != row)
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
-    if mended_lines:
-        warnings.warn(f"{path}: backslashes restored in {len(mended_lines)} rows "
-                      f"(lines {', '.join(mended_lines)})", stacklevel=3)
-    answers = collections.defaultdict(set)
-    for problem in problems:
-        answers[problem.question].add(problem.answer)
-    if several := sum(len(given) > 1 for given in answers.values()):
-        warnings.warn(f"{path}: {several} questions stand there with different answers, and a "
-                      "rollout is graded by that of its own row", stacklevel=3)
+    if mended:
+        warnings.warn(f"{path}: backslashes restored in {len(mended)} rows "
+                      f"(lines {', '.join(mended)})", stacklevel=3)
     return problems
 
 
@@ -694,25 +631,14 @@ def naming_the_line(path, line):
                          f"than its name promises ({fault}); mend it.") from fault
 
 
-def check_answer(problem):
-    """Refuse what a data frame writes where it holds nothing, and what nobody could get right."""
-    for name, text in (("question", problem.question), ("answer", problem.answer)):
-        if text.strip().lower() in ("nan", "<na>", "nat"):
-            raise ValueError(f"found the {name} {text.strip()!r}, which a data frame writes where "
-                             "it holds nothing; fill it in or delete the row.")
-    if problem.kind == "math" and not agree(problem.answer, problem.answer):
-        raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is equal, "
-                         "not even itself; mend it.")
-
-
 def load_demonstrations(path):
     """[(Problem, turns), ...] from JSON lines whose "messages" hold whole conversations.
 
     The problem keeps the system and user messages up to the first assistant turn; `turns` are the
-    rest, {"role": "assistant" or "tool", "content": str}, with any "tool_calls" spelled out.
+    rest, {"role": "assistant" or "tool", "content": str}.
     """
     path, pairs = Path(path), []
-    for line, row, _ in read_json(path, read_text(path)):
+    for line, row in read_json(path, read_text(path)):
         with naming_the_line(path, line):
             messages = row.get("messages") or []
             if not isinstance(messages, list):
@@ -729,26 +655,12 @@ def load_demonstrations(path):
 
 
 def read_turn(message):
-    """An assistant or tool turn as text; OpenAI's "tool_calls" become Hermes markup."""
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in ("assistant", "tool"):
+    """An assistant or tool turn as text, in which a call stands as Hermes markup."""
+    if (not isinstance(message, dict) or message.get("role") not in ("assistant", "tool")
+            or not isinstance(message.get("content"), str) or message.get("tool_calls")):
         raise ValueError(f"found the turn {message!r:.80}; after the question only assistant and "
-                         "tool turns can follow.")
-    content, calls = message.get("content") or "", message.get("tool_calls") or []
-    if not isinstance(content, str):
-        raise ValueError(f"found the turn {message!r:.80}; needed its content as text.")
-    try:
-        spelled = [spell_call(call.get("function", call)) for call in calls]
-    except (ValueError, TypeError, AttributeError) as fault:
-        raise ValueError(f"found the tool_calls {calls!r:.80}; needed a list of {{\"function\": "
-                         "{\"name\": ..., \"arguments\": {...}}}.") from fault
-    return {"role": role, "content": "\n".join(filter(None, [content, *spelled]))}
-
-
-def spell_call(call):
-    arguments = call.get("arguments")
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return hermes({"name": call.get("name"), "arguments": arguments})
+                         "tool turns can follow, their content one text and calls a part of it.")
+    return {"role": message["role"], "content": message["content"]}
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
@@ -775,32 +687,25 @@ def read_text(path, suffixes=(".jsonl", ".json")):
 
 
 def read_json(path, text):
-    """Yield (number, row, mended) of JSON lines or of one JSON array of objects."""
+    """Yield (number, row) of JSON lines or of one JSON array of objects."""
     if text.lstrip().startswith("["):
-        rows, mended = parse_json(path, 1, text)
-        numbered = ((number, row, mended) for number, row in enumerate(rows, start=1))
+        numbered = enumerate(parse_json(path, 1, text), start=1)
     else:
-        numbered = ((number, *parse_json(path, number, line))
+        numbered = ((number, parse_json(path, number, line))
                     for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-    for number, row, mended in numbered:
+    for number, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
-        for name, value in row.items():
-            if re.search("[\ud800-\udfff]", json.dumps([name, value], ensure_ascii=False)):
-                raise ValueError(f"{path}, line {number}: found half a surrogate pair in {name!a}; "
-                                 "needed whole characters; mend or delete that line.")
-        yield number, row, mended
-
-
-ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})|\\')
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+                             "characters; mend or delete that line.")
+        yield number, row
 
 
 def parse_json(path, number, text):
-    """(value, mended); an escape that JSON does not know, as in "\\cup", becomes a backslash."""
-    mended = ESCAPE.sub(lambda found: found[0] if found[1] else r"\\", text)
     try:
-        return json.loads(mended), mended != text
+        return json.loads(text)
     except (ValueError, RecursionError) as fault:
         number += getattr(fault, "lineno", 1) - 1
         raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "

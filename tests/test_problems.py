@@ -95,17 +95,15 @@ def told(path):
 
 
 def test_lost_backslashes_are_restored_and_counted(tmp_path):
-    # Written with one backslash, as the broken files are: \f is a form feed, \c is no JSON at all.
+    # Written with one backslash, as the broken files are: \f is a form feed.
     path = write(tmp_path, r'{"problem": "$\frac{a}{b}$ in \triangle ABC, \theta", "answer": "1"}',
-                 r'{"problem": "$A \cup B$, \\sin, \u0041", "answer": "2"}',
                  r'{"problem": "a\tb\nnext line, \\frac", "answer": "3"}',
                  r'{"messages": [{"role": "user", "content": "a = 1\neq = 2"}], "answer": "4"}')
     problems, (note,) = told(path)
-    assert "backslashes restored in 2 rows (lines 1, 2)" in note
-    assert [problem.question for problem in problems[:3]] == [
-        r"$\frac{a}{b}$ in \triangle ABC, \theta", r"$A \cup B$, \sin, A",
-        "a\tb\nnext line, \\frac"]
-    assert problems[3].question == "a = 1\neq = 2"  # a program, perhaps
+    assert "backslashes restored in 1 rows (lines 1)" in note
+    assert [problem.question for problem in problems] == [
+        r"$\frac{a}{b}$ in \triangle ABC, \theta", "a\tb\nnext line, \\frac",
+        "a = 1\neq = 2"]  # a program, perhaps
 
 
 @pytest.mark.parametrize("name, count, mended", [
@@ -143,11 +141,10 @@ GOOD = {"question": "a", "answer": "1"}
     ([{"question": "a", "tests": [{"input": "", "output": "", "type": "functional"}]}], "fn_name"),
     ([{"messages": [{"role": "system", "content": "s"}], "answer": "1"}], "without a user turn"),
     ([{"messages": ["s"], "answer": "1"}], "found the message 's'; needed"),
-    ([GOOD, {"question": "b", "answer": "nan"}], "line 2: found the answer 'nan'.*data frame"),
     ([GOOD, {"question": "b", "answer": math.nan}], "line 2: found no answer"),
-    ([{"question": "NaN", "answer": "1"}], "line 1: found the question 'NaN'"),
     ([{"question": "a", "tests": 5}], "line 1: found a column that holds another kind of value"),
-    ([GOOD, r'{"question": "\ud83d", "answer": "1"}'], "line 2: .*half a surrogate pair in 'quest"),
+    ([GOOD, r'{"question": "\ud83d", "answer": "1"}'], "line 2: found half a surrogate pair"),
+    ([r'{"question": "\cup", "answer": "1"}'], "line 1: found broken JSON"),
     ([GOOD, {"question": "b", "answer": "}"}], "line 2: found the answer '}', to which no answer"),
     ([GOOD, {"question": "b", "answer": "7" * 30_000}], "line 2: .*to which no answer is equal"),
     (["[" * 100_000], "broken JSON"), (['[{"question": "a",\n"answer": }]'], "line 2"),
@@ -187,27 +184,25 @@ def test_tests_may_stand_in_the_ground_truth(tmp_path):
 
 # --- Demonstrations ---------------------------------------------------------------------------
 
-def test_demonstrations_keep_the_opening_and_spell_out_tool_calls(tmp_path):
-    call = {"function": {"name": "code_interpreter", "arguments": "{\"code\": \"6 * 7\"}"}}
-    row = {"messages": [{"role": "system", "content": "Be brief."},
-                        {"role": "user", "content": "Q"},
-                        {"role": "assistant", "content": "Well.", "tool_calls": [call]},
+QUESTION = {"role": "user", "content": "Q"}
+
+
+def test_demonstrations_keep_the_opening(tmp_path):
+    row = {"messages": [{"role": "system", "content": "Be brief."}, QUESTION,
+                        {"role": "assistant", "content": tools.render_tool_call("6 * 7")},
                         {"role": "tool", "content": "42"},
                         {"role": "assistant", "content": "\\boxed{42}"}]}
     ((problem, turns),) = load_demonstrations(write(tmp_path, row))
     assert problem.question == "Q" and problem.messages == row["messages"][:2]
-    assert turns[0]["content"] == "Well.\n" + tools.render_tool_call("6 * 7")
-    assert [turn["role"] for turn in turns] == ["assistant", "tool", "assistant"]
+    assert turns == row["messages"][2:]
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"messages": [{"role": "user", "content": "Q"}]}, "found no conversation"),
-    ({"text": "Q"}, "found no conversation"), ("", "is empty"), ("{", "line 1: found broken JSON"),
+    ({"messages": [QUESTION]}, "found no conversation"), ({"text": "Q"}, "found no conversation"),
+    ("", "is empty"), ("{", "line 1: found broken JSON"),
     ({"messages": {"role": "user"}}, "line 1: found messages that are no list"),
-    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": 5}]},
-     "found the tool_calls 5; needed a list"),
-    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
-                   {"role": "user", "content": "more"}]}, "found the turn"),
+    *(({"messages": [QUESTION, turn]}, "found the turn .*tool turns can follow") for turn in (
+        {"role": "assistant", "content": "", "tool_calls": 5}, {"role": "assistant"}, "A")),
 ])
 def test_a_broken_demonstration_is_one_sentence(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
@@ -319,11 +314,3 @@ def test_a_folder_is_locked_for_one_process(tmp_path):
             pass
     with tools.locked(tmp_path):
         pass
-
-
-def test_a_question_with_different_answers_is_told(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 1?", "answer": "3"}\n'
-                    '{"question": "2 + 2?", "answer": "4"}\n', encoding="utf-8")
-    with pytest.warns(UserWarning, match="1 questions stand there with different answers"):
-        assert [p.answer for p in tools.load_problems(path)] == ["2", "3", "4"]
