@@ -6,11 +6,11 @@
         for seen in tool.run(["6 * 7", "1 / 0"]):
             print(seen.outcome, seen.text)         # ok 42, then: error Traceback ...
 
-The way of a call through the sandbox, four processes that all run this file:
+The way of a call through the sandbox, three processes that all run this file:
 
-    trainer   PythonTool.run sends the program as a line of JSON to an idle worker
-    zygote    once: imports numpy and sympy, gives up every right it can, forks the workers
-    worker    serve, attempt: forks a child, reads what it prints, stops it in time, judges
+    trainer   PythonTool sends the program as a line of JSON to an idle worker
+    worker    imports numpy and sympy once, gives up every right it can; for each program it forks
+              a child, reads what it prints, stops it in time and judges (attempt)
     child     enclose (limits, seccomp), perform: runs one program, once, and exits
 
 The program may rewrite any Python object it can reach in the child. So the worker judges by what
@@ -1028,24 +1028,7 @@ class Observation:
 
 
 PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
-
-
 SELF = os.path.abspath(__file__)
-ATTEMPTS = {  # guarantee: what must not succeed
-    "reads no file": f"open({SELF!r}).read()",
-    "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
-    "no network": "import socket; socket.socket()",
-    "no new process": "import os; os.fork() or os._exit(0)",
-    "no signal to others": "import os; os.kill(os.getppid(), 0)",
-    "bounded memory": f"bytearray({2 * MEMORY_MB} << 20)",
-}
-PROBE = f"""
-for name, attempt in {ATTEMPTS}.items():
-    try:
-        exec(attempt)
-    except Exception as error:
-        print(name * isinstance(error, (PermissionError, MemoryError)))
-"""
 
 
 class PythonTool:
@@ -1057,8 +1040,8 @@ class PythonTool:
     def __init__(self, **options):
         self.limits = Limits(**options)
         self.retried = 0  # calls that the sandbox failed and tried again
-        self._lock, self._zygote, self._idle = threading.RLock(), None, collections.deque()
-        self._refused, self._closed = None, False  # what guarantees returns, once it was tried
+        self._lock, self._closed = threading.Lock(), False
+        self._workers, self._idle = set(), collections.deque()
         workers = self.limits.workers or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(workers, "python-tool")
 
@@ -1068,7 +1051,7 @@ class PythonTool:
         stdins   a text for each program to read, or None: all read the end of file
         raw      for judging a program against tests: text is its stdout alone, uncut, no echo
         """
-        self.guarantees()
+        self._start()
         stdins = [""] * len(codes) if stdins is None else stdins
         # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
         return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
@@ -1081,55 +1064,39 @@ class PythonTool:
         """
         if call.fault:
             return finished(Observation(call.message, call.fault, 0.0))
-        self.guarantees()
+        self._start()
         return self._pool.submit(self._answer, call)
 
     def _answer(self, call):
         return noting_ignored(call, self._call(call.code, "", raw=False))
 
-    def guarantees(self):
-        """{what must not work: whether it was refused}; tried once, before the first program."""
+    def _start(self):
+        """Refuse where this machine contains nothing, unless told by unsafe=True; or begin."""
         with self._lock:  # once, however many threads arrive
             if self._closed:
                 raise RuntimeError("This PythonTool is closed; make a new one.")
-            if self._refused is None:
-                self._refused = self._start()
-            return self._refused
-
-    def _start(self):
-        """Start the sandbox; refuse where it contains nothing, unless told by unsafe=True."""
-        told, missing = self.limits.unsafe, missing_locks()
-        if told or not missing:
+            if self._workers:
+                return
+            missing = missing_locks()
+            if missing and not self.limits.unsafe:
+                raise RuntimeError(f"This machine cannot contain a model's program (missing: "
+                                   f"{missing}): use Linux 5.13 or newer on x86_64, or pass "
+                                   "unsafe=True (--tool_unsafe true) to run programs with limits "
+                                   "only.")
             self.limits = replace(self.limits, unsafe=bool(missing))  # locks that exist are used
-            refused = self._try_locks()
-            missing = missing or ", ".join(name for name in ATTEMPTS if not refused[name])
-        if missing and not told:
-            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
-                               ": use Linux 5.13 or newer on x86_64, or pass unsafe=True "
-                               "(--tool_unsafe true) to run programs with limits only.")
-        return refused
-
-    def _try_locks(self):
-        """Run a program that attempts what none may do."""
-        try:
-            self._idle.append(self._connect())
-        except OSError as error:
-            raise RuntimeError(f"The sandbox does not start: {error}.") from error
-        seen = self._call(PROBE, "", raw=True)
-        if seen.outcome != "ok":  # a program that was stopped says nothing about the locks
-            raise RuntimeError(f"The sandbox cannot be tried: a program ended with {seen.outcome}. "
-                               f"It has {self.limits.timeout:g} s (timeout): raise that if it is "
-                               "too short; the reason of a sandbox_error stands above.")
-        return {name: name in seen.text.splitlines() for name in ATTEMPTS}
+            try:
+                self._idle.append(self._hire())
+            except OSError as error:
+                raise RuntimeError(f"The sandbox does not start: {error}.") from error
 
     def close(self):
         """End every process of the sandbox; calls still under way come back as sandbox_error."""
-        with self._lock:
-            self._closed = True
-            if self._zygote:
-                self._zygote.close()
-        self._idle.clear()
+        self._closed = True
+        for worker in list(self._workers):
+            worker.process.kill()
         self._pool.shutdown()
+        for worker in self._workers:
+            worker.close()
 
     def __enter__(self):
         return self
@@ -1155,27 +1122,24 @@ class PythonTool:
 
     def _ask(self, request):
         try:
-            line = self._idle.pop()
+            worker = self._idle.pop()
+            while worker.process.poll() is not None:  # killed while it waited
+                worker = self._idle.pop()
         except IndexError:
-            line = self._connect()
+            worker = self._hire()
         try:
-            line.send(request)
-            seen = Observation(*line.receive())
+            seen = worker.ask(request)
         except (OSError, ValueError):
-            line.close()
-            self._idle.clear()  # where one worker died the others may have died with it
+            worker.close()
+            self._workers.discard(worker)
             raise
-        self._idle.append(line)
+        self._idle.append(worker)
         return seen
 
-    def _connect(self):
-        """A line to a new worker, from a new zygote where the old one has died."""
-        with self._lock:
-            if self._closed:
-                raise ConnectionError("closed")
-            if self._zygote is None or self._zygote.process.poll() is not None:
-                self._zygote = Zygote(self.limits)
-            return self._zygote.new_worker()
+    def _hire(self):
+        worker = Worker(self.limits)
+        self._workers.add(worker)
+        return worker
 
 
 class SilentTool(PythonTool):
@@ -1217,7 +1181,7 @@ def noting_ignored(call, seen):
     return replace(seen, text=seen.text + note) if call.ignored else seen
 
 
-# --- The sandbox: the trainer's ends of the lines -----------------------------------------------
+# --- The sandbox: the trainer's handle on a worker ----------------------------------------------
 
 PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
 ENVIRONMENT = {  # all a program sees of the trainer's: nothing
@@ -1230,8 +1194,7 @@ ENVIRONMENT = {  # all a program sees of the trainer's: nothing
 class Line:
     """A socket that carries one JSON value a line."""
 
-    def __init__(self, sock, patience=None):
-        sock.settimeout(patience)
+    def __init__(self, sock):
         self.sock, self.file = sock, sock.makefile("rb")
 
     def send(self, value):
@@ -1248,8 +1211,8 @@ class Line:
         self.sock.close()
 
 
-class Zygote:
-    """The trainer's handle on the process from which every worker is forked.
+class Worker:
+    """The trainer's handle on a process that runs one program after the other.
 
     That process ends when the trainer closes the line to it, or ends itself in whatever way.
     """
@@ -1259,34 +1222,33 @@ class Zygote:
         with theirs:
             # A session of its own: Ctrl-C in the trainer's terminal does not reach it.
             self.process = subprocess.Popen(
-                [*PYTHON, "--zygote", str(theirs.fileno()), json.dumps(asdict(limits))],
+                [*PYTHON, "--worker", str(theirs.fileno()), json.dumps(asdict(limits))],
                 env=ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()], start_new_session=True)
-        self.patience = limits.wall + 20  # a worker keeps its own time; this is for a dead one
-        self.control = Line(ours, 180)  # it imports; on a busy machine that may take its time
+        self.line = Line(ours)
+        ours.settimeout(180)  # it imports; on a busy machine that may take its time
         try:
-            self.control.receive()
-        except ConnectionError:
-            raise OSError(f"its process ended with status {self.process.wait()} before it was "
-                          "ready, and said why on stderr") from None
+            self.line.receive()
+        except OSError:
+            self.close()
+            raise OSError("its process was not ready in time, or ended with status "
+                          f"{self.process.returncode} and said why on stderr") from None
+        ours.settimeout(limits.wall + 20)  # it keeps its own time; this is for a dead one
 
-    def new_worker(self):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self.control.sock, [b"w"], [theirs.fileno()])
-        return Line(ours, self.patience)
+    def ask(self, request):
+        self.line.send(request)
+        return Observation(*self.line.receive())
 
     def close(self):
-        self.control.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.line.close()
+        self.process.kill()
+        self.process.wait()
 
 
-# --- The sandbox: zygote ------------------------------------------------------------------------
+# --- The sandbox: worker ------------------------------------------------------------------------
 
+READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
+MEMORY = 201     # exit status of a child whose program ended on a MemoryError
 WARM_UP = {  # the first use of a library is slow; every child inherits the second
     "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.default_rng(0)",
     "sympy": "from sympy import *; x = symbols('x'); solve(x**2 - x - 6); simplify(sin(x)**2);"
@@ -1295,20 +1257,19 @@ WARM_UP = {  # the first use of a library is slow; every child inherits the seco
 FOREIGN = ("sqlite3", "ssl", "hashlib", "bz2", "lzma", "decimal", "ctypes", "uuid", "zoneinfo")
 
 
-def zygote(fd, limits):
-    """Import once, give up rights once, then fork a worker for every socket that arrives."""
-    control = Line(socket.socket(fileno=fd))
+def work(fd, limits):
+    """A worker's life: import once, give up rights once, then one program after the other."""
+    line = Line(socket.socket(fileno=fd))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, a program is killed and not the trainer
     import_what_programs_use(limits)
     give_up_rights(limits)
-    call(libc.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed worker's child comes to us
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)         # and the kernel buries it
     gc.collect()
     gc.freeze()  # children neither see nor touch what was imported
-    control.send("ready")
-    while fds := socket.recv_fds(control.sock, 1, 1)[1]:  # none: the trainer has let go, or died
-        fork_worker(control, fds[0], limits)
+    line.send("ready")
+    with contextlib.suppress(ConnectionError):  # the trainer has let go of this worker, or ended
+        while True:
+            line.send(attempt(line, *line.receive(), limits))
 
 
 def import_what_programs_use(limits):
@@ -1335,36 +1296,6 @@ def python_folders():
     paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     paths += site.getsitepackages()
     return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
-
-
-# --- The sandbox: worker ------------------------------------------------------------------------
-
-READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
-MEMORY = 201     # exit status of a child whose program ended on a MemoryError
-
-
-def fork_worker(control, fd, limits):
-    owner = os.getpid()
-    if os.fork():
-        os.close(fd)
-        return
-    try:
-        die_with(owner)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.close(control.sock.fileno())
-        serve(Line(socket.socket(fileno=fd)), limits)
-    except ConnectionError:
-        pass  # the trainer has let go of this worker
-    except BaseException:
-        traceback.print_exc()  # on the trainer's stderr; the trainer tries the call again
-    finally:
-        os._exit(1)
-
-
-def serve(line, limits):
-    """A worker's life: one program after the other, each in a child of its own."""
-    while True:
-        line.send(attempt(line, *line.receive(), limits))
 
 
 def attempt(line, code, stdin, raw, limits):
@@ -1463,7 +1394,7 @@ def child(worker, fds, code, raw, limits):
     try:
         given, theirs = fds
         die_with(worker)
-        os.dup2(1 if raw else theirs, 2)  # the zygote's 1 is /dev/null
+        os.dup2(1 if raw else theirs, 2)  # the worker's 1 is /dev/null
         os.dup2(theirs, 1)
         os.dup2(given, 0)
         os.closerange(3, 64)
@@ -1618,7 +1549,7 @@ NUMBERS = {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", ALLO
 YOUNG = 424  # from here on (clone3, openat2, io_uring...): not there, so libc takes the old ones
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP = 1, 15, 16, 22
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+PR_SET_NO_NEW_PRIVS = 38
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -1649,7 +1580,7 @@ def missing_locks():
 
 
 def give_up_rights(limits):
-    """What a whole family of processes can give up at once: the zygote, for all its children."""
+    """What a worker can give up at once for all its children."""
     with open("/proc/self/statm") as file:
         space = int(file.read().split()[0]) * resource.getpagesize() + (MEMORY_MB << 20)
     set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
@@ -1756,17 +1687,40 @@ def install(program):
 # --- The command line ---------------------------------------------------------------------------
 
 
+ATTEMPTS = {  # guarantee: what must not succeed
+    "reads no file": f"open({SELF!r}).read()",
+    "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
+    "no network": "import socket; socket.socket()",
+    "no new process": "import os; os.fork() or os._exit(0)",
+    "no signal to others": "import os; os.kill(os.getppid(), 0)",
+    "bounded memory": f"bytearray({2 * MEMORY_MB} << 20)",
+}
+PROBE = f"""
+for name, attempt in {ATTEMPTS}.items():
+    try:
+        exec(attempt)
+    except Exception as error:
+        print(name * isinstance(error, (PermissionError, MemoryError)))
+"""
+
+
+def guarantees():
+    """{guarantee: whether it holds on this machine}, as a program finds that attempts it all."""
+    with PythonTool(unsafe=True) as tool:
+        seen = tool.run([PROBE], raw=True)[0]
+    return {name: name in seen.text.splitlines() for name in ATTEMPTS}
+
+
 def main(arguments):
-    if arguments[:1] == ["--zygote"]:
-        zygote(int(arguments[1]), Limits(**json.loads(arguments[2])))
+    if arguments[:1] == ["--worker"]:
+        work(int(arguments[1]), Limits(**json.loads(arguments[2])))
     elif arguments in (["-h"], ["--help"]):
         print(__doc__)
     elif arguments:
         sys.exit(f"tools.py takes no options but --help; found {' '.join(arguments)}.")
     else:
-        with PythonTool(unsafe=True) as tool:
-            for name, held in tool.guarantees().items():
-                print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
+        for name, held in guarantees().items():
+            print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
 
 
 if __name__ == "__main__":

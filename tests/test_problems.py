@@ -202,7 +202,7 @@ def test_demonstrations_keep_the_opening(tmp_path):
     ("", "is empty"), ("{", "line 1: found broken JSON"),
     ({"messages": {"role": "user"}}, "line 1: found messages that are no list"),
     *(({"messages": [QUESTION, turn]}, "found the turn .*tool turns can follow") for turn in (
-        {"role": "assistant", "content": "", "tool_calls": 5}, {"role": "assistant"}, "A")),
+        {"role": "assistant", "content": "", "tool_calls": 5}, {"role": "bot"})),
 ])
 def test_a_broken_demonstration_is_one_sentence(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
