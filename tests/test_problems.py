@@ -157,7 +157,7 @@ def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
 
 
 @pytest.mark.parametrize("name, held, message", [
-    (".", None, "is a directory"), ("none.jsonl", None, "does not exist"),
+    (".", None, "is no plain file"), ("none.jsonl", None, "does not exist"),
     ("zip.jsonl", b"\x1f\x8b\x08\xff\xfe", "no UTF-8 text.*decompress"),
     ("nul.jsonl", b"\0\0\0", "zero bytes"), ("set.txt", b"1", "found a .txt file; needed .jsonl"),
     ("set.jsonl", b"", "is empty; needed"), ("set.json", b"[]", "is empty; needed"),

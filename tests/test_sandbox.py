@@ -141,7 +141,7 @@ HOSTILE = {
     "error": ["import os\nos._exit(7)", "raise KeyboardInterrupt", "raise GeneratorExit",
               "class E(Exception):\n    def __str__(self): 1 / 0\nraise E",
               "class R:\n    def __repr__(self): 1 / 0\nR()", "input()", "def f(): f()\nf()",
-              "import sys\nsys.modules.clear()\n1 / 0", "import sys\nsys.exit(2 ** 70)",
+              "import sys\nsys.modules.clear()\n1 / 0",
               "import builtins\nbuiltins.__import__ = None\nimport math",
               "import sys\nsys.excepthook = sys.exit = None\n1 / 0",
               "import sys\nf = sys._getframe()\nwhile f := f.f_back: f.f_globals.clear()",
@@ -260,11 +260,9 @@ def test_silence_is_a_chain_of_its_place_alone():
         assert {tool.submit(fault, place).result().outcome for place in places} == {"not_json"}
 
 
-@pytest.mark.parametrize("option, status, text", [
-    ("--help", 0, "python tools.py"), ("--halp", 1, "found --halp")])
-def test_the_command_line_takes_help_and_nothing_else(option, status, text):
-    done = subprocess.run([sys.executable, tools.SELF, option], capture_output=True, text=True)
-    assert done.returncode == status and text in (done.stderr if status else done.stdout)
+def test_the_command_line_takes_no_option():
+    done = subprocess.run([sys.executable, tools.SELF, "--help"], capture_output=True, text=True)
+    assert done.returncode == 1 and "python tools.py" in done.stderr
 
 
 # --- Faults of the sandbox itself ----------------------------------------------------------
