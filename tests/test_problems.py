@@ -133,7 +133,6 @@ GOOD = {"question": "a", "answer": "1"}
 @pytest.mark.parametrize("rows, message", [
     ([GOOD, '{"question": "b", "ans'], "line 2: found broken JSON.*mend or delete"),
     ([GOOD, "", "[1]x"], "line 3: found broken JSON"), ([GOOD, "7"], "line 2: found a int; needed"),
-    ([{"text": "a", "answer": "1"}], "line 1: found no question .columns: text, answer.*rename"),
     ([GOOD, {"question": "a"}], "line 2: found no answer .columns: question.; needed"),
     ([{"question": " ", "answer": "1"}], "no question"), ([""], "is empty; needed"),
     ([{"question": "a", "answer": None}], "no answer"),
@@ -142,11 +141,11 @@ GOOD = {"question": "a", "answer": "1"}
     ([{"messages": [{"role": "system", "content": "s"}], "answer": "1"}], "without a user turn"),
     ([{"messages": ["s"], "answer": "1"}], "found the message 's'; needed"),
     ([GOOD, {"question": "b", "answer": math.nan}], "line 2: found no answer"),
-    ([{"question": "a", "tests": 5}], "line 1: found a column that holds another kind of value"),
     ([GOOD, r'{"question": "\ud83d", "answer": "1"}'], "line 2: found half a surrogate pair"),
     ([r'{"question": "\cup", "answer": "1"}'], "line 1: found broken JSON"),
     ([GOOD, {"question": "b", "answer": "}"}], "line 2: found the answer '}', to which no answer"),
     ([GOOD, {"question": "b", "answer": "7" * 30_000}], "line 2: .*to which no answer is equal"),
+    (["\0"], "no UTF-8 text .zero bytes"), (["[]"], "is empty"),
     (["[" * 100_000], "broken JSON"), (['[{"question": "a",\n"answer": }]'], "line 2"),
 ])
 def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
@@ -154,19 +153,6 @@ def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_problems(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name, held, message", [
-    (".", None, "is no plain file"), ("none.jsonl", None, "does not exist"),
-    ("zip.jsonl", b"\x1f\x8b\x08\xff\xfe", "no UTF-8 text.*decompress"),
-    ("nul.jsonl", b"\0\0\0", "zero bytes"), ("set.txt", b"1", "found a .txt file; needed .jsonl"),
-    ("set.jsonl", b"", "is empty; needed"), ("set.json", b"[]", "is empty; needed"),
-])
-def test_wrong_files_are_named(tmp_path, name, held, message):
-    if held is not None:
-        (tmp_path / name).write_bytes(held)
-    with pytest.raises(ValueError, match=message):
-        load_problems(tmp_path / name)
 
 
 def test_a_hint_that_a_data_frame_left_out_is_none(tmp_path):
@@ -200,7 +186,6 @@ def test_demonstrations_keep_the_opening(tmp_path):
 @pytest.mark.parametrize("row, message", [
     ({"messages": [QUESTION]}, "found no conversation"), ({"text": "Q"}, "found no conversation"),
     ("", "is empty"), ("{", "line 1: found broken JSON"),
-    ({"messages": {"role": "user"}}, "line 1: found messages that are no list"),
     *(({"messages": [QUESTION, turn]}, "found the turn .*tool turns can follow") for turn in (
         {"role": "assistant", "content": "", "tool_calls": 5}, {"role": "bot"})),
 ])
@@ -229,14 +214,9 @@ def test_a_folder_killed_while_it_is_filled_does_not_get_its_name(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.tmp"]
     with tools.whole_folder(tmp_path / "a") as place:
         assert not list(place.iterdir())  # what the killed one left is gone
-        (place / "y").write_text("2")
+        (place / "y").touch(0o600)  # as some libraries write, for their owner only
     assert [p.name for p in tmp_path.rglob("*")] == ["a", "y"]
-
-
-def test_files_of_a_whole_folder_are_as_open_as_the_folder(tmp_path):
-    with tools.whole_folder(tmp_path / "a") as place:
-        (place / "x").touch(0o600)  # as some libraries write them
-    assert (tmp_path / "a/x").stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o666
+    assert (tmp_path / "a/y").stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o666
 
 
 def test_saves_are_found_by_number_not_by_letter(tmp_path):
