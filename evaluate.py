@@ -154,21 +154,21 @@ def load_benchmark(data, config):
 
 
 def read_rows(path):
-    """(line number, row, whether its JSON was mended) of any file; parquet counts rows."""
+    """(line number, row) of any file; parquet counts rows."""
     if path.suffix == ".parquet" and path.exists():
-        return ((number, row, False) for number, row in enumerate(read_parquet(path), start=1))
+        return enumerate(read_parquet(path), start=1)
     text = tools.read_text(path, SUFFIXES)
     return read_csv(path, text) if path.suffix == ".csv" else tools.read_json(path, text)
 
 
 def read_csv(path, text):
-    """Yield (number of the row's last line, row, False)."""
+    """Yield (number of the row's last line, row)."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise csv.Error(f"the row has not the header's {len(reader.fieldnames)} cells")
-            yield reader.line_num, row, False
+            yield reader.line_num, row
     except csv.Error as fault:
         raise ValueError(f"{path}, line {reader.line_num}: found broken CSV ({fault}); check the "
                          "quotes, or fetch the file again.") from fault

@@ -6,15 +6,16 @@
         for seen in tool.run(["6 * 7", "1 / 0"]):
             print(seen.outcome, seen.text)         # ok 42, then: error Traceback ...
 
-The way of a call through the sandbox, four processes that all run this file:
+The way of a call through the sandbox, three processes that all run this file:
 
-    trainer   PythonTool.run sends the program as a line of JSON to an idle worker
-    zygote    once: imports numpy and sympy, gives up every right it can, forks the workers
-    worker    serve, attempt: forks a child, reads what it prints, stops it in time, judges
+    trainer   PythonTool sends the program as a line of JSON to an idle worker
+    worker    imports numpy and sympy once, gives up every right it can; for each program it forks
+              a child, reads what it prints, stops it in time and judges (attempt)
     child     enclose (limits, seccomp), perform: runs one program, once, and exits
 
 The program may rewrite any Python object it can reach in the child. So the worker judges by what
-the kernel says: exit status, CPU time, bytes on a pipe.
+the kernel says: exit status, CPU time, bytes on a pipe. Two locks hold it, and both are needed:
+Landlock says which files can be read, seccomp which calls of the kernel can be made at all.
 
 Outcomes
     ok, error          it ended with exit status 0, or with another one
@@ -24,9 +25,9 @@ Outcomes
     output_truncated   it was stopped: it printed more than a million bytes
     sandbox_error      the machine's fault, not the program's; the call was tried four times
 
-Not covered: bugs of the kernel, side channels, anything but Linux on x86_64 and aarch64; names,
-sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory the kernel
-holds for a program; equal text from clocks, os.urandom, sets ordered by address, other versions.
+Not covered: bugs of the kernel, side channels, anything but Linux 5.13 or newer on x86_64;
+names, sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory
+the kernel holds for a program; equal text from clocks, os.urandom, sets ordered by address.
 """
 from __future__ import annotations
 
@@ -41,11 +42,11 @@ import functools
 import gc
 import importlib.util
 import io
+import itertools
 import json
 import linecache
 import math
 import os
-import pkgutil
 import platform
 import random
 import re
@@ -59,7 +60,6 @@ import struct
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import termios
 import threading
 import time
@@ -101,10 +101,7 @@ class ToolCall:
 
 def render_tool_call(code):
     """The text of a turn that calls the tool, as a model of this family writes it."""
-    return hermes({"name": TOOL_NAME, "arguments": {"code": code}})
-
-
-def hermes(call):
+    call = {"name": TOOL_NAME, "arguments": {"code": code}}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
@@ -243,8 +240,7 @@ SYMBOLS = str.maketrans({
     **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("⁄∕", "/"),
     **dict.fromkeys("×·⋅∗", "*"),
     **dict.fromkeys("€£¥", ""), **dict.fromkeys("\u00a0\u2009\u202f\n\t", " "),
-    **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
-    "％": "%", "，": ",", "°": " degrees ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ",
+    "°": " degrees ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ",
     "√": r"\sqrt ", "±": r"\pm ", "²": "^2", "³": "^3", "≤": "<=", "≥": ">=",
 })
 
@@ -259,12 +255,11 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
     (r"\\%", "%"),
     (r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degrees?(?![A-Za-z])", " degrees "),
-    (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
+    (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
     (r"\\le(?:q|qslant)?(?![A-Za-z])", "<="),
     (r"\\ge(?:q|qslant)?(?![A-Za-z])", ">="),
-    (r"\\\{|\\lbrace(?![A-Za-z])", "⦃"),                        # printed braces: a set
-    (r"\\\}|\\rbrace(?![A-Za-z])", "⦄"),
-    (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
+    (r"\\\{", "⦃"),                                            # printed braces: a set
+    (r"\\\}", "⦄"),
     (r"(\\[A-Za-z]+) (?=[0-9])", r"\1"),                        # \sqrt 2 = \sqrt2
     (r" ?([_^]) ?", r"\1"),
     (r"([_^])\{ ?\+?(-?[A-Za-z0-9]+) ?\}", r"\1\2"),            # x^{10} = x^10
@@ -282,26 +277,15 @@ NUMBER = re.compile(
     rf"\(?([+-]?{DECIMAL})\)?(?: ?/ ?\(?([+-]?{DECIMAL})\)?)?"         # top, bottom
     rf"(?: ?(?:\*|x) ?10 ?\^ ?([+-]?[0-9]{{1,3}})|[eE]([+-]?[0-9]{{1,3}}))?"  # power of ten
     rf"(?![0-9^.,]|/ ?[0-9(])(.*)")                                    # unit
-DIGITS = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-POWER = re.compile(rf"(-?) ?(?:({DIGITS})|\( ?(-?{DIGITS}(?:/[0-9]+)?) ?\))"  # sign, base
-                   r" ?\^(-?[0-9]{1,3})(?![0-9^.,/])(.*)")                     # exponent, unit
 UNIT = re.compile(r"( ?/? ?)([A-Za-z]+)(?:[ /.*'-]{1,3}[A-Za-z]+|\^-?[1-3])*")
 
-# First name of a row = every other name of the row. Two different rows are two different answers;
-# a word that is not here ("5 ducks") is trailing text and says nothing.
-UNITS = {name: row.split()[0] for row in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre",
-    "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "mi mile",
-    "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce", "ml milliliter millilitre",
-    "l liter litre", "s sec second",
-    "min minute", "h hr hour", "day", "week", "month", "year yr", "degree deg", "rad radian",
-    "dollar usd", "cent", "euro eur", "mph") for name in row.split()}
+# Units too short to be told from a product of symbols by their length: 5 cm, but not 5 xy.
+UNITS = set("mm cm m km in ft yd mi mg g kg lb oz ml l s h hr".split())
 # Words that change the number before them: "3 dozen" is no 3. Such an answer is a text.
-NOT_UNITS = set("dozen hundred thousand lakh million crore billion trillion half halve third "
-                "quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth "
-                "millionth billionth mod sin cos tan cot log exp sqrt squared cubed factorial "
-                "choose over times plus minus divided than infinity doubled tripled twice thrice "
-                "negative below score mil mln".split())
+NOT_UNITS = set("dozen hundred thousand million billion trillion half halve third quarter fourth "
+                "fifth sixth seventh eighth ninth tenth hundredth thousandth millionth mod sin cos "
+                "tan cot log exp sqrt squared cubed factorial choose over times plus minus divided "
+                "than infinity below".split())
 
 
 def grade_math(final_turn, truth):
@@ -322,7 +306,7 @@ def grade_math(final_turn, truth):
 def same_answer(answer, truth):
     """True if two short LaTeX strings name the same number, set, tuple, interval or text.
 
-    50% equals 0.5, and 50 as well: a question that asks "what percent" has 50 as its truth.
+    50% equals 50: a question that asks "what percent" has 50 as its truth.
 
     >>> same_answer(r"\\frac{1}{2}", ".5"), same_answer("2, 1", r"\\{1,2\\}")
     (True, True)
@@ -336,9 +320,6 @@ def same_answer(answer, truth):
     if x is None or y is None:
         return bool(a) and canonical(a) == canonical(t)
     (x, x_unit), (y, y_unit) = x, y
-    if "%" in (x_unit, y_unit) and x_unit != y_unit:
-        percent, plain = (x, y) if x_unit == "%" else (y, x)
-        return plain in (percent, percent / 100)
     return x == y and (x_unit == y_unit or "" in (x_unit, y_unit))
 
 
@@ -365,10 +346,8 @@ def slashed(match):
 def number(text):
     """(exact value, unit) of a cleaned string that is one number, or None.
 
-    The unit is "%", the first name of a row of UNITS, or "" for none and for other trailing text.
+    A power of anything but ten is none, for it may have more digits than fit into memory.
     """
-    if power := POWER.fullmatch(text):
-        return read_power(*power.groups())
     match = NUMBER.fullmatch(text)
     if not match:
         return None
@@ -383,19 +362,10 @@ def number(text):
     return (-value if sign == "-" else value), unit
 
 
-def read_power(sign, base, bracketed, exponent, tail):
-    """(exact value, unit) of a power; None where it is not defined or has too many digits."""
-    base, exponent, unit = Fraction(base or bracketed), int(exponent), read_unit(tail)
-    size = len(str(base)) * abs(exponent)
-    if unit is None or size > MAX_ANSWER or base == 0 and exponent < 0:
-        return None
-    value = base ** exponent
-    return (-value if sign else value), unit
-
-
 def read_unit(tail):
-    """The unit in the text after a number; None if that text is part of the expression, as in 5x.
+    """The first word after a number, without its ending; "%" for percent, "" for nothing.
 
+    None if that text is part of the expression, as in 5x, or changes the number, as in 5 dozen.
     The words of "5 per dozen" and "5 half-gallon jugs" do not change the 5.
     """
     if tail.strip() in ("%", "percent", ""):
@@ -405,26 +375,17 @@ def read_unit(tail):
     if not match or any(word.removesuffix("s") in NOT_UNITS for word in words):
         return None
     before, word = match[1], match[2].lower()
-    name = UNITS.get(word) or UNITS.get(word.rstrip("s"))
-    if name and (before or len(word) > 1):  # 5cm is a length; 5m may be five times m
-        return name
-    return "" if " " in before and len(word) > 2 else None
+    short = word in UNITS and (before or len(word) > 1)  # 5cm is a length; 5m may be five times m
+    return word.rstrip("es") or word if short or " " in before and len(word) > 2 else None
 
 
 def canonical(text, depth=0):
     """A cleaned string as a value that can be compared with ==.
 
     A number becomes its Fraction; (1,2) and intervals keep order and brackets; a set or a bare
-    list loses its order; unions lose theirs; a product keeps its number apart from its symbols;
-    everything else is text without blanks.
+    list loses its order; everything else, products and unions too, is text without blanks.
     """
     text = text.strip()
-    if ", " in text:  # where commas with a blank separate, 1,000 without one is a number
-        text = re.sub(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])",
-                      lambda match: match[0].replace(",", ""), text)
-    if depth < 5 and "\\cup" in text:
-        return ("union", *sorted((canonical(part, depth + 1) for part in text.split("\\cup")),
-                                 key=repr))
     kind, inner = unwrap(text)
     parts = split_commas(inner)
     if depth < 5 and (kind or len(parts) > 1):
@@ -433,28 +394,12 @@ def canonical(text, depth=0):
             return values[0]
         return (kind, *values) if kind else ("set", *sorted(values, key=repr))
     value = number(text)
-    return value[0] if value else factors(without_blanks(text)) or without_blanks(text)
+    return value[0] if value else without_blanks(text)
 
 
-# A number, then symbols or a bracket, then a divisor: 1/2\pi, 2\pi/3, (x+1)/2; not 1/(2x).
-SYMBOLIC = r"\\?[A-Za-z](?:[A-Za-z0-9\\_]|\^-?|\{[^{}]*\})*|\([^()]+\)"
-PRODUCT = re.compile(rf"([+-]?)(?:({DIGITS})(?:/([0-9]+))?\*?)?({SYMBOLIC})(?:/([0-9]+))?")
-BRACKETED = re.compile(rf"(^[+-]?|/)\(([+-]?)({DIGITS}(?:/[0-9]+)?)\)")  # (-1)/2x, x/(-2)
-
-
-def factors(text):
-    """(number, symbols) of a product, the same for 1/2\\pi and \\pi/2, or None."""
-    minus = sum(found[2] == "-" for found in BRACKETED.finditer(text))
-    match = PRODUCT.fullmatch(BRACKETED.sub(r"\1\3", text))
-    if not match:
-        return None
-    sign, factor, below, symbols, divisor = match.groups()
-    below = int(below or 1) * int(divisor or 1)
-    if below == 0 or (factor, below) == ("1", 1) and symbols.isalnum():  # 1a: a name, base 16
-        return None
-    value = Fraction(factor or 1) / below * (-1) ** (minus + (sign == "-"))
-    inner = factors(symbols[1:-1]) if symbols[0] == "(" else None
-    return (value * inner[0], inner[1]) if inner else (value, symbols)
+def depths(text):
+    """How many brackets are open behind each character."""
+    return [*itertools.accumulate((char in "([{⦃") - (char in ")]}⦄") for char in text)]
 
 
 def unwrap(text):
@@ -462,12 +407,8 @@ def unwrap(text):
 
     The pair of a set is '' as well: a set and a bare list are the same answer.
     """
-    depth = 0
-    for index, char in enumerate(text):
-        depth += (char in "([{⦃") - (char in ")]}⦄")
-        if depth <= 0:
-            break
-    if depth != 0 or len(text) < 2 or index != len(text) - 1:
+    depth = depths(text)
+    if len(text) < 2 or depth[-1] != 0 or min(depth[:-1]) <= 0:
         return "", text
     kind = text[0] + text[-1]
     return ("" if kind in ("{}", "⦃⦄") else kind), text[1:-1]
@@ -475,13 +416,8 @@ def unwrap(text):
 
 def split_commas(text):
     """The parts between the commas that stand outside all brackets; blank parts are left out."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{⦃") - (char in ")]}⦄")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
+    cuts = [at for at, depth in enumerate(depths(text)) if depth == 0 and text[at] == ","]
+    parts = [text[a + 1:b] for a, b in itertools.pairwise([-1, *cuts, len(text)])]
     return [part for part in parts if part.strip()]
 
 
@@ -497,26 +433,20 @@ def without_blanks(text):
 # "C", "(C)", "C) 5 cm", "option C"; not "A, C" and not "(A) (C)".
 CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
                     r"(?:[).:](?! ?(?:,|\(|[A-Z][).:])).*)?", re.IGNORECASE)
-SAID = re.compile(r"answer(?: is)? ?:? ?[*(]{0,3}([A-Za-z])[*).]{0,4} ?$", re.IGNORECASE)
 
 
 def grade_choice(final_turn, letter):
-    """Compare the letter of the last box, or of the last line "Answer: C", with the right one."""
+    """Compare the letter in the last box with the right one."""
     chosen = chosen_letter(str(final_turn))
     if chosen is None:
         boxed = last_boxed(str(final_turn)) is not None
-        return Verdict(False, "boxed answer is no letter" if boxed else "no letter", 0.0)
+        return Verdict(False, "boxed answer is no letter" if boxed else "no boxed answer", 0.0)
     right = chosen == str(letter).strip(" ().").upper()
     return Verdict(right, "right" if right else "wrong", float(right))
 
 
 def chosen_letter(turn):
-    boxed = last_boxed(turn)
-    if boxed is not None:
-        found = CHOICE.fullmatch(clean(boxed[:MAX_ANSWER]))
-    else:
-        lines = (re.sub(r"[ \t]+", " ", line) for line in turn[-MAX_ANSWER:].splitlines())
-        found = next((said for line in reversed([*lines]) if (said := SAID.search(line))), None)
+    found = CHOICE.fullmatch(clean((last_boxed(turn) or "")[:MAX_ANSWER]))
     return found[1].upper() if found else None
 
 
@@ -649,37 +579,33 @@ def load_problems(path):
         prompt, reward_model.ground_truth, data_source           Open-AgentRL
 
     Raises ValueError, one sentence with file, line, what was found and what to do. Rows whose
-    LaTeX lost backslashes to JSON are repaired, and a warning counts them.
+    LaTeX lost backslashes to JSON are mended, and a warning counts them.
     """
     path = Path(path)
     return read_problems(path, read_json(path, read_text(path)), read_general)
 
 
 def read_problems(path, rows, read_row):
-    """The Problem of each (line number, row, whether its JSON was mended) of a file.
+    """The Problem of each (line number, row) of a file.
 
     read_row  row, column names in lower case -> Problem; ValueError says what is missing
     """
-    problems, mended_lines = [], []
-    for line, row, mended in rows:
+    problems, mended = [], []
+    for line, row in rows:
         restored = restore_latex(row)
+        mended += [str(line)] * (restored != row)
         with naming_the_line(path, line):
             problem = read_row({str(name).strip().lower(): restored[name] for name in row})
-            check_answer(problem)
+            if problem.kind == "math" and not agree(problem.answer, problem.answer):
+                raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is "
+                                 "equal, not even itself; mend it.")
         problems.append(replace(problem, source=problem.source or path.stem,
                                 id=problem.id or f"{path.stem}-{line}"))
-        mended_lines += [str(line)] * (mended or restored != row)
     if not problems:
         raise ValueError(f"{path} is empty; needed at least one problem.")
-    if mended_lines:
-        warnings.warn(f"{path}: backslashes restored in {len(mended_lines)} rows "
-                      f"(lines {', '.join(mended_lines)})", stacklevel=3)
-    answers = collections.defaultdict(set)
-    for problem in problems:
-        answers[problem.question].add(problem.answer)
-    if several := sum(len(given) > 1 for given in answers.values()):
-        warnings.warn(f"{path}: {several} questions stand there with different answers, and a "
-                      "rollout is graded by that of its own row", stacklevel=3)
+    if mended:
+        warnings.warn(f"{path}: backslashes restored in {len(mended)} rows "
+                      f"(lines {', '.join(mended)})", stacklevel=3)
     return problems
 
 
@@ -695,25 +621,14 @@ def naming_the_line(path, line):
                          f"than its name promises ({fault}); mend it.") from fault
 
 
-def check_answer(problem):
-    """Refuse what a data frame writes where it holds nothing, and what nobody could get right."""
-    for name, text in (("question", problem.question), ("answer", problem.answer)):
-        if text.strip().lower() in ("nan", "<na>", "nat"):
-            raise ValueError(f"found the {name} {text.strip()!r}, which a data frame writes where "
-                             "it holds nothing; fill it in or delete the row.")
-    if problem.kind == "math" and not agree(problem.answer, problem.answer):
-        raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is equal, "
-                         "not even itself; mend it.")
-
-
 def load_demonstrations(path):
     """[(Problem, turns), ...] from JSON lines whose "messages" hold whole conversations.
 
     The problem keeps the system and user messages up to the first assistant turn; `turns` are the
-    rest, {"role": "assistant" or "tool", "content": str}, with any "tool_calls" spelled out.
+    rest, {"role": "assistant" or "tool", "content": str}.
     """
     path, pairs = Path(path), []
-    for line, row, _ in read_json(path, read_text(path)):
+    for line, row in read_json(path, read_text(path)):
         with naming_the_line(path, line):
             messages = row.get("messages") or []
             if not isinstance(messages, list):
@@ -730,78 +645,52 @@ def load_demonstrations(path):
 
 
 def read_turn(message):
-    """An assistant or tool turn as text; OpenAI's "tool_calls" become Hermes markup."""
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in ("assistant", "tool"):
+    """An assistant or tool turn as text, in which a call stands as Hermes markup."""
+    if (not isinstance(message, dict) or message.get("role") not in ("assistant", "tool")
+            or not isinstance(message.get("content"), str) or message.get("tool_calls")):
         raise ValueError(f"found the turn {message!r:.80}; after the question only assistant and "
-                         "tool turns can follow.")
-    content, calls = message.get("content") or "", message.get("tool_calls") or []
-    if not isinstance(content, str):
-        raise ValueError(f"found the turn {message!r:.80}; needed its content as text.")
-    try:
-        spelled = [spell_call(call.get("function", call)) for call in calls]
-    except (ValueError, TypeError, AttributeError) as fault:
-        raise ValueError(f"found the tool_calls {calls!r:.80}; needed a list of {{\"function\": "
-                         "{\"name\": ..., \"arguments\": {...}}}.") from fault
-    return {"role": role, "content": "\n".join(filter(None, [content, *spelled]))}
-
-
-def spell_call(call):
-    arguments = call.get("arguments")
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return hermes({"name": call.get("name"), "arguments": arguments})
+                         "tool turns can follow, their content one text and calls a part of it.")
+    return {"role": message["role"], "content": message["content"]}
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes, or a sentence that says what it is."""
     try:
-        if path.is_dir():
-            raise ValueError(f"{path} is a directory; give one of the files in it.")
-        if not path.exists():
-            raise ValueError(f"{path} does not exist; check the path.")
         if not path.is_file():  # a pipe would be waited for, a device read for ever
-            raise ValueError(f"{path} is no plain file; needed one that can be read to its end.")
+            found = "is no plain file" if path.exists() else "does not exist"
+            raise ValueError(f"{path} {found}; needed one that can be read to its end.")
         if path.suffix not in suffixes:
             raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
-    except UnicodeError as fault:
-        raise ValueError(f"{path}: found bytes that are no UTF-8 text ({fault}); needed a text "
-                         "file; decompress it or save it as UTF-8.") from fault
-    except OSError as fault:
-        raise ValueError(f"{path}: {fault.strerror}; needed a file that can be read.") from fault
+    except (UnicodeError, OSError) as fault:
+        raise ValueError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
+                         "read; decompress it or save it as UTF-8.") from fault
     return text
 
 
 def read_json(path, text):
-    """Yield (number, row, mended) of JSON lines or of one JSON array of objects."""
+    """Yield (number, row) of JSON lines or of one JSON array of objects."""
     if text.lstrip().startswith("["):
-        rows, mended = parse_json(path, 1, text)
-        numbered = ((number, row, mended) for number, row in enumerate(rows, start=1))
+        numbered = enumerate(parse_json(path, 1, text), start=1)
     else:
-        numbered = ((number, *parse_json(path, number, line))
+        numbered = ((number, parse_json(path, number, line))
                     for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-    for number, row, mended in numbered:
+    for number, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
-        for name, value in row.items():
-            if re.search("[\ud800-\udfff]", json.dumps([name, value], ensure_ascii=False)):
-                raise ValueError(f"{path}, line {number}: found half a surrogate pair in {name!a}; "
-                                 "needed whole characters; mend or delete that line.")
-        yield number, row, mended
-
-
-ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})|\\')
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+                             "characters; mend or delete that line.")
+        yield number, row
 
 
 def parse_json(path, number, text):
-    """(value, mended); an escape that JSON does not know, as in "\\cup", becomes a backslash."""
-    mended = ESCAPE.sub(lambda found: found[0] if found[1] else r"\\", text)
     try:
-        return json.loads(mended), mended != text
+        return json.loads(text)
     except (ValueError, RecursionError) as fault:
         number += getattr(fault, "lineno", 1) - 1
         raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
@@ -1107,15 +996,7 @@ class Limits:
     max_chars: int = 2000    # characters shown to the model; the middle of longer text is cut
     workers: int = 0         # programs at once; 0: one a core (more would only share the cores)
     modules: tuple = ("numpy", "sympy")  # imported once, where installed, and at hand in no time
-    landlock: bool = True    # False: behave as on a kernel without it (for tests)
-    unsafe: bool = False     # run programs even where a guarantee is missing
-
-    def __post_init__(self):
-        for name in ("timeout", "max_chars"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        object.__setattr__(self, "workers", self.workers or len(cores(0)))
+    unsafe: bool = False     # run programs even where this machine cannot contain them
 
     @property
     def wall(self):
@@ -1132,25 +1013,7 @@ class Observation:
 
 
 PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
-REMEMBERED = 1000  # runs that are kept, to answer an equal call
-
-
 SELF = os.path.abspath(__file__)
-ATTEMPTS = {  # guarantee: what must not succeed
-    "reads no file": f"open({SELF!r}).read()",
-    "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
-    "no network": "import socket; socket.socket()",
-    "no new process": "import os; os.fork() or os._exit(0)",
-    "no signal to others": "import os; os.kill(os.getppid(), 0)",
-    "bounded memory": f"bytearray({2 * MEMORY_MB} << 20)",
-}
-PROBE = f"""
-for name, attempt in {ATTEMPTS}.items():
-    try:
-        exec(attempt)
-    except Exception as error:
-        print(name * isinstance(error, (PermissionError, MemoryError)))
-"""
 
 
 class PythonTool:
@@ -1162,10 +1025,10 @@ class PythonTool:
     def __init__(self, **options):
         self.limits = Limits(**options)
         self.retried = 0  # calls that the sandbox failed and tried again
-        self._lock, self._zygote, self._idle = threading.RLock(), None, collections.deque()
-        self._refused, self._closed = None, False  # what guarantees returns, once it was tried
-        self._runs = {}  # ToolCall -> Future of an Observation
-        self._pool = ThreadPoolExecutor(self.limits.workers, "python-tool")
+        self._lock, self._closed = threading.Lock(), False
+        self._workers, self._idle = set(), collections.deque()
+        workers = self.limits.workers or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(workers, "python-tool")
 
     def run(self, codes, stdins=None, raw=False):
         """Run the programs, as many at once as there are workers; observations in order.
@@ -1173,11 +1036,8 @@ class PythonTool:
         stdins   a text for each program to read, or None: all read the end of file
         raw      for judging a program against tests: text is its stdout alone, uncut, no echo
         """
-        self.guarantees()
-        codes = list(codes)
-        stdins = [""] * len(codes) if stdins is None else list(stdins)
-        if len(stdins) != len(codes):
-            raise ValueError(f"{len(codes)} programs but {len(stdins)} stdin texts; give one each.")
+        self._start()
+        stdins = [""] * len(codes) if stdins is None else stdins
         # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
         return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
 
@@ -1186,68 +1046,40 @@ class PythonTool:
 
         place  where in a run the call is made: (seed, purpose, iteration, number of the rollout,
                turn). It makes no difference here; a tool with randomness of its own draws from it.
-
-        Equal calls run once: the newest runs are kept. A time-out or a fault of the sandbox
-        is forgotten as soon as it is known, so whoever asks later starts another run; those who
-        asked for the same program while that run was under way share its time-out.
         """
         if call.fault:
             return finished(Observation(call.message, call.fault, 0.0))
-        self.guarantees()
-        with self._lock:
-            if call not in self._runs:
-                self._runs[call] = self._pool.submit(self._answer, call)
-            if len(self._runs) > REMEMBERED:
-                del self._runs[next(iter(self._runs))]
-            return self._runs[call]
+        self._start()
+        return self._pool.submit(
+            lambda: noting_ignored(call, self._call(call.code, "", raw=False)))
 
-    def _answer(self, call):
-        seen = self._call(call.code, "", raw=False)
-        if seen.outcome in ("timeout", "sandbox_error"):
-            with self._lock:  # before anybody can see this run as finished
-                self._runs.pop(call, None)
-        return noting_ignored(call, seen)
-
-    def guarantees(self):
-        """{what must not work: whether it was refused}; tried once, before the first program."""
+    def _start(self):
+        """Refuse where this machine contains nothing, unless told by unsafe=True; or begin."""
         with self._lock:  # once, however many threads arrive
             if self._closed:
                 raise RuntimeError("This PythonTool is closed; make a new one.")
-            if self._refused is None:
-                self._refused = self._try_locks()
-            return self._refused
-
-    def _try_locks(self):
-        """Start the sandbox; refuse where it contains nothing, unless told by unsafe=True."""
-        try:
-            self._idle.append(self._connect())
-        except NoLocks as error:
-            refused, missing = dict.fromkeys(ATTEMPTS, False), str(error)
-        except OSError as error:
-            raise RuntimeError(f"The sandbox does not start: {error}.") from error
-        else:
-            seen = self._call(PROBE, "", raw=True)
-            if seen.outcome != "ok":  # a program that was stopped says nothing about the locks
-                raise RuntimeError(f"The sandbox cannot be tried: a program ended with "
-                                   f"{seen.outcome}. It has {self.limits.timeout:g} s (timeout): "
-                                   "raise that if it is too short; the reason of a sandbox_error "
-                                   "stands above.")
-            refused = {name: name in seen.text.splitlines() for name in ATTEMPTS}
-            missing = ", ".join(name for name in ATTEMPTS if not refused[name])
-        if missing and not self.limits.unsafe:
-            raise RuntimeError(f"This machine cannot contain a model's program (missing: {missing})"
-                               ": use Linux with seccomp, or pass unsafe=True (--tool_unsafe true) "
-                               "to run programs with limits only.")
-        return refused
+            if self._workers:
+                return
+            missing = missing_locks()
+            if missing and not self.limits.unsafe:
+                raise RuntimeError(f"This machine cannot contain a model's program (missing: "
+                                   f"{missing}): use Linux 5.13 or newer on x86_64, or pass "
+                                   "unsafe=True (--tool_unsafe true) to run programs with limits "
+                                   "only.")
+            self.limits = replace(self.limits, unsafe=bool(missing))  # locks that exist are used
+            try:
+                self._idle.append(self._hire())
+            except OSError as error:
+                raise RuntimeError(f"The sandbox does not start: {error}.") from error
 
     def close(self):
         """End every process of the sandbox; calls still under way come back as sandbox_error."""
-        with self._lock:
-            self._closed = True
-            if self._zygote:
-                self._zygote.close()
-        self._idle.clear()
+        self._closed = True
+        for worker in list(self._workers):
+            worker.process.kill()
         self._pool.shutdown()
+        for worker in self._workers:
+            worker.close()
 
     def __enter__(self):
         return self
@@ -1257,8 +1089,6 @@ class PythonTool:
 
     def _call(self, code, stdin, raw):
         """One program; where the sandbox itself fails, again, and in the end it says so."""
-        if self._refused and not all(self._refused.values()):
-            return run_plain(code, stdin, raw, self.limits)
         started = time.monotonic()
         for pause in (*PAUSES, None):
             with contextlib.suppress(OSError, ValueError):
@@ -1275,27 +1105,24 @@ class PythonTool:
 
     def _ask(self, request):
         try:
-            line = self._idle.pop()
+            worker = self._idle.pop()
+            while worker.process.poll() is not None:  # killed while it waited
+                worker = self._idle.pop()
         except IndexError:
-            line = self._connect()
+            worker = self._hire()
         try:
-            line.send(request)
-            seen = Observation(*line.receive())
+            seen = worker.ask(request)
         except (OSError, ValueError):
-            line.close()
-            self._idle.clear()  # where one worker died the others may have died with it
+            worker.close()
+            self._workers.discard(worker)
             raise
-        self._idle.append(line)
+        self._idle.append(worker)
         return seen
 
-    def _connect(self):
-        """A line to a new worker, from a new zygote where the old one has died."""
-        with self._lock:
-            if self._closed:
-                raise ConnectionError("closed")
-            if self._zygote is None or self._zygote.process.poll() is not None:
-                self._zygote = Zygote(self.limits)
-            return self._zygote.new_worker()
+    def _hire(self):
+        worker = Worker(self.limits)
+        self._workers.add(worker)
+        return worker
 
 
 class SilentTool(PythonTool):
@@ -1337,7 +1164,7 @@ def noting_ignored(call, seen):
     return replace(seen, text=seen.text + note) if call.ignored else seen
 
 
-# --- The sandbox: the trainer's ends of the lines -----------------------------------------------
+# --- The sandbox: the trainer's handle on a worker ----------------------------------------------
 
 PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
 ENVIRONMENT = {  # all a program sees of the trainer's: nothing
@@ -1350,8 +1177,7 @@ ENVIRONMENT = {  # all a program sees of the trainer's: nothing
 class Line:
     """A socket that carries one JSON value a line."""
 
-    def __init__(self, sock, patience=None):
-        sock.settimeout(patience)
+    def __init__(self, sock):
         self.sock, self.file = sock, sock.makefile("rb")
 
     def send(self, value):
@@ -1368,12 +1194,8 @@ class Line:
         self.sock.close()
 
 
-class NoLocks(OSError):
-    """What this machine lacks to contain a program."""
-
-
-class Zygote:
-    """The trainer's handle on the process from which every worker is forked.
+class Worker:
+    """The trainer's handle on a process that runs one program after the other.
 
     That process ends when the trainer closes the line to it, or ends itself in whatever way.
     """
@@ -1383,87 +1205,61 @@ class Zygote:
         with theirs:
             # A session of its own: Ctrl-C in the trainer's terminal does not reach it.
             self.process = subprocess.Popen(
-                [*PYTHON, "--zygote", str(theirs.fileno()), json.dumps(asdict(limits))],
+                [*PYTHON, "--worker", str(theirs.fileno()), json.dumps(asdict(limits))],
                 env=ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()], start_new_session=True)
-        self.patience = limits.wall + 20  # a worker keeps its own time; this is for a dead one
-        self.control = Line(ours, 180)  # it imports; on a busy machine that may take its time
+        self.line = Line(ours)
+        ours.settimeout(180)  # it imports; on a busy machine that may take its time
         try:
-            missing = self.control.receive()
-        except ConnectionError:
-            raise OSError(f"its process ended with status {self.process.wait()} before it was "
-                          "ready, and said why on stderr") from None
-        if missing:
-            raise NoLocks(missing)
+            self.line.receive()
+        except OSError:
+            self.close()
+            raise OSError("its process was not ready in time, or ended with status "
+                          f"{self.process.returncode} and said why on stderr") from None
+        ours.settimeout(limits.wall + 20)  # it keeps its own time; this is for a dead one
 
-    def new_worker(self):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self.control.sock, [b"w"], [theirs.fileno()])
-        return Line(ours, self.patience)
+    def ask(self, request):
+        self.line.send(request)
+        return Observation(*self.line.receive())
 
     def close(self):
-        self.control.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.line.close()
+        self.process.kill()
+        self.process.wait()
 
 
-# --- The sandbox: zygote ------------------------------------------------------------------------
+# --- The sandbox: worker ------------------------------------------------------------------------
 
+READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
+MEMORY = 201     # exit status of a child whose program ended on a MemoryError
 WARM_UP = {  # the first use of a library is slow; every child inherits the second
     "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.default_rng(0)",
     "sympy": "from sympy import *; x = symbols('x'); solve(x**2 - x - 6); simplify(sin(x)**2);"
-             "integrate(x * exp(x), x); factorint(60); Matrix([[1, 2], [3, 4]]).inv(); print(x)",
+             "integrate(x * exp(x), x); factorint(60); print(x)",
 }
 FOREIGN = ("sqlite3", "ssl", "hashlib", "bz2", "lzma", "decimal", "ctypes", "uuid", "zoneinfo")
-SKIPPED = re.compile(r"(^|\.)(__main__|tests?|testing|benchmarks|idlelib|turtle\w*|tkinter|lib2to3"
-                     r"|antigravity|this|ensurepip|venv|conftest)(\.|$)|_test$")
 
 
-def zygote(fd, limits):
-    """Import once, give up rights once, then fork a worker for every socket that arrives."""
-    trainer, control = os.getppid(), Line(socket.socket(fileno=fd))
-    if missing := missing_locks():
-        return control.send(missing)
-    set_limit("NOFILE", 64, 64)
-    call(libc.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed worker's child comes to us
+def work(fd, limits):
+    """A worker's life: import once, give up rights once, then one program after the other."""
+    line = Line(socket.socket(fileno=fd))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, a program is killed and not the trainer
     import_what_programs_use(limits)
-    cage = give_up_rights(limits)
+    give_up_rights(limits)
     gc.collect()
     gc.freeze()  # children neither see nor touch what was imported
-    control.send("")  # no lock is missing
-    herd(control, trainer, cage)
-
-
-def herd(control, trainer, cage):
-    """Fork workers and bury the dead, for as long as the trainer lives and holds the line."""
-    workers = set()
-    while os.getppid() == trainer:
-        if select.select([control.sock], [], [], 1)[0]:
-            _, fds, *_ = socket.recv_fds(control.sock, 1, 1)
-            if not fds:
-                break
-            workers.add(fork_worker(control, fds[0], cage))
-        with contextlib.suppress(ChildProcessError):
-            while pid := os.waitpid(-1, os.WNOHANG)[0]:
-                workers.discard(pid)
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)  # and with it, by die_with, its child
-    with contextlib.suppress(ChildProcessError):
+    line.send("ready")
+    with contextlib.suppress(ConnectionError):  # the trainer has let go of this worker, or ended
         while True:
-            os.waitpid(-1, 0)  # no zombie stays, whoever would have had to reap it
+            line.send(attempt(line, *line.receive(), limits))
 
 
 def import_what_programs_use(limits):
     """Libraries warmed up, random numbers seeded, nothing of the project on the path."""
     sys.path[:] = [entry for entry in sys.path if entry.startswith(python_folders())]
     sys.argv[:] = ["<code>"]
-    sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
+    sys.set_int_max_str_digits(0)
     with warnings.catch_warnings(), contextlib.redirect_stderr(None):  # deprecations, many
         for name in limits.modules:
             if importlib.util.find_spec(name):
@@ -1472,23 +1268,9 @@ def import_what_programs_use(limits):
         for name in FOREIGN:  # these need libraries that lie outside Python's own folders
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-        if not limits.landlock or landlock_version() < 1:  # later on no file can be opened
-            import_all([sysconfig.get_path("stdlib")])
-            for name in filter(sys.modules.get, limits.modules):
-                import_all(sys.modules[name].__path__, name + ".")
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
         sys.modules["numpy.random.bit_generator"].randbits = random.Random(0).getrandbits
-
-
-def import_all(folders, prefix=""):
-    for _, name, is_package in pkgutil.iter_modules(folders, prefix):
-        if SKIPPED.search(name):
-            continue
-        with contextlib.suppress(BaseException):  # modules for another system, or without a part
-            module = importlib.import_module(name)
-            if is_package:
-                import_all(module.__path__, name + ".")
 
 
 @functools.cache
@@ -1499,65 +1281,37 @@ def python_folders():
     return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
 
 
-# --- The sandbox: worker ------------------------------------------------------------------------
-
-READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
-MEMORY = 201     # exit status of a child whose program ended on a MemoryError
-
-
-def fork_worker(control, fd, cage):
-    owner, pid = os.getpid(), os.fork()
-    if pid:
-        os.close(fd)
-        return pid
-    try:
-        die_with(owner)
-        os.close(control.sock.fileno())
-        serve(Line(socket.socket(fileno=fd)), cage)
-    except ConnectionError:
-        pass  # the trainer has let go of this worker
-    except BaseException:
-        traceback.print_exc()  # on the trainer's stderr; the trainer tries the call again
-    finally:
-        os._exit(1)
-
-
-def serve(line, cage):
-    """A worker's life: one program after the other, each in a child of its own."""
-    while True:
-        line.send(attempt(line, *line.receive(), cage))
-
-
-def attempt(line, code, stdin, raw, cage):
+def attempt(line, code, stdin, raw, limits):
     """Fork a child for one program, watch it, reap it, and judge; an Observation's fields."""
     started = time.monotonic()
-    given = call(libc.syscall, NUMBERS["memfd_create"], b"stdin", 0)
+    given = os.memfd_create("stdin")
     os.write(given, stdin.encode("utf-8", "replace"))
     os.lseek(given, 0, os.SEEK_SET)
     out, theirs = os.pipe()
     worker, pid = os.getpid(), os.fork()
     if pid == 0:
-        child(worker, (given, theirs), code, raw, cage)
+        child(worker, (given, theirs), code, raw, limits)
+    os.setpgid(pid, pid)  # with all that it may start it is killed as one
     os.close(given)
     os.close(theirs)
-    output, stopped = watch(pid, out, line, cage.limits)
-    os.kill(pid, signal.SIGKILL)  # dead or alive it is ours until reaped, so the id is no other's
-    _, status, used = os.wait4(pid, 0)
+    output, stopped = watch(pid, out, line, limits)
+    os.killpg(pid, signal.SIGKILL)  # dead or alive: until reaped, the id is no other's
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.close(out)
-    seconds, code = time.monotonic() - started, os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - started
     if output[:1] != READY:
         why = output.decode("utf-8", "replace") or stopped or f"status {status}"
         print("sandbox: no program was begun:", why, file=sys.stderr)
         return "", "sandbox_error", seconds
-    out_of_time = used.ru_utime + used.ru_stime > cage.limits.timeout
-    outcome = stopped or judge(code, out_of_time)
-    return describe(output[1:], outcome, code, raw, cage.limits), outcome, seconds
+    ended = "crashed" if status < 0 else {0: "ok", MEMORY: "memory"}.get(status, "error")
+    outcome = stopped or ended
+    return describe(output[1:], outcome, status, raw, limits), outcome, seconds
 
 
 def watch(pid, out, line, limits):
     """Read what the child prints until it ends; with it the reason, where it must be stopped."""
     output, poll, most = bytearray(), select.poll(), len(READY) + MAX_OUTPUT
-    end = call(libc.syscall, PIDFD_OPEN, pid, 0)
+    end = os.pidfd_open(pid)
     poll.register(out, select.POLLIN)
     poll.register(end, select.POLLIN)
     poll.register(line.sock, 0)  # only a hang-up
@@ -1580,14 +1334,7 @@ def watch(pid, out, line, limits):
     return output, "timeout"
 
 
-def judge(code, out_of_time):
-    """The outcome of a child that ended by itself: an exit code, or minus the signal."""
-    if code < 0:
-        return "timeout" if out_of_time else "crashed"
-    return {0: "ok", MEMORY: "memory"}.get(code, "error")
-
-
-def describe(output, outcome, code, raw, limits):
+def describe(output, outcome, status, raw, limits):
     """What the model is shown: the output, freed of the host's traces, and how it ended.
 
     Differs from the authors' code: there time-outs and failures read "no stdout here", and count
@@ -1596,15 +1343,13 @@ def describe(output, outcome, code, raw, limits):
     text = output.decode("utf-8", "replace")
     if raw:
         return text
-    for folder in python_folders():
-        text = text.replace(folder + "/", "")
     text = shorten(ADDRESS.sub("at 0x0", text.rstrip("\n")), limits)
     notes = {
-        "error": f"[exit status {code}]" if code > 1 or not text else "",
+        "error": f"[exit status {status}]" if status > 1 or not text else "",
         "timeout": f"[stopped: out of time, {limits.timeout:g} s of computing "
                    f"or {limits.wall:g} s in all]",
         "memory": f"[out of memory, {MEMORY_MB} MB]",
-        "crashed": f"[crashed: signal {-code}]",
+        "crashed": f"[crashed: signal {-status}]",
         "output_truncated": f"[stopped: it printed more than {MAX_OUTPUT:,} bytes]",
     }
     return "\n".join(filter(None, [text, notes.get(outcome)])) or "[no output]"
@@ -1624,18 +1369,18 @@ def shorten(text, limits):
 # --- The sandbox: child -------------------------------------------------------------------------
 
 
-def child(worker, fds, code, raw, cage):
+def child(worker, fds, code, raw, limits):
     """Shut every door, then run the program; never returns."""
     leave, status = os._exit, 1  # our own reference: the program may replace os._exit
     try:
         given, theirs = fds
-        os.setsid()
+        os.setpgid(0, 0)  # here too, for nobody knows whose turn comes first
         die_with(worker)
-        os.dup2(1 if raw else theirs, 2)  # the zygote's 1 is /dev/null
+        os.dup2(1 if raw else theirs, 2)  # the worker's 1 is /dev/null
         os.dup2(theirs, 1)
         os.dup2(given, 0)
         os.closerange(3, 64)
-        enclose(cage)
+        enclose(limits)
         os.write(1, READY)
         status = perform(code, raw)
     except BaseException as error:
@@ -1648,16 +1393,13 @@ def perform(code, raw):
     """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
-    threading.excepthook = report_of_thread
     random.seed(0)  # random takes a new seed after every fork
-    settrace, setprofile, raised, error = sys.settrace, sys.setprofile, sys.exc_info, None
+    run, raised, error = exec, sys.exc_info, None  # our own: the program may take them away
     try:
         for part in compiled(code, raw):
-            exec(part, vars(main))
+            run(part, vars(main))
     except:  # noqa: E722, for even the name BaseException may have been rebound
         error = raised()[1]
-    settrace(None)
-    setprofile(None)
     del main
     return finish(error)
 
@@ -1679,12 +1421,10 @@ def compiled(code, raw):
     linecache.cache["<code>"] = (len(code), None, lines, "<code>")  # tracebacks quote from here
     tree = ast.parse(code, "<code>")
     echo = not raw and tree.body and isinstance(tree.body[-1], ast.Expr)
-    last = ast.Interactive([tree.body.pop()]) if echo else None
-    body = compile(tree, "<code>", "exec", dont_inherit=True)
-    if last is None:
-        return [body]
+    last = ast.Interactive([tree.body.pop()] if echo else [])
     # "single" is what a notebook does: the value of an expression goes to sys.displayhook.
-    return [body, compile(last, "<code>", "single", dont_inherit=True)]
+    return [compile(part, "<code>", mode, dont_inherit=True)
+            for part, mode in ((tree, "exec"), (last, "single"))]
 
 
 def unfenced(code):
@@ -1722,7 +1462,7 @@ def exit_status(error):
     if error.code is None:
         return 0
     if isinstance(error.code, int):
-        return int.__and__(error.code, 0xFF) if abs(int(error.code)) < 1 << 63 else 255
+        return error.code & 0xFF
     sys.__stderr__.write(f"{error.code}\n")
     return 1
 
@@ -1743,81 +1483,40 @@ def report(error):
     sys.__stderr__.write("".join(story.format()))
 
 
-def report_of_thread(failed):
-    if failed.exc_type is not SystemExit:
-        report(failed.exc_value)
-
-
 # --- The sandbox: locks -------------------------------------------------------------------------
 
-# Denied to every program. Numbers: x86_64/aarch64, - where there is no such call.
-DENIED = """
-new programs, processes and namespaces
-    execve 59/221  execveat 322/281  fork 57/-  vfork 58/-  unshare 272/97  setns 308/268
-    setsid 112/157  setpgid 109/154  personality 135/92
-other processes: their memory, their signals, their share of the machine
-    ptrace 101/117  process_vm_readv 310/270  process_vm_writev 311/271  kcmp 312/272
-    perf_event_open 298/241  rt_sigqueueinfo 129/138  rt_tgsigqueueinfo 297/240
-    setpriority 141/140  ioprio_set 251/30  sched_setaffinity 203/122  sched_setparam 142/118
-    sched_setscheduler 144/119  sched_setattr 314/274  migrate_pages 256/238
-    move_pages 279/239  mbind 237/235  set_mempolicy 238/237
-another identity
-    setuid 105/146  setgid 106/144  setreuid 113/145  setregid 114/143  setresuid 117/147
-    setresgid 119/149  setfsuid 122/151  setfsgid 123/152  setgroups 116/159  capset 126/91
-the network, and every other socket (a pair of stream sockets is all that is left)
-    socket 41/198  connect 42/203  bind 49/200  listen 50/201  accept 43/202  accept4 288/242
-    sendmsg 46/211  sendmmsg 307/269
-files: make, move, remove, cut, mark, lock, watch (Landlock knows some of it, seccomp all)
-    creat 85/-  rename 82/-  renameat 264/38  renameat2 316/276  link 86/-  linkat 265/37
-    symlink 88/-  symlinkat 266/36  unlink 87/-  unlinkat 263/35  rmdir 84/-  mkdir 83/-
-    mkdirat 258/34  mknod 133/-  mknodat 259/33  truncate 76/45  ftruncate 77/46
-    fallocate 285/47  chmod 90/-  fchmod 91/52  fchmodat 268/53  chown 92/-  lchown 94/-
-    fchown 93/55  fchownat 260/54  utime 132/-  utimes 235/-  futimesat 261/-  utimensat 280/88
-    setxattr 188/5  lsetxattr 189/6  fsetxattr 190/7  removexattr 197/14  lremovexattr 198/15
-    fremovexattr 199/16  flock 73/32  name_to_handle_at 303/264  open_by_handle_at 304/265
-    inotify_init 253/-  inotify_init1 294/26  inotify_add_watch 254/27  fanotify_init 300/262
-    fanotify_mark 301/263
-memory and messages that outlive a process or escape its limits
-    memfd_create 319/279  shmget 29/194  shmat 30/196  shmctl 31/195  semget 64/190
-    semop 65/193  semctl 66/191  semtimedop 220/192  msgget 68/186  msgsnd 69/189
-    msgrcv 70/188  msgctl 71/187  mq_open 240/180  mq_unlink 241/181  mq_timedsend 242/182
-    mq_notify 244/184  mlock 149/228  mlock2 325/284  mlockall 151/230  vmsplice 278/75
-    splice 275/76  tee 276/77  io_setup 206/0  io_submit 209/2  add_key 248/217
-    request_key 249/218  keyctl 250/219
-large and rarely needed parts of the kernel
-    bpf 321/280  userfaultfd 323/282  seccomp 317/277  modify_ldt 154/-  uselib 134/-
-    lookup_dcookie 212/18  nfsservctl 180/42  _sysctl 156/-  sysfs 139/-  ustat 136/-
-the machine itself
-    chroot 161/51  pivot_root 155/41  mount 165/40  umount2 166/39  swapon 167/224
-    swapoff 168/225  reboot 169/142  sethostname 170/161  setdomainname 171/162
-    init_module 175/105  finit_module 313/273  delete_module 176/106  kexec_load 246/104
-    kexec_file_load 320/294  acct 163/89  quotactl 179/60  syslog 103/116  vhangup 153/58
-    settimeofday 164/170  clock_settime 227/112  adjtimex 159/171  clock_adjtime 305/266
-    iopl 172/-  ioperm 173/-  sync 162/81  syncfs 306/267
+# What a program may ask of the kernel, by name and number on x86_64; all else is refused.
+ALLOWED = """
+open files        read 0  write 1  close 3  fstat 5  lseek 8  pread64 17  pwrite64 18  pipe 22
+                  dup 32  dup2 33  fsync 74  dup3 292  pipe2 293
+names of files    stat 4  lstat 6  access 21  getcwd 79  readlink 89  getdents64 217
+                  newfstatat 262  readlinkat 267  faccessat 269  statx 332
+memory            mmap 9  mprotect 10  munmap 11  brk 12  mremap 25  madvise 28
+waiting           poll 7  select 23  sched_yield 24  pause 34  nanosleep 35  futex 202
+                  clock_nanosleep 230  epoll_wait 232  epoll_ctl 233  pselect6 270  ppoll 271
+                  epoll_pwait 281  eventfd2 290  epoll_create1 291
+own signals       rt_sigaction 13  rt_sigprocmask 14  rt_sigreturn 15  alarm 37  setitimer 38
+                  rt_sigtimedwait 128  sigaltstack 131  restart_syscall 219
+threads and ends  exit 60  wait4 61  set_tid_address 218  exit_group 231  set_robust_list 273
+                  rseq 334
+facts             getpid 39  uname 63  gettimeofday 96  getrlimit 97  getrusage 98  sysinfo 99
+                  times 100  getuid 102  getgid 104  geteuid 107  getegid 108  getppid 110
+                  getpgrp 111  getgroups 115  getpgid 121  gettid 186  time 201
+                  sched_getaffinity 204  clock_gettime 228  clock_getres 229  getrandom 318
+a pair of sockets sendto 44  recvfrom 45  shutdown 48  getsockname 51  getpeername 52
+                  setsockopt 54  getsockopt 55
 """
-
 # Allowed with some arguments only: see rules_on_arguments.
 CONDITIONAL = """
-    open 2/-  openat 257/56  clone 56/220  kill 62/129  tkill 200/130  tgkill 234/131
-    prlimit64 302/261  prctl 157/167  fcntl 72/25  ioctl 16/29  socketpair 53/199
+    open 2  ioctl 16  socketpair 53  clone 56  kill 62  fcntl 72  prctl 157  tkill 200  tgkill 234
+    openat 257  prlimit64 302
 """
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
-COLUMN, AUDIT_ARCH = ARCHITECTURES.get(platform.machine(), (0, 0))
-NUMBERS = {name: int(both[COLUMN]) for name, *both in
-           re.findall(r"(\w+) (\d+|-)/(\d+|-)", DENIED + CONDITIONAL) if both[COLUMN] != "-"}
-YOUNG, YOUNG_ALLOWED = 424, (436, 439, 441)  # close_range, faccessat2, epoll_pwait2
-PIDFD_OPEN, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 434, 444, 445, 446
+NUMBERS = {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", ALLOWED + CONDITIONAL)}
+YOUNG = 424  # from here on (clone3, openat2, io_uring...): not there, so libc takes the old ones
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP = 1, 15, 16, 22
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+PR_SET_NO_NEW_PRIVS = 38
 libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class Cage:
-    """What the zygote found out once, for every child."""
-    limits: Limits
-    baseline: int   # bytes of address space a child has before its program asks for any
-    seccomp: bytes  # the filter, with OWN_PID for the child's own id
 
 
 def call(function, *arguments):
@@ -1836,44 +1535,36 @@ def die_with(parent):
         os._exit(1)  # it ended before we could ask
 
 
-def give_up_rights(limits):
-    """What a whole family of processes can give up at once: the zygote, for all its children."""
-    with open("/proc/self/statm") as file:
-        baseline = int(file.read().split()[0]) * resource.getpagesize()
-    call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    set_limit("STACK", 8 << 20, 8 << 20)
-    for name in ("CORE", "MEMLOCK", "MSGQUEUE"):
-        set_limit(name, 0, 0)
-    confined = limits.landlock and landlock_version() > 0
-    if confined:
-        read_only_from(python_folders())
-    drop_capabilities()
-    return Cage(limits, baseline, seccomp_filter(confined))
-
-
 def missing_locks():
-    """What this machine lacks for the sandbox; "" where it has everything."""
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
-        return f"{platform.system()} on {platform.machine()} is not Linux on x86_64 or aarch64"
+    """What this machine lacks to contain a program; "" where it has everything."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "Linux on x86_64"
+    if libc.syscall(LANDLOCK_CREATE, None, ctypes.c_ulong(0), ctypes.c_ulong(1)) < 1:  # its version
+        return "Landlock"
     libc.prctl(PR_SET_SECCOMP, 2, None, 0, 0)  # a kernel with seccomp misses only the filter
     return "" if ctypes.get_errno() == errno.EFAULT else "seccomp"
 
 
-def drop_capabilities():
-    """Root without capabilities owns files and nothing more. The user id stays: Python may live
-    in a folder that only this user can read."""
+def give_up_rights(limits):
+    """What a worker can give up at once for all its children."""
+    with open("/proc/self/statm") as file:
+        space = int(file.read().split()[0]) * resource.getpagesize() + (MEMORY_MB << 20)
+    set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
+    set_limit("STACK", 8 << 20, 8 << 20)
+    set_limit("NOFILE", 64, 64)
+    set_limit("CORE", 0, 0)
+    if limits.unsafe:
+        return
+    call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    read_only_from(python_folders())
+    # Root without capabilities owns files and nothing more. The user id stays: Python may live in
+    # a folder that only this user can read.
     call(libc.capset, struct.pack("Ii", 0x20080522, 0), bytes(24))
 
 
-def landlock_version():
-    return libc.syscall(LANDLOCK_CREATE, None, ctypes.c_ulong(0), ctypes.c_ulong(1))
-
-
 def read_only_from(folders):
-    """Landlock: these folders can be read; no other file opened, no port, no outside signal."""
-    version = landlock_version()
-    files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    every_right = struct.pack("QQQ", files, 3, 3)[:8 if version < 4 else 16 if version < 6 else 24]
+    """Landlock: these folders can be read, and no other file; seccomp knows no paths."""
+    every_right = struct.pack("Q", (1 << 13) - 1)
     rules = call(libc.syscall, LANDLOCK_CREATE, every_right, len(every_right), 0)
     for folder in filter(os.path.isdir, folders):
         fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
@@ -1884,42 +1575,36 @@ def read_only_from(folders):
     os.close(rules)
 
 
-def enclose(cage):
+def enclose(limits):
     """What each child gives up: resources, then almost every way of asking the kernel."""
-    limits, space = cage.limits, cage.baseline + (MEMORY_MB << 20)
-    set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
-    # Should the worker come too late. Twice the time, for the kernel counts this one in ticks and
-    # so roughly; a program that it ends before its time would be taken for a crashed one.
-    set_limit("CPU", *[2 * math.ceil(limits.timeout) + 1] * 2)
+    set_limit("CPU", *[2 * math.ceil(limits.timeout) + 1] * 2)  # should the worker come too late
     set_limit("FSIZE", 0, 0)
-    install(cage.seccomp.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid())))
+    if not limits.unsafe:
+        install(seccomp_filter(os.getpid()))
 
 
 def set_limit(name, soft, hard):
-    which = getattr(resource, "RLIMIT_" + name, None)
-    if which is not None:
-        most = resource.getrlimit(which)[1]
-        most = hard if most == resource.RLIM_INFINITY else min(hard, most)
-        resource.setrlimit(which, (min(soft, most), most))
+    """Lower a limit of this process; one that is lower already stays."""
+    which = getattr(resource, "RLIMIT_" + name)
+    most = resource.getrlimit(which)[1]
+    hard = hard if most == resource.RLIM_INFINITY else min(hard, most)
+    resource.setrlimit(which, (min(soft, hard), hard))
 
 
 # A seccomp filter is a small program the kernel runs before every system call. It has one
 # register; jumps count the instructions to skip if true, and if false.
-LOAD, JUMP, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x05, 0x15, 0x35, 0x54, 0x06
+LOAD, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # REFUSE + the errno to answer with
-ANY_BIT, OWN_PID = 0xFFFFFFFF, 0x7FC0FFEE  # OWN_PID is above any real one
+AUDIT_ARCH, ANY_BIT = 0xC000003E, 0xFFFFFFFF
 
 
 def op(code, value, if_true=0, if_false=0):
     return struct.pack("HBBI", code, if_true, if_false, value)
 
 
-DENY = op(RETURN, REFUSE + errno.EPERM)
-
-
 def only_if(*conditions):
     """Allow a call if for each (index, mask, values): argument[index] & mask is in values."""
-    body = op(RETURN, ALLOW) + DENY
+    body = op(RETURN, ALLOW) + op(RETURN, REFUSE + errno.EPERM)
     for index, mask, values in reversed(conditions):
         refuse, tests = len(body) // 8 - 1, b""
         for left, value in enumerate(reversed(values)):
@@ -1928,45 +1613,25 @@ def only_if(*conditions):
     return body
 
 
-def seccomp_filter(confined):
-    """The whole filter, with OWN_PID where each child puts its own."""
-    # Younger calls than the table (clone3, openat2, io_uring...) are answered as by a kernel
-    # that has none: libc then takes the old ones, whose flags can be seen here.
-    young = b"".join(op(EQUAL, n, len(YOUNG_ALLOWED) - i) for i, n in enumerate(YOUNG_ALLOWED))
-    young += op(RETURN, REFUSE + errno.ENOSYS) + op(RETURN, ALLOW)
-    rules = dict.fromkeys(re.findall(r"(\w+) [\d-]+/", DENIED), DENY)
-    rules.update(rules_on_arguments(confined))
+def seccomp_filter(own):
+    """The whole filter of the process with id `own`: one rule after the other, then a refusal."""
+    rules = {name: op(RETURN, ALLOW) for name in NUMBERS} | rules_on_arguments(own)
     return (op(LOAD, 4) + op(EQUAL, AUDIT_ARCH, 1) + op(RETURN, KILL) + op(LOAD, 0)
-            + op(AT_LEAST, YOUNG, 0, len(young) // 8) + young
-            + search(sorted((NUMBERS[name], body) for name, body in rules.items()
-                            if name in NUMBERS)))
+            + b"".join(op(EQUAL, NUMBERS[name], 0, len(body) // 8) + body
+                       for name, body in rules.items())
+            + op(AT_LEAST, YOUNG, 0, 1) + op(RETURN, REFUSE + errno.ENOSYS)
+            + op(RETURN, REFUSE + errno.EPERM))
 
 
-def search(rules):
-    """Find the rule of the call by halving: installing a filter makes the kernel walk it for
-    every call there is, and a list as long as ours would cost a millisecond a child."""
-    if len(rules) > 3:
-        middle = len(rules) // 2
-        below, above = search(rules[:middle]), search(rules[middle:])
-        return (op(AT_LEAST, rules[middle][0], 0, 1) + op(JUMP, len(below) // 8)
-                + below + above)
-    return b"".join(op(EQUAL, number, 0, len(body) // 8) + body
-                    for number, body in rules) + op(RETURN, ALLOW)
-
-
-def rules_on_arguments(confined):
+def rules_on_arguments(own):
     write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     thread, namespaces = 0x10000, 0x7E020080
     pair = ANY_BIT ^ socket.SOCK_CLOEXEC ^ socket.SOCK_NONBLOCK
+    itself = only_if((0, ANY_BIT, [own]))  # an abort, an alarm of its own
     return {
-        # To read, and without Landlock, when no path can be told from another, not at all.
-        "open": only_if((1, write, [0])) if confined else DENY,
-        "openat": only_if((2, write, [0])) if confined else DENY,
-        # To itself: an abort, an alarm of its own, a lower limit.
-        "kill": only_if((0, ANY_BIT, [OWN_PID])),
-        "tkill": only_if((0, ANY_BIT, [OWN_PID])),
-        "tgkill": only_if((0, ANY_BIT, [OWN_PID])),
-        "prlimit64": only_if((0, ANY_BIT, [0, OWN_PID])),
+        "open": only_if((1, write, [0])), "openat": only_if((2, write, [0])),  # to read
+        "kill": itself, "tkill": itself, "tgkill": itself,
+        "prlimit64": only_if((0, ANY_BIT, [0, own])),
         "clone": only_if((0, thread | namespaces, [thread])),  # threads yes, processes no
         "prctl": only_if((0, ANY_BIT, [PR_SET_NAME, PR_GET_NAME])),
         # asyncio wants a pair; datagram pairs could send to any other socket of the machine.
@@ -1985,61 +1650,41 @@ def install(program):
     call(libc.prctl, PR_SET_SECCOMP, 2, head, 0, 0)
 
 
-# --- The sandbox: without locks, with unsafe=True only ------------------------------------------
-
-
-def run_plain(code, stdin, raw, limits):
-    """A fresh interpreter a call, with limits; it can read and write what the user can."""
-    started, outcome = time.monotonic(), None
-    request = json.dumps([code, raw, limits.timeout]) + "\n" + stdin
-    with tempfile.TemporaryFile() as shown:
-        process = subprocess.Popen(
-            [*PYTHON, "--plain"], env=ENVIRONMENT, cwd="/", stdin=subprocess.PIPE, stdout=shown,
-            stderr=subprocess.DEVNULL if raw else subprocess.STDOUT, start_new_session=True)
-        try:
-            process.communicate(request.encode("utf-8", "replace"), limits.wall)
-        except subprocess.TimeoutExpired:
-            outcome = "timeout"
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # with all it has started
-        status = process.wait()
-        shown.seek(0)
-        output = shown.read(MAX_OUTPUT + 1)
-    if len(output) > MAX_OUTPUT:
-        outcome = outcome or "output_truncated"
-    outcome = outcome or judge(status, status == -signal.SIGXCPU)
-    text = describe(output[:MAX_OUTPUT], outcome, status, raw, limits)
-    return Observation(text, outcome, time.monotonic() - started)
-
-
-def plain():
-    """The other end of run_plain: a line of JSON on stdin, then the program's own stdin."""
-    with open(0, "rb", buffering=0, closefd=False) as given:  # unbuffered: takes not a byte more
-        code, raw, timeout = json.loads(given.readline())
-    set_limit("CPU", math.ceil(timeout), math.ceil(timeout) + 1)
-    set_limit("FSIZE", MAX_OUTPUT + 1, MAX_OUTPUT + 1)
-    if sys.platform == "linux":  # elsewhere the limit is not kept, or refused
-        set_limit("AS", 2 * MEMORY_MB << 20, 2 * MEMORY_MB + 64 << 20)
-    random.seed(0)
-    os._exit(perform(code, raw))
-
-
 # --- The command line ---------------------------------------------------------------------------
 
 
+ATTEMPTS = {  # guarantee: what must not succeed
+    "reads no file": f"open({SELF!r}).read()",
+    "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
+    "no network": "import socket; socket.socket()",
+    "no new process": "import os; os.fork() or os._exit(0)",
+    "no signal to others": "import os; os.kill(os.getppid(), 0)",
+    "bounded memory": f"bytearray({2 * MEMORY_MB} << 20)",
+}
+PROBE = f"""
+for name, attempt in {ATTEMPTS}.items():
+    try:
+        exec(attempt)
+    except Exception as error:
+        print(name * isinstance(error, (PermissionError, MemoryError)))
+"""
+
+
+def guarantees():
+    """{guarantee: whether it holds on this machine}, as a program finds that attempts it all."""
+    with PythonTool(unsafe=True) as tool:
+        seen = tool.run([PROBE], raw=True)[0]
+    return {name: name in seen.text.splitlines() for name in ATTEMPTS}
+
+
 def main(arguments):
-    if arguments[:1] == ["--zygote"]:
-        zygote(int(arguments[1]), Limits(**json.loads(arguments[2])))
-    elif arguments == ["--plain"]:
-        plain()
-    elif arguments in (["-h"], ["--help"]):
-        print(__doc__)
+    if arguments[:1] == ["--worker"]:
+        work(int(arguments[1]), Limits(**json.loads(arguments[2])))
     elif arguments:
-        sys.exit(f"tools.py takes no options but --help; found {' '.join(arguments)}.")
+        sys.exit(__doc__)
     else:
-        with PythonTool(unsafe=True) as tool:
-            for name, held in tool.guarantees().items():
-                print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
+        for name, held in guarantees().items():
+            print(f"{'holds' if held else 'DOES NOT HOLD':14}{name}")
 
 
 if __name__ == "__main__":

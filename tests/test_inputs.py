@@ -139,7 +139,7 @@ DATA = {
     "digits": (b'{"question": "1+1", "answer": ' + b"9" * 5000 + b"}\n", r"found broken JSON"),
 }
 SPECIAL = {  # what makes the thing at this path
-    "loop": (lambda path: path.symlink_to(path), r"does not exist; check the path"),
+    "loop": (lambda path: path.symlink_to(path), r"does not exist; needed"),
     "pipe": (os.mkfifo, r"is no plain file; needed"),
     "device": (lambda path: path.symlink_to("/dev/zero"), r"is no plain file; needed"),
 }
@@ -147,11 +147,9 @@ Q = {"role": "user", "content": "q"}
 TURNS = {  # demonstrations: what follows the question
     "alone": ([], r"line 1: found no conversation"),
     "roles": ([{"role": "bot", "content": "a"}], r"the turn .*only assistant and tool turns can"),
-    "text": ([{"role": "assistant", "content": 7}], r"found the turn .*needed its content as text"),
+    "text": ([{"role": "assistant", "content": 7}], r"found the turn .*their content one text"),
     "calls": ([{"role": "assistant", "content": "", "tool_calls": 5}],
-              r"found the tool_calls 5; needed a list"),
-    "arguments": ([{"role": "assistant", "tool_calls": [
-        {"function": {"name": "x", "arguments": "{"}}]}], r"found the tool_calls .*needed a list"),
+              r"found the turn .*calls a part of it"),
     "half": ([{"role": "assistant", "content": "\ud800"}], r"half a surrogate pair"),
 }
 FILES = [(f"--train_data HERE/{name}.jsonl", data, sentence)
@@ -195,7 +193,7 @@ def test_a_file_without_permission_is_one_sentence(tmp_path):
             "try: tools.load_problems(sys.argv[2])\nexcept ValueError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True,
                           text=True)
-    assert "secret.jsonl: Permission denied; needed a file that can be read" in done.stdout, done
+    assert "Permission denied" in done.stdout and "needed a text file that can" in done.stdout, done
 
 
 # --- Models and tokenizers ----------------------------------------------------------------------

@@ -91,21 +91,19 @@ def told(path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         problems = load_problems(path)
-    return problems, [str(one.message) for one in caught]
+    return problems, [str(one.message) for one in caught if one.category is UserWarning]
 
 
 def test_lost_backslashes_are_restored_and_counted(tmp_path):
-    # Written with one backslash, as the broken files are: \f is a form feed, \c is no JSON at all.
+    # Written with one backslash, as the broken files are: \f is a form feed.
     path = write(tmp_path, r'{"problem": "$\frac{a}{b}$ in \triangle ABC, \theta", "answer": "1"}',
-                 r'{"problem": "$A \cup B$, \\sin, \u0041", "answer": "2"}',
                  r'{"problem": "a\tb\nnext line, \\frac", "answer": "3"}',
                  r'{"messages": [{"role": "user", "content": "a = 1\neq = 2"}], "answer": "4"}')
     problems, (note,) = told(path)
-    assert "backslashes restored in 2 rows (lines 1, 2)" in note
-    assert [problem.question for problem in problems[:3]] == [
-        r"$\frac{a}{b}$ in \triangle ABC, \theta", r"$A \cup B$, \sin, A",
-        "a\tb\nnext line, \\frac"]
-    assert problems[3].question == "a = 1\neq = 2"  # a program, perhaps
+    assert "backslashes restored in 1 rows (lines 1)" in note
+    assert [problem.question for problem in problems] == [
+        r"$\frac{a}{b}$ in \triangle ABC, \theta", "a\tb\nnext line, \\frac",
+        "a = 1\neq = 2"]  # a program, perhaps
 
 
 @pytest.mark.parametrize("name, count, mended", [
@@ -135,7 +133,6 @@ GOOD = {"question": "a", "answer": "1"}
 @pytest.mark.parametrize("rows, message", [
     ([GOOD, '{"question": "b", "ans'], "line 2: found broken JSON.*mend or delete"),
     ([GOOD, "", "[1]x"], "line 3: found broken JSON"), ([GOOD, "7"], "line 2: found a int; needed"),
-    ([{"text": "a", "answer": "1"}], "line 1: found no question .columns: text, answer.*rename"),
     ([GOOD, {"question": "a"}], "line 2: found no answer .columns: question.; needed"),
     ([{"question": " ", "answer": "1"}], "no question"), ([""], "is empty; needed"),
     ([{"question": "a", "answer": None}], "no answer"),
@@ -143,13 +140,12 @@ GOOD = {"question": "a", "answer": "1"}
     ([{"question": "a", "tests": [{"input": "", "output": "", "type": "functional"}]}], "fn_name"),
     ([{"messages": [{"role": "system", "content": "s"}], "answer": "1"}], "without a user turn"),
     ([{"messages": ["s"], "answer": "1"}], "found the message 's'; needed"),
-    ([GOOD, {"question": "b", "answer": "nan"}], "line 2: found the answer 'nan'.*data frame"),
     ([GOOD, {"question": "b", "answer": math.nan}], "line 2: found no answer"),
-    ([{"question": "NaN", "answer": "1"}], "line 1: found the question 'NaN'"),
-    ([{"question": "a", "tests": 5}], "line 1: found a column that holds another kind of value"),
-    ([GOOD, r'{"question": "\ud83d", "answer": "1"}'], "line 2: .*half a surrogate pair in 'quest"),
+    ([GOOD, r'{"question": "\ud83d", "answer": "1"}'], "line 2: found half a surrogate pair"),
+    ([r'{"question": "\cup", "answer": "1"}'], "line 1: found broken JSON"),
     ([GOOD, {"question": "b", "answer": "}"}], "line 2: found the answer '}', to which no answer"),
     ([GOOD, {"question": "b", "answer": "7" * 30_000}], "line 2: .*to which no answer is equal"),
+    (["\0"], "no UTF-8 text .zero bytes"), (["[]"], "is empty"),
     (["[" * 100_000], "broken JSON"), (['[{"question": "a",\n"answer": }]'], "line 2"),
 ])
 def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
@@ -157,19 +153,6 @@ def test_faults_are_one_sentence_with_file_and_line(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_problems(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name, held, message", [
-    (".", None, "is a directory"), ("none.jsonl", None, "does not exist"),
-    ("zip.jsonl", b"\x1f\x8b\x08\xff\xfe", "no UTF-8 text.*decompress"),
-    ("nul.jsonl", b"\0\0\0", "zero bytes"), ("set.txt", b"1", "found a .txt file; needed .jsonl"),
-    ("set.jsonl", b"", "is empty; needed"), ("set.json", b"[]", "is empty; needed"),
-])
-def test_wrong_files_are_named(tmp_path, name, held, message):
-    if held is not None:
-        (tmp_path / name).write_bytes(held)
-    with pytest.raises(ValueError, match=message):
-        load_problems(tmp_path / name)
 
 
 def test_a_hint_that_a_data_frame_left_out_is_none(tmp_path):
@@ -187,27 +170,24 @@ def test_tests_may_stand_in_the_ground_truth(tmp_path):
 
 # --- Demonstrations ---------------------------------------------------------------------------
 
-def test_demonstrations_keep_the_opening_and_spell_out_tool_calls(tmp_path):
-    call = {"function": {"name": "code_interpreter", "arguments": "{\"code\": \"6 * 7\"}"}}
-    row = {"messages": [{"role": "system", "content": "Be brief."},
-                        {"role": "user", "content": "Q"},
-                        {"role": "assistant", "content": "Well.", "tool_calls": [call]},
+QUESTION = {"role": "user", "content": "Q"}
+
+
+def test_demonstrations_keep_the_opening(tmp_path):
+    row = {"messages": [{"role": "system", "content": "Be brief."}, QUESTION,
+                        {"role": "assistant", "content": tools.render_tool_call("6 * 7")},
                         {"role": "tool", "content": "42"},
                         {"role": "assistant", "content": "\\boxed{42}"}]}
     ((problem, turns),) = load_demonstrations(write(tmp_path, row))
     assert problem.question == "Q" and problem.messages == row["messages"][:2]
-    assert turns[0]["content"] == "Well.\n" + tools.render_tool_call("6 * 7")
-    assert [turn["role"] for turn in turns] == ["assistant", "tool", "assistant"]
+    assert turns == row["messages"][2:]
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"messages": [{"role": "user", "content": "Q"}]}, "found no conversation"),
-    ({"text": "Q"}, "found no conversation"), ("", "is empty"), ("{", "line 1: found broken JSON"),
-    ({"messages": {"role": "user"}}, "line 1: found messages that are no list"),
-    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": 5}]},
-     "found the tool_calls 5; needed a list"),
-    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
-                   {"role": "user", "content": "more"}]}, "found the turn"),
+    ({"messages": [QUESTION]}, "found no conversation"), ({"text": "Q"}, "found no conversation"),
+    ("", "is empty"), ("{", "line 1: found broken JSON"),
+    *(({"messages": [QUESTION, turn]}, "found the turn .*tool turns can follow") for turn in (
+        {"role": "assistant", "content": "", "tool_calls": 5}, {"role": "bot"})),
 ])
 def test_a_broken_demonstration_is_one_sentence(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
@@ -234,14 +214,9 @@ def test_a_folder_killed_while_it_is_filled_does_not_get_its_name(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.tmp"]
     with tools.whole_folder(tmp_path / "a") as place:
         assert not list(place.iterdir())  # what the killed one left is gone
-        (place / "y").write_text("2")
+        (place / "y").touch(0o600)  # as some libraries write, for their owner only
     assert [p.name for p in tmp_path.rglob("*")] == ["a", "y"]
-
-
-def test_files_of_a_whole_folder_are_as_open_as_the_folder(tmp_path):
-    with tools.whole_folder(tmp_path / "a") as place:
-        (place / "x").touch(0o600)  # as some libraries write them
-    assert (tmp_path / "a/x").stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o666
+    assert (tmp_path / "a/y").stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o666
 
 
 def test_saves_are_found_by_number_not_by_letter(tmp_path):
@@ -319,11 +294,3 @@ def test_a_folder_is_locked_for_one_process(tmp_path):
             pass
     with tools.locked(tmp_path):
         pass
-
-
-def test_a_question_with_different_answers_is_told(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 1?", "answer": "3"}\n'
-                    '{"question": "2 + 2?", "answer": "4"}\n', encoding="utf-8")
-    with pytest.warns(UserWarning, match="1 questions stand there with different answers"):
-        assert [p.answer for p in tools.load_problems(path)] == ["2", "3", "4"]

@@ -12,16 +12,9 @@ import tools
 from tools import parse_tool_call, render_tool_call
 
 
-CODES = ["print(1)", "", "a = '\\n'\n", '"""', "東京 🙂", "\ud800", "</tool_call>"]
-
-
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", ["print(1)", "", "a = '\\n'\n", '"""', "東京 🙂", "\ud800"])
 def test_a_rendered_call_parses_to_the_same_code(code):
-    text = render_tool_call(code)
-    if "</tool_call>" in code:  # the first closing tag ends the call; the fault says what to mend
-        assert parse_tool_call(text).fault == "not_json"
-    else:
-        assert parse_tool_call("Let me see.\n" + text) == tools.ToolCall(code=code)
+    assert parse_tool_call("Hm.\n" + render_tool_call(code)) == tools.ToolCall(code=code)
 
 
 def wrap(body):
@@ -35,7 +28,8 @@ CALL = {"name": "code_interpreter", "arguments": {"code": "1"}}
     ("<tool_call>\n" + json.dumps(CALL), "unclosed"),
     ("</tool_call>", "unopened"),
     (json.dumps(CALL) + "\n</tool_call><tool_call>", "unopened"),
-    (wrap("print(1)"), "not_json"), (wrap(json.dumps(CALL)[:-1]), "not_json"),
+    (wrap("print(1)"), "not_json"), (render_tool_call("</tool_call>"), "not_json"),
+    (wrap(json.dumps(CALL)[:-1]), "not_json"),
     (wrap("[" * 100_000), "not_json"), (wrap("9" * 100_000), "not_json"),
     (wrap('{"name": "code_interpreter", "arguments": {"code": "a\nb"}}'), "not_json"),
     (wrap("null"), "unknown_tool"),

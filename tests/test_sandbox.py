@@ -1,12 +1,11 @@
 """The sandbox of tools.py, claim by claim.
 
-    pytest tests/test_sandbox.py               about half a minute
-    pytest tests/test_sandbox.py -m slow       the whole hostile corpus, four ways, and the load
-    python tests/test_sandbox.py landlock=False  the corpus alone, with any option of PythonTool
+    pytest tests/test_sandbox.py           about half a minute
+    pytest tests/test_sandbox.py -m slow   the whole hostile corpus, as two users, and the load
+    python tests/test_sandbox.py           the corpus alone
 
 Canaries (files, listeners on loopback, a secret in the environment) stand in a temporary folder.
 """
-import ast
 import contextlib
 import json
 import os
@@ -26,7 +25,7 @@ HERE = pathlib.Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 import tools  # noqa: E402
-from tools import PythonTool, SilentTool, ToolCall  # noqa: E402
+from tools import Observation, PythonTool, SilentTool, ToolCall  # noqa: E402
 
 try:
     import pytest
@@ -89,7 +88,7 @@ def test_two_sandboxes_say_the_same(tool):
     if run(tool, "import numpy").outcome == "ok":
         codes += ["import numpy\nnumpy.random.rand()",
                   "import numpy\nnumpy.random.default_rng().random()"]
-    with PythonTool(landlock=False) as other:
+    with PythonTool(timeout=0.8) as other:
         assert [o.text for o in tool.run(codes)] == [o.text for o in other.run(codes)]
 
 
@@ -125,14 +124,6 @@ def test_no_text_makes_it_raise(tool):
         json.dumps(seen.text).encode() and seen.text.encode()
 
 
-def test_mistyped_options_stop_with_a_sentence():
-    for options in ({"timeout": 0}, {"time_out": 3}):
-        with pytest.raises((ValueError, TypeError)):
-            PythonTool(**options)
-    with PythonTool() as tool, pytest.raises(ValueError):
-        tool.run(["1", "2"], ["one text"])
-
-
 # --- Outcomes -----------------------------------------------------------------------------
 
 HOSTILE = {
@@ -150,7 +141,7 @@ HOSTILE = {
     "error": ["import os\nos._exit(7)", "raise KeyboardInterrupt", "raise GeneratorExit",
               "class E(Exception):\n    def __str__(self): 1 / 0\nraise E",
               "class R:\n    def __repr__(self): 1 / 0\nR()", "input()", "def f(): f()\nf()",
-              "import sys\nsys.modules.clear()\n1 / 0", "import sys\nsys.exit(2 ** 70)",
+              "import sys\nsys.modules.clear()\n1 / 0",
               "import builtins\nbuiltins.__import__ = None\nimport math",
               "import sys\nsys.excepthook = sys.exit = None\n1 / 0",
               "import sys\nf = sys._getframe()\nwhile f := f.f_back: f.f_globals.clear()",
@@ -186,18 +177,11 @@ HOSTILE = {
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["landlock", "no landlock"])
-def impatient(request):
-    with PythonTool(timeout=0.3, landlock=request.param, modules=()) as tool:
-        yield tool
-
-
 @pytest.mark.parametrize("outcome", HOSTILE)
-def test_hostile_programs_get_their_own_outcome_and_no_other(impatient, outcome):
-    seen = impatient.run(HOSTILE[outcome])
-    wrong = [(code, one) for code, one in zip(HOSTILE[outcome], seen) if one.outcome != outcome]
-    assert not wrong
-    assert run(impatient, "1").text == "1"
+def test_hostile_programs_get_their_own_outcome_and_no_other(tool, outcome):
+    seen = tool.run(HOSTILE[outcome])
+    assert [c for c, one in zip(HOSTILE[outcome], seen) if one.outcome != outcome] == []
+    assert run(tool, "1").text == "1"
 
 
 def test_calls_share_no_state(tool):
@@ -206,97 +190,56 @@ def test_calls_share_no_state(tool):
     assert run(tool, code).text == "3.0 2 False"
 
 
-def test_foreign_abi_and_young_calls_find_no_way_in(tool):
-    numbers = "(425, 434, 435, 437, 438, 443, 999, 0x40000000 + 39)"  # the last: x32 getpid
+def test_foreign_abi_and_calls_off_the_list_find_no_way_in(tool):
+    numbers = "(101, 317, 321, 425, 434, 435, 443, 999, 0x40000000 + 39)"  # the last: x32 getpid
     code = f"import ctypes\nset(ctypes.CDLL(None).syscall(n, 0, 0, 0, 0) for n in {numbers})"
     assert run(tool, code).text == "{-1}"
 
 
-def test_numbers_of_denied_calls_are_those_of_the_kernel_headers():
+def test_numbers_of_calls_are_those_of_the_kernel_headers():
     header = pathlib.Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("no kernel headers here")
     true = dict(re.findall(r"#define __NR_(\w+) (\d+)", header.read_text()))
-    ours = dict(re.findall(r"(\w+) (\d+)/", tools.DENIED + tools.CONDITIONAL))
-    assert ours and all(true[name] == number for name, number in ours.items())
+    assert {name: int(true[name]) for name in tools.NUMBERS} == tools.NUMBERS
 
 
-def test_every_guarantee_holds_here(tool):
-    assert len(tool.guarantees()) == 6 and all(tool.guarantees().values())
+def test_every_guarantee_holds_here():
+    assert len(tools.guarantees()) == 6 and all(tools.guarantees().values())
 
 
-ANOTHER_MACHINE = [sys.executable, "-c", "import platform, runpy\n"
-                   "platform.machine = lambda: 'riscv64'\n"
-                   f"runpy.run_path({tools.SELF!r}, run_name='__main__')"]
+def test_another_machine_lacks_the_locks(monkeypatch):
+    monkeypatch.setattr(tools.platform, "machine", lambda: "aarch64")
+    assert tools.missing_locks() == "Linux on x86_64"
 
 
 def test_where_a_lock_is_missing_it_refuses_unless_told(monkeypatch):
-    monkeypatch.setattr(tools, "PYTHON", ANOTHER_MACHINE)
-    with PythonTool() as tool, pytest.raises(RuntimeError, match="riscv64 .*unsafe=True"):
+    monkeypatch.setattr(tools, "missing_locks", lambda: "Landlock")
+    with PythonTool() as tool, pytest.raises(RuntimeError, match="missing: Landlock.*unsafe=True"):
         tool.run(["1"])
+    ends = {"ok": "6 * 7", "error": "1 / 0", "timeout": "import os\nos.fork()\nwhile True: pass",
+            "output_truncated": "print('x' * 10 ** 7)", "memory": "bytearray(10 ** 12)",
+            "crashed": "import os\nos.abort()"}
+    with PythonTool(unsafe=True, timeout=0.8, modules=()) as tool:
+        assert [one.outcome for one in tool.run([*ends.values()])] == [*ends]
+        assert run(tool, "input()", "typed").text == "'typed'"
+        assert not any(descendants(worker.process.pid) for worker in tool._workers)
+    assert [name for name, held in tools.guarantees().items() if held] == ["bounded memory"]
 
 
-def test_unsafe_runs_plain_processes_with_limits(monkeypatch):
-    monkeypatch.setattr(tools, "PYTHON", ANOTHER_MACHINE)
-    with PythonTool(unsafe=True, timeout=1) as tool:
-        codes = ["6 * 7", "1 / 0", "while True: pass", "print('x' * 10 ** 7)",
-                 "bytearray(10 ** 12)", "import os\nos.abort()", "input()"]
-        seen = tool.run(codes, [""] * 6 + ["typed"])
-        assert [one.outcome for one in seen] == ["ok", "error", "timeout", "output_truncated",
-                                                 "memory", "crashed", "ok"]
-        assert seen[0].text == "42" and seen[-1].text == "'typed'"
-        assert not any(tool.guarantees().values())
-
-
-@pytest.mark.parametrize("unsafe", [False, True])
-@pytest.mark.parametrize("trouble, sentence", [
-    ("timeout", r"ended with (timeout|sandbox_error)\. It has 0.0001 s"),
-    ("server", "does not start: its process ended with status 3 before it was ready"),
-])
-def test_no_trouble_but_a_missing_lock_leads_to_unsafe(monkeypatch, trouble, sentence, unsafe):
-    monkeypatch.setattr(tools, "PAUSES", ())
-    if trouble == "server":
-        monkeypatch.setattr(tools, "PYTHON", [sys.executable, "-c", "raise SystemExit(3)"])
-    tool = PythonTool(timeout=0.0001 if trouble == "timeout" else 5, modules=(), unsafe=unsafe)
-    with tool, pytest.raises(RuntimeError) as refused:
+def test_a_worker_that_does_not_start_is_named_and_unsafe_is_no_advice(monkeypatch):
+    monkeypatch.setattr(tools, "PYTHON", [sys.executable, "-c", "raise SystemExit(3)"])
+    with PythonTool() as tool, pytest.raises(RuntimeError, match="ended with status 3") as refused:
         tool.run(["1"])
-    assert re.search(sentence, str(refused.value)) and "unsafe" not in str(refused.value)
+    assert "unsafe" not in str(refused.value)
 
 
 # --- Calls ----------------------------------------------------------------------------------
 
 
-class Counting(PythonTool):
-    """Notes each program that really runs."""
-
-    def _call(self, code, stdin, raw):
-        vars(self).setdefault("ran", []).append(code)
-        return super()._call(code, stdin, raw)
-
-
-def test_equal_calls_run_once_and_the_newest_are_remembered(monkeypatch):
-    monkeypatch.setattr(tools, "REMEMBERED", 2)
-    with Counting(modules=()) as tool:
-        tool.guarantees()  # tries the locks, by a program
-        tool.ran = []
-        for code in "11223321":
-            assert tool.submit(ToolCall(code)).result().text == code
-        assert tool.ran == ["1", "2", "3", "1"]
-
-
-def test_a_time_out_is_shared_by_those_who_waited_and_by_nobody_later():
-    with Counting(timeout=0.2, workers=1, modules=()) as tool:
-        call = ToolCall("import time\ntime.sleep(9)")
-        waiting = [tool.submit(call) for _ in range(3)]
-        assert {run.result().outcome for run in waiting} == {"timeout"}
-        assert tool.ran.count(call.code) == 1
-        assert tool.submit(call).result().outcome == "timeout"
-        assert tool.ran.count(call.code) == 2
-
-
 def test_a_malformed_call_is_answered_by_its_fault_and_further_calls_are_named(tool):
     fault = tools.parse_tool_call("<tool_call>x</tool_call>")
-    assert tool.submit(fault).result() == tools.Observation(fault.message, "not_json", 0.0)
+    assert tool.submit(fault).result() == Observation(fault.message, "not_json", 0.0)
     note = "\n(Only the first call of this turn ran; 2 did not.)"
     assert tool.submit(ToolCall("6 * 7", ignored=2)).result().text == "42" + note
     assert tool.submit(ToolCall("6 * 7")).result().text == "42"
@@ -317,13 +260,9 @@ def test_silence_is_a_chain_of_its_place_alone():
         assert {tool.submit(fault, place).result().outcome for place in places} == {"not_json"}
 
 
-@pytest.mark.parametrize("option, status, text", [
-    ("--help", 0, "python tools.py"), ("-h", 0, "Outcomes"), ("--halp", 1, "found --halp")])
-def test_the_command_line_takes_help_and_nothing_else(option, status, text):
-    done = subprocess.run([sys.executable, tools.SELF, option], capture_output=True, text=True)
-    shown = done.stderr if status else done.stdout
-    assert done.returncode == status and text in shown
-    assert not status or shown.count("\n") == 1 and not done.stdout
+def test_the_command_line_takes_no_option():
+    done = subprocess.run([sys.executable, tools.SELF, "--help"], capture_output=True, text=True)
+    assert done.returncode == 1 and "python tools.py" in done.stderr
 
 
 # --- Faults of the sandbox itself ----------------------------------------------------------
@@ -343,25 +282,20 @@ def descendants(root):
     return found
 
 
-def alive(pids):
-    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
-
-
 SLOW_ANSWER = "import time\ntime.sleep(0.7)\nprint('answer')"
 
 
 @contextlib.contextmanager
-def killing(tool, victims, times):
-    """While the body runs: kill, so many times, what `victims` picks of the tool's processes."""
+def killing(tool, times):
+    """While the body runs: kill, so many times, every worker of the tool."""
     over = threading.Event()
 
     def kill():
         for _ in range(times):
             if over.wait(0.3):
                 break
-            for pid in victims(tool._zygote.process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for worker in list(tool._workers):
+                worker.process.kill()
     killer = threading.Thread(target=kill)
     killer.start()
     yield
@@ -369,16 +303,10 @@ def killing(tool, victims, times):
     killer.join()
 
 
-def workers_of(zygote):
-    below = descendants(zygote)
-    return [pid for pid in below if pid not in {p for one in below for p in descendants(one)}]
-
-
-@pytest.mark.parametrize("victims", [workers_of, lambda zygote: [zygote]], ids=["worker", "zygote"])
-def test_a_killed_helper_in_mid_call_is_replaced(victims):
+def test_workers_killed_in_mid_call_are_replaced():
     with PythonTool(workers=2, modules=()) as tool:
         tool.run(["1"])
-        with killing(tool, victims, times=1):
+        with killing(tool, times=1):
             seen = tool.run([SLOW_ANSWER] * 3)
         assert [one.text for one in seen] == ["answer"] * 3
 
@@ -387,7 +315,7 @@ def test_a_fault_at_every_attempt_is_a_sandbox_error(monkeypatch):
     monkeypatch.setattr(tools, "PAUSES", (0,))
     with PythonTool(workers=1, modules=()) as tool:
         tool.run(["1"])
-        with killing(tool, workers_of, times=99):
+        with killing(tool, times=99):
             assert run(tool, SLOW_ANSWER).outcome == "sandbox_error"
         assert run(tool, "1").text == "1"
 
@@ -444,9 +372,9 @@ def test_nothing_outlives_a_killed_trainer():
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 5
-    while alive(below) and time.monotonic() < deadline:
+    while any(os.path.exists(f"/proc/{pid}") for pid in below):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not alive(below)
 
 
 def test_nothing_is_left_after_close():
@@ -550,33 +478,31 @@ def test_hostile_corpus_quick_part():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("landlock", [True, False])
-def test_hostile_corpus(landlock):
-    assert run_corpus(corpus(), timeout=3, landlock=landlock) == []
+def test_hostile_corpus():
+    assert run_corpus(corpus(), timeout=3) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("landlock", [True, False])
-def test_hostile_corpus_as_an_unprivileged_user(landlock):
+def test_hostile_corpus_as_an_unprivileged_user():
     rows, home = corpus(), pathlib.Path(tempfile.mkdtemp())
     python, nobody = unprivileged_python()
     for source in (tools.SELF, HERE, CORPUS):
         shutil.copy(source, home)
     subprocess.run(["chmod", "-R", "a+rX", home], check=True)
-    done = subprocess.run([*nobody, python, home / HERE.name, f"landlock={landlock}", "timeout=3"],
-                          capture_output=True, text=True, cwd="/")
+    done = subprocess.run([*nobody, python, home / HERE.name], capture_output=True, text=True,
+                          cwd="/")
     shutil.rmtree(home)
     assert (done.stdout, len(rows)) == ("[]\n", 208), done.stderr
 
 
 def unprivileged_python():
-    """An interpreter that a user without rights can start; UNPRIVILEGED_PYTHON names another."""
+    """An interpreter that a user without rights can start, and how."""
     if os.getuid():
         return sys.executable, []
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "HOME=/tmp"]
-    for python in (os.environ.get("UNPRIVILEGED_PYTHON"), sys.executable, "/usr/bin/python3"):
-        check = "import sys; sys.exit(sys.version_info < (3, 10))"
-        with contextlib.suppress(OSError, TypeError):
+    for python in (sys.executable, "/usr/bin/python3"):
+        check = "import sys; sys.exit(sys.version_info < (3, 11))"
+        with contextlib.suppress(OSError):
             if subprocess.run([*nobody, python, "-c", check], capture_output=True).returncode == 0:
                 return python, nobody
     pytest.skip("no interpreter here that an unprivileged user can start")
@@ -618,5 +544,4 @@ def test_a_trainer_that_burns_every_core_condemns_nobody():
 
 if __name__ == "__main__":
     CORPUS = CORPUS if CORPUS.exists() else HERE.parent / CORPUS.name
-    print(run_corpus(corpus(), **{key: ast.literal_eval(value) for key, value in
-                                  (word.split("=") for word in sys.argv[1:])}))
+    print(run_corpus(corpus(), timeout=3))
