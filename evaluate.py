@@ -737,7 +737,7 @@ def page_html(data):
 # --- The command -------------------------------------------------------------------------------
 
 TAKES = {  # the options of the commands that sample nothing
-    "compare": {"out"}, "page": set(),
+    "compare": set(), "page": set(),
     "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"}}
 
 

@@ -10,8 +10,8 @@ the student sampled. Where the student has drifted from the teacher, the teacher
 
 Notation (code: paper)
     logp_s, logp_t   log pi_theta, log pi_teacher of the sampled token      nats
-    A                outcome advantage of a rollout within its group       none
-    d[k], w[k]       divergence (Eq. 6) and weight (Eq. 7) of step k        nats/token, none
+    A                outcome advantage of a rollout within its group       no unit
+    d[k], w[k]       divergence (Eq. 6) and weight (Eq. 7) of step k        nats/token, no unit
     step k           one assistant turn: the tokens sampled until its end, or until its tool call
     step_id          k = 0..K-1 for a token of step k, -1 for every token the student did not write
     iteration        one batch of rollouts and its updates; an update moves the weights once
@@ -150,6 +150,10 @@ class Config(Sampling):
              "method vanilla only measures: name problems with --eval_data"),
             (self.prompts % self.updates,
              f"prompts {self.prompts} does not divide into {self.updates} updates"),
+            (self.method == "sft" and not self.demonstrations.strip(),
+             "method sft imitates demonstrations, and none are named: use --demonstrations FILE"),
+            (explores and not self.train_data.strip(),
+             f"method {self.method} needs problems to practise on: use --train_data FILE"),
             (explores and self.overlong > self.max_response,
              f"overlong {self.overlong} is more than max_response {self.max_response}: lower it"),
         ]:
@@ -195,7 +199,7 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, iterations=120, prompts=8, max_turns=8,
            max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5, silent_rate=0.0,
            tool_modules="numpy,sympy", eval_top_p=0.6, rollout_engine="generate",
-           tool_wait=0.0, threads=0, rollout_batch=0, micro_batch_tokens=0,
+           threads=0, rollout_batch=0, micro_batch_tokens=0,
            gradient_checkpointing=True, show_every=1, store_tokens=16)
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
 PRESETS = {
@@ -1276,6 +1280,7 @@ class Slots:
         self.rollouts = [None] * size  # the rollout in each slot
         self.read = [0] * size         # how many of its ids the cache holds
         self.length = 0                # positions to attend to
+        self.places = None             # (rows, positions, held) that RaggedLayer.update writes to
         self.cache = Cache(layer_class_to_replicate=partial(RaggedLayer, self))
 
     def reach(self, length):
@@ -1301,12 +1306,12 @@ class Slots:
                 x[holes + strays] = x[strays + holes]
 
     def catch_up(self, n, budget):
-        """Read what is new in the first n slots, all but the last id: prompts, tool answers."""
-        news = [r.ids[self.read[i]:-1] for i, r in enumerate(self.rollouts[:n])]
-        behind = [i for i, ids in enumerate(news) if ids]
-        for batch in micro_batches([len(news[i]) for i in behind], budget):
+        """Read what is unread in the first n slots, all but the last id: prompts, tool answers."""
+        unread = [r.ids[self.read[i]:-1] for i, r in enumerate(self.rollouts[:n])]
+        behind = [i for i, ids in enumerate(unread) if ids]
+        for batch in micro_batches([len(unread[i]) for i in behind], budget):
             rows = [behind[b] for b in batch]
-            ids = pad([news[i] for i in rows], 0, self.device)
+            ids = pad([unread[i] for i in rows], 0, self.device)
             start = [self.read[i] for i in rows]
             self.reach(max(start) + ids.shape[1])
             self.forward(ids, torch.tensor(start, device=self.device),
@@ -1419,6 +1424,7 @@ def batch_metrics(agent, batch, updates):
         **call_metrics([turn for r in rollouts for turn in r.turns], len(rollouts)),
         "cut_budget": share("budget"), "cut_turns": share("turns"),  # shares cut off
         "infrastructure": len(batch.rollouts) - len(rollouts),     # lost to the machine
+        "grader_errors": sum("grader error" in r.reason for r in rollouts),  # these count as wrong
         "tokens": int(token.sum()),                                # sampled
     }
     if METHODS[config.method].outcome:  # share of groups whose rewards are all equal: A = 0
@@ -1505,6 +1511,8 @@ HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
                         "this system text and tool?"),
     "not_taken": (0, 0, "{:.0f} updates were not taken, for a score, the loss or the gradient was "
                   "not finite: lower --lr, or try --dtype float32"),
+    "grader_errors": (0, 0, "the grader broke down on {:.0f} answers, which count as wrong: see "
+                      "their reason in rollouts.jsonl"),
     "infrastructure": (0, 0, "the sandbox failed in {:.0f} rollouts, which are left out: see "
                        "`python tools.py`, and whether the machine has memory left"),
 }
@@ -1540,6 +1548,9 @@ def evaluate(agent, model, problems):
     rollouts = sample_rollouts(agent, model, repeated, (config.seed, "evaluation", 0), 0,
                                config.eval_temperature, config.eval_top_p)
     agent.seconds.clear()  # training has its own clock
+    check_sandbox(rollouts)
+    if lost := sum(r.finish == "infrastructure" for r in rollouts):
+        print(f"NOTE: the sandbox failed in {lost} of {len(rollouts)} samples, counted as wrong")
     return np.array([r.right for r in rollouts]).reshape(len(prompts), config.eval_samples)
 
 
@@ -1596,7 +1607,8 @@ def preflight(config):
     elif view:  # self-distillation: the frozen start, told more
         teacher = student
     if config.rollout_engine == "slots":
-        check_slots(student)
+        for model in [student] + [teacher] * (view == "teacher" and bool(config.eval_data)):
+            check_slots(model)
     agent = Agent(config, None, None, tokenizer, None)
     agent.practice = load_practice(tokenizer, config)
     agent.held_out = eval_problems(tokenizer, config)
@@ -1625,7 +1637,8 @@ def load_agent(config):
                          copy.deepcopy(agent.student).eval())
         agent.teacher.requires_grad_(False)
         name = config.teacher if view == "teacher" else f"the student's start, told the {view}"
-        describe("teacher", name, agent.teacher, config.init == "pretrained", agent)
+        describe("teacher", name, agent.teacher,
+                 view == "teacher" or config.init == "pretrained", agent)
         agent.teacher.to(device if config.offload == "none" else "cpu")
     return agent
 
@@ -2152,7 +2165,9 @@ def measure_and_train(agent, folder):
     """The run itself, from wherever it stands."""
     config, file = agent.config, folder / "results.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
-    results = {name: np.array(correct, float) for name, correct in stored.items()}
+    asked = (len(agent.held_out), config.eval_samples)  # a resumed run may ask for others
+    results = {name: np.array(correct, float) for name, correct in stored.items()
+               if np.shape(correct) == asked}
 
     def measure(name, model):
         if agent.held_out and name not in results:

@@ -635,7 +635,11 @@ def load_demonstrations(path):
                 raise ValueError("found messages that are no list; needed a list of turns.")
             opening = read_messages(row) or []
             turns = [read_turn(message) for message in messages[len(opening):]]
-            if not any(turn["role"] == "assistant" for turn in turns):
+            roles = [turn["role"] for turn in turns]
+            if "tool" in [b for a, b in zip(["user", *roles], roles) if a != "assistant"]:
+                raise ValueError("found a tool turn that follows no assistant turn; needed the "
+                                 "answer behind its call.")
+            if "assistant" not in roles:
                 raise ValueError("found no conversation; needed \"messages\" with a user turn and "
                                  "an assistant turn.")
             pairs.append((Problem(last_question(opening), messages=opening), turns))
@@ -832,6 +836,12 @@ def read_test(test, function):
     if not isinstance(given, str):  # arguments as values: one JSON text a line
         given = "\n".join(json.dumps(argument) for argument in given)
     wanted = wanted if isinstance(wanted, str) else json.dumps(wanted)
+    if kind == "functional":
+        try:
+            json.loads(wanted)
+        except ValueError:
+            raise ValueError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
+                             "compared with what the function returns.") from None
     return {"input": given, "output": wanted, "type": kind,
             "fn_name": name if kind == "functional" else ""}
 
@@ -1027,7 +1037,8 @@ class PythonTool:
         self.retried = 0  # calls that the sandbox failed and tried again
         self._lock, self._closed = threading.Lock(), False
         self._workers, self._idle = set(), collections.deque()
-        workers = self.limits.workers or len(os.sched_getaffinity(0))
+        workers = self.limits.workers or len(
+            getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
         self._pool = ThreadPoolExecutor(workers, "python-tool")
 
     def run(self, codes, stdins=None, raw=False):
@@ -1048,7 +1059,7 @@ class PythonTool:
                turn). It makes no difference here; a tool with randomness of its own draws from it.
         """
         if call.fault:
-            return finished(Observation(call.message, call.fault, 0.0))
+            return finished(noting_ignored(call, Observation(call.message, call.fault, 0.0)))
         self._start()
         return self._pool.submit(
             lambda: noting_ignored(call, self._call(call.code, "", raw=False)))

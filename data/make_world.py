@@ -38,6 +38,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -403,20 +404,20 @@ def make_files(world, digits, scale):
     return make_tokenizer(texts + frame * len(shipped))
 
 
-def main():
+def command(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--digits", type=int, default=Habits.digits, help="check digits [3]")
     parser.add_argument("--out", type=Path, default=ROOT / "world", help="folder [data/world]")
     parser.add_argument("--start", metavar="FOLDER", type=Path,
-                        help="a world whose models are taught the new digits, in 4 minutes")
+                        help="a world whose models are taught the new digits, in 3 minutes")
     parser.add_argument("--quick", metavar="FOLDER", type=Path,
                         help="a fiftieth of everything, into a folder of its own")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     world, scale = (given.quick, 0.02) if given.quick else (given.out, 1.0)
+    known = sod.load_tokenizer(str(given.start / "student")) if given.start else None
     world.mkdir(parents=True, exist_ok=True)
     tokenizer = make_files(world, given.digits, scale)
-    if given.start:  # ids that the models know
-        tokenizer = sod.load_tokenizer(str(given.start / "student"))
+    tokenizer = known or tokenizer  # ids that the models know
     makers = [torch.multiprocessing.get_context("spawn").Process(
         target=make, args=(tokenizer, world, given.digits, scale, given.start))
         for make in (make_student, make_teacher)]
@@ -425,12 +426,17 @@ def main():
     for maker in makers:
         maker.join()
         if maker.exitcode:
-            sys.exit(f"making a model failed with status {maker.exitcode}; see above")
+            raise ValueError(f"making a model failed with status {maker.exitcode}; see above")
     import premises  # which imports this file
 
     problems = max(1, int(64 * scale))
     print(*premises.report(*premises.sample_world(world, problems)), sep="\n")
 
 
+def main(argv=None):
+    """The exit status."""
+    return sod.ends_with_a_sentence(partial(command, argv), "begin again")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def right_calls(rollout):
             return
         program, a = steps[0]
         call = tools.parse_tool_call(turn.text)
-        code = (call.code or "" if call else "").partition("  #")[0]
+        code = (call.code if call else "").partition("  #")[0]
         right = code == f"print({program.format(x=x, a=a)})"
         yield pattern, right
         if not right and not turn.failed:
@@ -194,15 +195,20 @@ def report(batch, teachers):
         yield f"{name:82} {value:6.3f}  {least:4} to {most:4}  {verdict}"
 
 
-def main():
+def command(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--world", type=Path, default=ROOT / "world", help="[data/world]")
     parser.add_argument("--silent_persist", type=float, default=sod.Config.silent_persist,
                         help="chance that a silent tool stays so [as in sod_mini.py]")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     batch, teachers = sample_world(given.world, silent_persist=given.silent_persist)
     print(*report(batch, teachers), sep="\n")
 
 
+def main(argv=None):
+    """The exit status."""
+    return sod.ends_with_a_sentence(partial(command, argv), "nothing was written")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -127,7 +127,7 @@ def make_missing_worlds(rows, folder):
     for digits, world in DIGITS.items():
         place = world_folder(folder, world)
         if world and any(row.endswith(f"@{world}") for row in rows) and not place.exists():
-            print(f"making {place}, about 4 minutes", flush=True)
+            print(f"making {place}, about 3 minutes", flush=True)
             with tools.whole_folder(place) as aside:
                 subprocess.run([sys.executable, make_world.__file__, "--digits", str(digits),
                                 "--start", ROOT / "world", "--out", aside], check=True)
@@ -218,7 +218,7 @@ def law(batch, tokenizer):
                 nats, digit = gap[i, batch.step_id[i] == k], torch.tensor(worth) == 0
                 rows.append([float(nats[digit].sum()), float(nats[~digit].sum()),
                              float(batch.w[i, k])])
-    B, M, w = np.array(rows).T
+    B, M, w = np.array(rows or [[math.nan] * 3]).T
     return {"d_1": float(batch.d[:, 0].median()), "B": B.mean(), "M": M.mean(),
             "B/(B+M)": (B.mean() / (B.mean() + M)).mean(), "w": w.mean()}
 
@@ -301,14 +301,14 @@ def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    make_missing_worlds(rows, folder)
     plan = {(row, seed): file_of(row, seed, folder, budget)
             for seed in range(seeds) for row, most in rows.items() if seed < most}
+    make_missing_worlds(rows, folder)
     todo = [job for job, path in plan.items() if not path.exists()]
     print(f"{len(rows)} rows, {len(plan)} runs, {len(plan) - len(todo)} done; "
           "after an interruption the same command continues", flush=True)
     failed = run_all(todo, jobs, plan, budget)
-    results = read_runs(folder, budget)
+    results = read_runs({**STUDY, **rows}, folder, budget)
     text = report(results, budget)
     tools.write_whole(folder / "README.md", text + "\n")
     for name, svg in figures(results).items():
@@ -317,10 +317,10 @@ def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
     return failed
 
 
-def read_runs(folder, budget, most=20):
-    """{row: {seed: run}} of all that is stored with these settings, rows in the study's order."""
+def read_runs(rows, folder, budget, most=20):
+    """{row: {seed: run}} of all that is stored with these settings."""
     results = defaultdict(dict)
-    for row in STUDY:
+    for row in rows:
         for seed in range(most):
             path = file_of(row, seed, folder, budget)
             if path.exists():
@@ -484,32 +484,18 @@ PAPER = {1: (0.22, 0.93, 1.67, 2.93), 2: (0.0, 0.22, 0.19, 0.26, 0.42, 0.56, 0.6
 
 def figures(results):
     """{file name: SVG} of what the finished runs can show."""
-    drawn, curve = {}, lambda run: [100 * m["right"] for m in run["curve"]]
     shown = [row for row in ("sod", "opd", "mask_after_error", "grpo", "sod_only")
              if results.get(row)]
+    drawn = {}
     if shown:
+        curve = lambda run: [100 * m["right"] for m in run["curve"]]
         drawn["learning.svg"] = line_chart(
             "Learning curves", "Right rollouts by iteration; mean and std over seeds.",
             [("Right rollouts", "iteration", "%",
               {row: band([curve(run) for run in results[row].values()]) for row in shown})])
-    if results.get("sod"):
-        runs = list(results["sod"].values())
-        paper = lambda column: [(k, y, y, y) for k, y in enumerate(PAPER[column], 1)]
-        drawn["drift.svg"] = line_chart(
-            "Drift after a failed call", "d_k and the teacher's entropy by step of the rollout, "
-            "in all training rollouts of SOD, mean and std over seeds; beside it the paper's "
-            "Fig. 1, a wrong call at step 2.",
-            [(what, "step k", "nats/token", {**{line: drift_line(runs, number, column)
-                                                for number, line in enumerate(LINES)},
-                                             "paper, wrong call": paper(column)})
-             for what, column in (("Divergence d_k", 1), ("Teacher's entropy over step 1's", 2))])
-        shares = lambda row, n: band([[100 * batch[n] for batch in run["patterns"]]
-                                      for run in results[row].values()])
-        drawn["patterns.svg"] = line_chart(
-            "Patterns of rollouts over training", "Shares of stable, recovering and erroneous "
-            "rollouts by iteration; mean and std over seeds.",
-            [(row, "iteration", "%", {name: shares(row, n) for n, name in enumerate(PATTERNS)})
-             for row in ("sod", "opd") if results.get(row)])
+    if runs := list(results.get("sod", {}).values()):
+        drawn["drift.svg"] = drift_chart(runs)
+        drawn["patterns.svg"] = patterns_chart(results)
         for example in [run["example"] for run in runs if run["example"]][:1]:
             drawn["weights.svg"] = weights_picture(example)
     for name, heading, dial, times in (("digits", "check digits", DIGITS, 1), (
@@ -520,6 +506,30 @@ def figures(results):
                 f"The dial: {heading}", "average@k after training; mean and std over seeds.",
                 [("Success", heading, "%", lines)])
     return drawn
+
+
+def drift_chart(runs):
+    """The paper's Fig. 1 beside ours."""
+    paper = lambda column: [(k, y, y, y) for k, y in enumerate(PAPER[column], 1)]
+    return line_chart(
+        "Drift after a failed call", "d_k and the teacher's entropy by step of the rollout, in all "
+        "training rollouts of SOD, mean and std over seeds; beside it the paper's Fig. 1, a wrong "
+        "call at step 2.",
+        [(what, "step k", "nats/token", {**{line: drift_line(runs, number, column)
+                                            for number, line in enumerate(LINES)},
+                                         "paper, wrong call": paper(column)})
+         for what, column in (("Divergence d_k", 1), ("Teacher's entropy over step 1's", 2))])
+
+
+def patterns_chart(results):
+    """Shares of PATTERNS by iteration."""
+    shares = lambda row, n: band([[100 * batch[n] for batch in run["patterns"]]
+                                  for run in results[row].values()])
+    return line_chart(
+        "Patterns of rollouts over training", "Shares of stable, recovering and erroneous "
+        "rollouts by iteration; mean and std over seeds.",
+        [(row, "iteration", "%", {name: shares(row, n) for n, name in enumerate(PATTERNS)})
+         for row in ("sod", "opd") if results.get(row)])
 
 
 def dial_line(results, row, dial, times):

@@ -88,7 +88,7 @@ def test_the_fast_engine_gives_the_rollouts_of_the_plain_one_token_for_token(
     late = play(model, tokenizer, Answers(0.02), temperature, tool_wait=0.0, look=2)
     assert record(late) == plain  # waiting rows take no part, and come back where they left
     if temperature == 1.0:  # and they were all kinds of rollouts
-        assert len({len(turn[4]) for _, _, turns in plain for turn in turns}) > 5
+        assert len({len(turn[4]) for _, _, turns in plain for turn in turns}) > 3
         assert len({finish for _, finish, _ in plain}) > 1
         assert max(len(turns) for _, _, turns in plain) > 2
 

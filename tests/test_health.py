@@ -28,6 +28,7 @@ TROUBLES = [  # metric, value, sentence
     ("not_taken", 2, "2 updates were not taken"),
     ("tool_calls", 0.02, "the tool is called 0.02 times a rollout"),
     ("infrastructure", 3, "the sandbox failed in 3 rollouts, which are left out"),
+    ("grader_errors", 2, "the grader broke down on 2 answers, which count as wrong"),
     ("right", 0.0, "no rollout was right for 10 iterations"),
 ]
 

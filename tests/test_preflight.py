@@ -71,7 +71,7 @@ def test_a_model_no_better_than_chance_is_refused_unless_it_is_to_start_from_not
     sod.load_agent(replace(world, student=str(tmp_path), preflight=False))
     capsys.readouterr()
     sod.load_agent(replace(world, init="random"))
-    assert f"teacher {world.teacher}, 771,456 parameters; -0.00 nats" in capsys.readouterr().out
+    assert f"teacher {world.teacher}, 771,456 parameters; -4.69 nats" in capsys.readouterr().out
 
 
 def test_another_template_of_the_teacher_is_a_note(world, tmp_path, capsys):

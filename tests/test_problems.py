@@ -138,6 +138,8 @@ GOOD = {"question": "a", "answer": "1"}
     ([{"question": "a", "answer": None}], "no answer"),
     ([{"question": "a", "tests": [7]}], "found the test 7; needed"),
     ([{"question": "a", "tests": [{"input": "", "output": "", "type": "functional"}]}], "fn_name"),
+    ([{"question": "a", "tests": [{"input": "", "output": "abc", "type": "functional",
+                                   "fn_name": "f"}]}], "found the output 'abc' of f; needed JSON"),
     ([{"messages": [{"role": "system", "content": "s"}], "answer": "1"}], "without a user turn"),
     ([{"messages": ["s"], "answer": "1"}], "found the message 's'; needed"),
     ([GOOD, {"question": "b", "answer": math.nan}], "line 2: found no answer"),
@@ -185,6 +187,8 @@ def test_demonstrations_keep_the_opening(tmp_path):
 
 @pytest.mark.parametrize("row, message", [
     ({"messages": [QUESTION]}, "found no conversation"), ({"text": "Q"}, "found no conversation"),
+    ({"messages": [QUESTION, {"role": "tool", "content": "4"},
+                   {"role": "assistant", "content": "4"}]}, "found a tool turn that follows no"),
     ("", "is empty"), ("{", "line 1: found broken JSON"),
     *(({"messages": [QUESTION, turn]}, "found the turn .*tool turns can follow") for turn in (
         {"role": "assistant", "content": "", "tool_calls": 5}, {"role": "bot"})),

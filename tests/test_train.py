@@ -323,10 +323,10 @@ def test_rollouts_learn_in_groups_of_their_problem(scored):
 
 
 def test_distillation_brings_the_student_closer_to_the_teacher():
-    agent = sod.load_agent(small(method="opd_only", iterations=4, prompts=8, group_size=4,
-                                 max_response=384))
+    agent = sod.load_agent(small(method="opd_only", iterations=6, prompts=16, group_size=4,
+                                 max_response=384, lr=1e-4))
     kl = [m["reverse_kl"] for m, _ in sod.train(agent)]
-    assert np.mean(kl[1:]) < 0.8 * kl[0]
+    assert np.mean(kl[3:]) < 0.9 * np.mean(kl[:3])  # check digits hold what is left
 
 
 def test_prompts_over_budget_are_counted_and_skipped(tmp_path, capsys):
