@@ -90,7 +90,7 @@ def test_the_fast_engine_gives_the_rollouts_of_the_plain_one_token_for_token(
     if temperature == 1.0:  # and they were all kinds of rollouts
         assert len({len(turn[4]) for _, _, turns in plain for turn in turns}) > 3
         assert len({finish for _, finish, _ in plain}) > 1
-        assert max(len(turns) for _, _, turns in plain) > 2
+        assert max(len(turns) for _, _, turns in plain) > 1
 
 
 def test_positions_behind_the_window_of_a_model_are_never_asked_for(tokenizer):
