@@ -1,7 +1,7 @@
 """The study: the paper's methods in the embedded world, over seeds, and two dials of that world.
 
-    python data/study.py                               everything, about @@ hours on two cores
-    python data/study.py --rows sod opd mask_after_error grpo --seeds 5     under an hour
+    python data/study.py                               everything, about 4 hours on two cores
+    python data/study.py --rows sod opd mask_after_error grpo --seeds 5     half an hour
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
 continues an interrupted study. It ends with tables and figures in runs/study, of all runs that are
