@@ -36,7 +36,7 @@ PATTERNS = ("first", "clean", "after one", "after more", "recovered")
 # --- What a batch shows ----------------------------------------------------------------------
 
 
-def patterns(rollout):
+def step_patterns(rollout):
     """The pattern of each step of a rollout."""
     found, failures, before = [], 0, False
     for k, turn in enumerate(rollout.turns):
@@ -58,7 +58,7 @@ def drift(batch):
     """{pattern: (steps, median d, mean w, the teacher's mean entropy)}, entropy in nats a token."""
     steps, entropy = defaultdict(list), step_entropy(batch)
     for i, rollout in enumerate(batch.rollouts):
-        for k, pattern in enumerate(patterns(rollout)):
+        for k, pattern in enumerate(step_patterns(rollout)):
             steps[pattern].append([float(x[i, k]) for x in (batch.d, batch.w, entropy)])
     rows = {pattern: np.array(steps.get(pattern, [[np.nan] * 3])) for pattern in PATTERNS}
     return {pattern: (len(steps[pattern]), np.median(d), w.mean(), h.mean())
@@ -84,7 +84,7 @@ def right_calls(rollout):
     """
     question = rollout.problem.question
     steps, x = instructions(question), re.search(r"\d+", question)[0]
-    for pattern, turn in zip(patterns(rollout), rollout.turns):
+    for pattern, turn in zip(step_patterns(rollout), rollout.turns):
         if not steps:
             return
         program, a = steps[0]
@@ -112,7 +112,7 @@ def success(rollouts):
     """{how its calls failed: (rollouts, share of right ones)}"""
     groups = defaultdict(list)
     for rollout in rollouts:
-        seen = set(patterns(rollout))
+        seen = set(step_patterns(rollout))
         groups["two failures in a row" if "after more" in seen else
                "single failures" if "after one" in seen else "no failed call"].append(rollout.right)
     return {name: (len(groups[name]), float(np.mean(groups[name])) if groups[name] else np.nan)

@@ -212,7 +212,7 @@ def law(batch, tokenizer):
     """
     gap, rows = (batch.logp_s - batch.logp_t).abs(), []
     for i, rollout in enumerate(batch.rollouts):
-        for k, pattern in enumerate(premises.patterns(rollout)):
+        for k, pattern in enumerate(premises.step_patterns(rollout)):
             if pattern == "clean":
                 worth = make_world.token_worth(tokenizer, rollout.turns[k].ids, 0.0)
                 nats, digit = gap[i, batch.step_id[i] == k], torch.tensor(worth) == 0
@@ -266,7 +266,8 @@ def signal_of(agent):
 
 def signal_classes(batch):
     """{class: (B, T) bool}: all tokens, then those of the steps of each pattern."""
-    number = [[premises.PATTERNS.index(p) for p in premises.patterns(r)] for r in batch.rollouts]
+    number = [[premises.PATTERNS.index(p) for p in premises.step_patterns(r)]
+              for r in batch.rollouts]
     kind = sod.pad(number, -1, batch.ids.device).gather(1, batch.step_id.clamp(min=0))
     sampled = batch.step_id >= 0
     return {"all": sampled, **{name: sampled & (kind == n)

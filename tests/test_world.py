@@ -160,7 +160,7 @@ def test_patterns_and_right_calls_of_a_rollout():
         (call("print(82 - 133)"), "ok", "-51"),
         (call("print(51 * 51)"), "ok", "2601"),           # wrong, answered: the path ends here
         (call("print(-51 * -51)"), "ok", "2601"))
-    assert premises.patterns(rollout) == ["first", "clean", "after one", "after more",
+    assert premises.step_patterns(rollout) == ["first", "clean", "after one", "after more",
                                           "recovered", "recovered"]
     assert list(premises.right_calls(rollout)) == [
         ("first", True), ("clean", False), ("after one", False), ("after more", True),
