@@ -40,7 +40,7 @@ def load_tool_once(modules, silent_rate):
 def command(tmp_path, arguments="", module="sod_mini"):
     """The exit status of a command line, in which HERE is the test's folder."""
     base = f"{BASE} --train_data HERE/few.jsonl" if module == "sod_mini" else ""
-    place = "" if re.search("--rescore|--download|--version", arguments) else "--out HERE/out"
+    place = "" if re.search("--rescore|--compare|--version", arguments) else "--out HERE/out"
     words = shlex.split(f"{base} {place} {arguments}".replace("HERE", str(tmp_path)))
     try:
         return importlib.import_module(module).main(words)
