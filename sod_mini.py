@@ -1701,8 +1701,9 @@ def load_model(path, device, dtype, init="pretrained"):
 
 
 def enable_checkpointing(model):
-    """Recompute activations in backward."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    """Recompute activations in backward; transformers 5.17 knows only the older name."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @torch.no_grad()
