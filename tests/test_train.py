@@ -392,3 +392,14 @@ def test_presets_set_the_papers_numbers_and_options_win_over_them():
 def test_other_data_select_the_gpu_preset_and_the_world_spelled_otherwise_does_not(arguments,
                                                                                   preset):
     assert sod.parse_config(arguments)[1] == preset
+
+
+def test_the_student_is_scored_and_updated_in_train_mode_and_samples_in_eval_mode(monkeypatch):
+    modes = {}
+    for name in ("grade_rollout", "score", "backpropagate"):
+        real = getattr(sod, name)
+        monkeypatch.setattr(sod, name, lambda *args, name=name, real=real: (
+            modes.setdefault(name, agent.student.training), real(*args))[1])
+    agent = sod.load_agent(small(method="grpo", iterations=1))
+    list(sod.train(agent))
+    assert modes == {"grade_rollout": False, "score": True, "backpropagate": True}
