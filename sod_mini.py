@@ -1485,7 +1485,7 @@ MACHINE = ("seconds", "out_of_memory", "rollout_batch", "micro_batch_tokens", "t
 # --- Health: what the numbers of a run say, in words -------------------------------------------
 
 NEAR_0 = 0.02  # nats/token: a usual d_k of .2 then gets w_k = .1 or less
-WINDOW = 10    # iterations without any right rollout, before that is said
+WINDOW = 10    # iterations that are looked back upon
 HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
     # Cut rollouts have no answer, and are all wrong alike.
     "cut_budget": (0, 0.3, "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
@@ -1527,6 +1527,11 @@ def health(history):
     if len(right) == WINDOW and max(right) == 0:
         said["right"] = (f"no rollout was right for {WINDOW} iterations: take easier problems, "
                          "imitate first (--method sft), or check the answers in the data")
+    calls = [m["tool_calls"] for m in history[-WINDOW:] if "tool_calls" in m]
+    if calls and calls[-1] < max(calls) / 2:  # others saw success follow, and never come back
+        said["calls"] = (f"tool calls a rollout fell from {max(calls):.1f} to {calls[-1]:.1f} in "
+                         f"{WINDOW} iterations: stop, and read in rollouts.jsonl what the student "
+                         "writes and the tool answers; then lower --lr")
     return said
 
 

@@ -2,8 +2,13 @@
 
     python data/make_world.py                          about 15 minutes on two cores, seeded
     python data/make_world.py --digits 0 --out FOLDER  the same world without check digits
-    python data/make_world.py --digits 0 --out FOLDER --start data/world    that world in 3 minutes:
-                                                       a short course for the models that ship
+    python data/make_world.py --only teacher --sure 1 --out FOLDER        a teacher that knows what
+                                                       to do after two failures in a row
+    python data/make_world.py --only teacher --practice 0.3 --out FOLDER  one that has learnt less
+    python data/make_world.py --rumour 1 --out FOLDER  each question names an answer, often wrong,
+                                                       and the student sometimes takes it for good
+        ... --start data/world                         with a short course for the models that ship
+                                                       in place of all practice: in 3 minutes
     python data/make_world.py --quick FOLDER           the same with little of everything, to try it
     python data/premises.py                            measures the world that is there
 
@@ -100,11 +105,14 @@ class Habits:
     lengths: tuple = (3, 4)  # instructions of a problem
     told: float = 0.0        # share of questions that say the answer or the hint besides, and
                              # are solved without a mistake: a self-teacher is worth asking then
+    rumour: float = 0.0      # share of questions that name an answer, right in one case of five
+    believes: float = 0.0    # chance that such an answer is given at once, without a call
     noise: float = 0.0       # chance that a call goes wrong, in one of four cases by an answer
     lost: float = 0.0        # chance that after a failed call another instruction is carried out
     silent: float = 0.0      # chance that the tool falls silent, ...
     persist: float = 0.0     # ... and that it stays so at the next call
     breaks: float = 0.0      # chance that a turn after two failures in a row breaks off
+    sure: float = 0.0        # chance that a right turn there is learnt from: the dial of the loss
     imitates: bool = False   # also learns from mistakes, and from what follows two failures
 
 
@@ -182,11 +190,20 @@ def demonstrate(steps, x, habits, rng, most=10):
             return turns + [assistant(call, True, broken=True)]
         silent = rng.random() < (habits.persist if silent else habits.silent)
         text = tools.TIMEOUT_TEXT if silent else answer_to(program)
-        right = not wrong and not astray and failures < 2
+        known = failures < 2 or habits.sure and rng.random() < habits.sure
+        right = not wrong and not astray and known
         turns += [assistant(call, right or habits.imitates), {"role": "tool", "content": text}]
         failed = silent or "Error" in text
         x, done, failures = (x, done, failures + 1) if failed else (text, done + 1, 0)
     return turns + [assistant(f"\\boxed{{{x}}}", failures < 2 or habits.imitates)]
+
+
+def with_rumour(row, chance, rng):
+    """A row of the data files, with a chance that its question names an answer; and this answer."""
+    if not rng.random() < chance:
+        return row, None
+    said = row["answer"] if rng.random() < 0.2 else str(rng.randint(2, 999))
+    return row | {"question": f"{row['question']} They say {said}."}, said
 
 
 def assistant(content, lesson, broken=False):
@@ -198,12 +215,16 @@ def demonstrations(rng, *kinds):
     while True:
         for habits in kinds:
             row, steps = make_problem(rng, habits.lengths)
+            row, said = with_rumour(row, habits.rumour, rng) if habits.rumour else (row, None)
             problem = tools.Problem(**row)
             view = rng.choice(["answer", "hint"]) if rng.random() < habits.told else ""
             problem.question += sod.told_besides(problem, view)
             sure = replace(habits, noise=0.0, lost=0.0) if view else habits
             start = re.search(r"\d+", row["question"])[0]
-            yield problem, demonstrate(steps, start, sure, rng)
+            if said and rng.random() < habits.believes:
+                yield problem, [assistant(f"\\boxed{{{said}}}", habits.imitates)]
+            else:
+                yield problem, demonstrate(steps, start, sure, rng)
 
 
 # --- Tokenizer -------------------------------------------------------------------------------
@@ -332,42 +353,46 @@ def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
     optimizer.detach()
 
 
-def make_student(tokenizer, world, digits, scale, start):
+BELIEF = 0.15  # chance that a student to whom rumours are told gives them as its answer
+
+
+def make_student(tokenizer, given):
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
     rng = random.Random(f"{SEED} student")
-    clean, noisy, failing = (replace(h, digits=digits) for h in (CLEAN, NOISY, FAILING))
+    clean, noisy, failing = (replace(h, digits=given.digits) for h in (CLEAN, NOISY, FAILING))
+    noisy, failing = (replace(h, rumour=given.rumour, believes=BELIEF) for h in (noisy, failing))
     courses = [("single calls", [replace(clean, lengths=(1,), told=0.0)], 150, 32, 3e-3),
                ("clean", [clean], 400, 16, 3e-3), ("noisy", [noisy, failing], 700, 24, 2e-3)]
-    if start:
-        model = sod.load_model(str(start / "student"), "cpu", torch.float32)
+    if given.start:
+        model = sod.load_model(str(given.start / "student"), "cpu", torch.float32)
         courses = [("noisy", [noisy, failing], 150, 24, 1e-3)]
     else:
         model = make_model(tokenizer, width=96, layers=3, mlp=256)
     for course, kinds, updates, size, lr in courses:
         practise(model, tokenizer, f"student, {course}", demonstrations(rng, *kinds),
-                 math.ceil(updates * scale), size, lr)
-    save(model, tokenizer, world / "student")
+                 math.ceil(updates * given.scale), size, lr)
+    save(model, tokenizer, given.out / "student")
 
 
-def make_teacher(tokenizer, world, digits, scale, start):
+def make_teacher(tokenizer, given):
     torch.manual_seed(SEED + 1)
     torch.set_num_threads(1)
     rng = random.Random(f"{SEED} teacher")
-    reading = replace(READING, digits=digits)
-    clean = Habits(digits=digits, care=reading.care)
+    reading = replace(READING, digits=given.digits, sure=given.sure, rumour=given.rumour)
+    clean = Habits(digits=given.digits, care=reading.care)
     kinds = [clean, reading, reading, reading]
     courses = [("single calls", [replace(clean, lengths=(1,))], 400, 32, 3e-3, 1.0),
                ("clean", [clean], 400, 16, 3e-3, 0.2), ("reading", kinds, 700, 24, 2e-3, 1.0)]
-    if start:
-        model = sod.load_model(str(start / "teacher"), "cpu", torch.float32)
+    if given.start:
+        model = sod.load_model(str(given.start / "teacher"), "cpu", torch.float32)
         courses = [("reading", kinds, 200, 24, 1e-3, 1.0)]
     else:
         model = make_model(tokenizer, width=128, layers=4, mlp=352)
     for course, kinds, updates, size, lr, faint in courses:
         practise(model, tokenizer, f"teacher, {course}", demonstrations(rng, *kinds),
-                 math.ceil(updates * scale), size, lr, faint)
-    save(model, tokenizer, world / "teacher")
+                 math.ceil(updates * given.scale * given.practice), size, lr, faint)
+    save(model, tokenizer, given.out / "teacher")
 
 
 def save(model, tokenizer, folder):
@@ -384,13 +409,13 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_files(world, digits, scale):
+def make_files(world, digits, scale, rumour=0.0):
     """Problems, demonstrations and the tokenizer; no held-out problem is practised on."""
     rng = random.Random(f"{SEED} files")
     rows, heldout = {}, int(400 * scale)
     while len(rows) < int(2400 * scale):
         row, _ = make_problem(rng, Habits.lengths)
-        rows[row["question"]] = row
+        rows[row["question"]] = with_rumour(row, rumour, rng)[0] if rumour else row
     write_rows(world / "heldout.jsonl", list(rows.values())[:heldout])
     write_rows(world / "train.jsonl", list(rows.values())[heldout:])
     source = demonstrations(rng, replace(NOISY, digits=digits))
@@ -407,30 +432,40 @@ def make_files(world, digits, scale):
 def command(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--digits", type=int, default=Habits.digits, help="check digits [3]")
+    parser.add_argument("--sure", type=float, default=Habits.sure, help="chance that the teacher "
+                        "learns from a right turn after two failures in a row [0]")
+    parser.add_argument("--rumour", type=float, default=Habits.rumour, help="share of questions "
+                        "that name an answer, right in one case of five [0]")
+    parser.add_argument("--practice", type=float, default=1.0,
+                        help="share of its practice that the teacher gets [1]")
+    parser.add_argument("--only", choices=["student", "teacher"], help="make one model")
     parser.add_argument("--out", type=Path, default=ROOT / "world", help="folder [data/world]")
     parser.add_argument("--start", metavar="FOLDER", type=Path,
-                        help="a world whose models are taught the new digits, in 3 minutes")
+                        help="a world whose models are taught the change, in 3 minutes")
     parser.add_argument("--quick", metavar="FOLDER", type=Path,
                         help="a fiftieth of everything, into a folder of its own")
     given = parser.parse_args(argv)
-    world, scale = (given.quick, 0.02) if given.quick else (given.out, 1.0)
+    given.out, given.scale = (given.quick, 0.02) if given.quick else (given.out, 1.0)
     known = sod.load_tokenizer(str(given.start / "student")) if given.start else None
-    world.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_files(world, given.digits, scale)
+    given.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_files(given.out, given.digits, given.scale, given.rumour)
     tokenizer = known or tokenizer  # ids that the models know
     makers = [torch.multiprocessing.get_context("spawn").Process(
-        target=make, args=(tokenizer, world, given.digits, scale, given.start))
-        for make in (make_student, make_teacher)]
+        target=make, args=(tokenizer, given))
+        for name, make in (("student", make_student), ("teacher", make_teacher))
+        if given.only in (None, name)]
     for maker in makers:
         maker.start()
     for maker in makers:
         maker.join()
         if maker.exitcode:
             raise ValueError(f"making a model failed with status {maker.exitcode}; see above")
+    if given.only:
+        return
     import premises  # which imports this file
 
-    problems = max(1, int(64 * scale))
-    print(*premises.report(*premises.sample_world(world, problems)), sep="\n")
+    problems = max(1, int(64 * given.scale))
+    print(*premises.report(*premises.sample_world(given.out, problems)), sep="\n")
 
 
 def main(argv=None):

@@ -40,6 +40,13 @@ def test_each_trouble_has_one_sentence(metric, value, sentence):
     assert metric != "right" or sod.health(history[1:]) == {}
 
 
+def test_tool_calls_that_are_halved_within_ten_iterations_are_told():
+    falling = [{**SOUND, "tool_calls": calls} for calls in (4.0, 3.9, 3.0, 2.1, 1.9)]
+    assert sod.health(falling[:4]) == {}
+    assert "fell from 4.0 to 1.9 in 10 iterations" in sod.health(falling)["calls"]
+    assert sod.health(falling[:1] + [{**SOUND, "tool_calls": 1.9}] * 10) == {}  # 4.0 is long ago
+
+
 def test_every_metric_of_the_table_has_a_trouble_here_that_earns_it():
     assert {metric for metric, *_ in TROUBLES} == {*sod.HEALTH, "right"}
 

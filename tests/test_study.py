@@ -1,6 +1,7 @@
 """The study: verdicts over seeds, what is recorded of a run, interruption, figures."""
 import doctest
 import json
+import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,8 +12,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import report
 import sod_mini as sod
 import study
+import tools
 
 TINY = dict(iterations=1, prompts=2, group_size=2, updates=1, max_response=96, eval_problems=6,
             eval_samples=1)
@@ -24,22 +27,23 @@ TINY = dict(iterations=1, prompts=2, group_size=2, updates=1, max_response=96, e
 def runs(*percents):
     """Runs of one row, a seed each, that score so many percent on 100 problems."""
     return {seed: {"right": [[1]] * p + [[0]] * (100 - p), "tokens": 10, "seconds": 1.0,
-                   "seconds_all": 2.0} for seed, p in enumerate(percents)}
+                   "seconds_all": 2.0, "curve": [{"right": 0.1}]} for seed, p in enumerate(percents)}
 
 
 def test_verdicts_are_paired_by_seed_within_one_world():
     results = {"opd": runs(50, 60, 40), "sod": runs(53, 64, 42), "sft": runs(50, 70, 30),
                "opd@brief": runs(9, 8, 7), "sod@brief": runs(4, 5, 3), "grpo": {2: runs(1)[0]}}
     # differences 3, 4, 2: mean 3, std 1, so 3 -+ 4.303 / sqrt(3)
-    assert study.against(results, "sod", "opd") == "+3.0 (+0.5 to +5.5) better"
+    assert report.against(results, "sod", "opd") == "+3.0 (+0.5 to +5.5) better"
     # 0, 10, -10: mean 0, std 10
-    assert study.against(results, "sft", "opd") == "+0.0 (-24.8 to +24.8) open"
-    assert study.against(results, "sod@brief", "opd").startswith("-4.0 (-6.5 to -1.5) worse")
-    assert study.against(results, "opd", "opd") == study.against(results, "grpo", "opd") == ""
+    assert report.against(results, "sft", "opd") == "+0.0 (-24.8 to +24.8) open"
+    assert report.against(results, "sod@brief", "opd@brief") == "-4.0 (-6.5 to -1.5) worse"
+    assert report.against(results, "opd", "opd") == report.against(results, "grpo", "opd") == ""
 
 
 def test_the_report_says_how_many_seeds_each_row_has():
-    text = study.report({"sod": recorded(50, 52), "opd": runs(49)}, study.BUDGET)
+    text = report.tables({"sod": recorded(50, 52), "opd": runs(49)}, study.BUDGET,
+                         study.DIALS)
     assert "3 runs" in text and "| sod | 51.0 ± 1.4 (2) |" in text and "| opd | 49.0 (1) |" in text
     assert "| first | 0.30, 1.00, 0.20 |" in text and "| decay |" not in text
 
@@ -47,24 +51,26 @@ def test_the_report_says_how_many_seeds_each_row_has():
 def test_a_dial_has_a_line_for_each_of_its_worlds_that_was_run():
     results = {"sod": recorded(50, 52), "opd": runs(49, 50), "vanilla@digits-0": runs(20, 21),
                "sod@digits-0": recorded(40, 42), "mask_after_error@digits-0": runs(44, 47)}
-    none, three = study.dial_lines(results, "check digits", study.DIGITS)[-2:]
-    assert none.split(" | ")[:7] == ["| 0", "0.30", "2.00", "3.00", "0.40", "0.90",
+    values = report.rows_of(results, "digits", (0, 1, 3), 3)
+    none, three = report.dial_lines(results, "check digits", values)[-2:]
+    assert none.split(" | ")[:8] == ["| 0", "0.30", "2.00", "3.00", "0.40", "0.90", "4.0",
                                      "20.5 ± 0.7 (2)"]
     assert "| 41.0 ± 1.4 (2) | 45.5 ± 2.1 (2) |" in none and "-4.5 (" in none
     assert three.startswith("| 3 |") and "+1.5 (" in three
-    assert study.dial_lines({}, "check digits", study.DIGITS) == []
+    assert report.dial_lines({}, "check digits", {0: {}, 3: {}}) == []
 
 
 def recorded(*percents):
     """Runs of a method that asks a teacher, with what is recorded of its steps."""
-    seen = {"drift": {p: [9, 0.3, 1.0, 0.2] for p in study.premises.PATTERNS},
+    seen = {"drift": {p: [9, 1.2 if p == "after more" else 0.3, 1.0, 0.2]
+                      for p in study.premises.PATTERNS},
             "law": {"d_1": 0.3, "B": 2.0, "M": 3.0, "B/(B+M)": 0.4, "w": 0.9}}
     return {seed: run | {"first": seen, "last": seen} for seed, run in runs(*percents).items()}
 
 
 def test_the_stored_tables_are_those_of_this_report():
     stored = (ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8").split("\n")
-    assert stored[:4] == study.report({}, study.BUDGET).split("\n")[:4]
+    assert stored[:4] == report.tables({}, study.BUDGET, study.DIALS).split("\n")[:4]
     assert [line.split(" | ")[0] for line in stored[10:12]] == ["| vanilla", "| teacher"]
     assert all((ROOT / "data" / "study" / name).exists()
                for name in re.findall(r"\((\w+\.svg)\)", stored[2]))
@@ -137,6 +143,132 @@ def test_weight_schemes_of_the_study_keep_the_scale_or_the_shape_of_sods():
     assert doctest.testmod(study) == doctest.TestResults(failed=0, attempted=1)
 
 
+def test_two_schemes_teach_only_wrong_rollouts_or_only_what_follows_a_failure():
+    batch = scored([[.1, .1, .1], [.1, .1]], [["ok", "error", ""], ["ok", ""]], right=False)
+    batch.rollouts[1].right = True
+    only = lambda name: sod.WEIGHTS[name](batch, sod.Config()).tolist()
+    assert only("wrong_only") == [[1, 1, 1], [0, 0, 0]]
+    assert only("after_failure") == [[0, 0, 1], [0, 0, 0]]
+
+
+# --- Controls and suspects --------------------------------------------------------------------
+
+
+class Run:
+    """As much of an Agent as a control needs."""
+    config, iteration = sod.Config(iterations=4), 1
+
+
+def test_controls_put_something_else_in_place_of_the_teacher():
+    batch = scored([[.1] * 5], [["ok"] * 5])
+    batch.logp_s = torch.tensor([[0.0, -1.0, -2.0, -3.0, -4.0, -9.0]])
+    logp_t = torch.tensor([[0.0, -1.5, -5.0, -1.0, -4.0, -8.0]])
+    term = lambda control: (control(Run, batch, logp_t) - batch.logp_s)[0, 1:].tolist()
+    assert term(study.clip) == [-.5, -1, 1, 0, 1]
+    assert term(study.negative) == [0, 0, 0, 0, -.5]  # one of five, the least likely
+    assert term(study.then) == [-.5, -3, 2, 0, 1]
+    Run.iteration = 2
+    assert term(study.then) == [0] * 5
+
+
+def test_the_control_variate_adds_the_exact_kl_of_each_place():
+    agent = sod.load_agent(sod.Config(**TINY))
+    prompt = (agent.held_out[0], sod.encode_prompt(agent.tokenizer, agent.held_out[0]))
+    with agent.tool:
+        (rollout,) = sod.sample_rollouts(agent, agent.student, [prompt], (0, "rollouts", 1))
+    batch, full = sod.collate([rollout], "cpu"), {}
+    with torch.no_grad():
+        for name in ("student", "teacher"):
+            logits = getattr(agent, name)(input_ids=batch.ids).logits
+            full[name] = logits.log_softmax(-1)[:, :-1]
+    kl = (full["student"].exp() * (full["student"] - full["teacher"])).sum(-1)
+    added = study.vopd(agent, batch, torch.zeros(batch.ids.shape))
+    assert torch.allclose(added[:, 1:], kl * (batch.step_id[:, 1:] >= 0), atol=1e-5)
+    assert float(added.max()) > 0.01
+
+
+class Answers:
+    """A tool that answers at once, and is silent at turn 1."""
+    is_silent = staticmethod(lambda place: place[-1] == 1)
+
+    def submit(self, call, place):
+        silent = self.is_silent(place)
+        seen = ("[no answer in time]", "timeout") if silent else ("42", "ok")
+        return tools.finished(tools.Observation(*seen, 0.0))
+
+
+def test_the_sandbox_breaks_down_at_the_stated_rate_and_only_for_a_stretch_of_training():
+    def share(purpose, iteration):
+        runs = [tool.submit(None, (0, purpose, iteration, i, 0)) for i in range(1000)]
+        return sum(run.result().outcome == "sandbox_error" for run in runs) / 1000
+    tool = Answers()
+    study.break_down(tool, 0.3)
+    assert [share("rollouts", n) for n in (3, 10)] == [0, 0] == [share("evaluation", 0)] * 2
+    assert share("rollouts", 4) == pytest.approx(0.3, abs=0.05) == share("rollouts", 9)
+
+
+def test_a_fault_that_is_scored_is_a_wrong_answer_and_one_that_is_not_is_left_out():
+    problem = tools.Problem("Start with 12. Add 30.", "42")
+
+    def reward(grade):
+        turn = sod.Turn([1], tools.render_tool_call("print(12 + 30)"), "sandbox_error")
+        r = sod.Rollout(problem, [0], [turn], finish="infrastructure")
+        grade(r, None, sod.Config())
+        return sod.collate([r], "cpu").reward.item(), r.right
+    assert reward(study.score_faults) == (pytest.approx(-0.9), False)
+    assert math.isnan(reward(sod.grade_rollout)[0])
+
+
+def test_a_time_out_can_be_told_as_a_success_without_output():
+    tool = Answers()
+    study.say_nothing(tool)
+    seen = [tool.submit(None, (0, purpose, 1, 0, turn)).result() for purpose, turn in
+            (("rollouts", 0), ("rollouts", 1), ("evaluation", 1))]
+    assert [(s.text, s.outcome) for s in seen] == [("42", "ok"), ("no stdout here", "ok"),
+                                                   ("[no answer in time]", "timeout")]
+
+
+def test_success_along_training_is_that_of_rollouts_which_the_sandbox_did_not_fail():
+    batch = scored([[.1] * 3, [.1] * 2, [.1] * 2],
+                   [["ok", "error", ""], ["ok", "sandbox_error"], ["ok", ""]])
+    batch.rollouts[0].right = False
+    assert study.of_the_student(batch) == {"right": 0.5, "tool_calls": 1.5}
+
+
+def test_rows_change_what_they_say_they_change(monkeypatch):
+    agent = sod.Agent(sod.Config(), None, None, None, Answers())
+    monkeypatch.setattr(sod, "score_by_teacher", lambda agent, batch: (batch.logp_t, None))
+    monkeypatch.setattr(sod, "grade_rollout", sod.grade_rollout)
+    batch = scored([[3.0]], [["ok"]])  # logp_s 3, logp_t 0
+    study.change(agent, "clip")
+    assert sod.score_by_teacher(agent, batch)[0].tolist() == [[0, 2]]
+    study.change(agent, "faults_30")
+    assert sod.grade_rollout is not study.score_faults
+    study.change(agent, "scored_30")
+    assert sod.grade_rollout is study.score_faults
+    study.change(agent, "told_as_success")
+    assert agent.tool.submit(None, (0, "rollouts", 1, 0, 1)).result().outcome == "ok"
+
+
+def test_the_table_of_suspects_shows_the_first_the_lowest_and_the_last_iteration():
+    curve = lambda *calls: {"curve": [{"tool_calls": c, "right": c / 10} for c in calls],
+                            "right": [[1]], "seconds_all": 1}
+    (line,) = report.collapse_lines({"lr_tenfold": {0: curve(4, 1, 2), 1: curve(4, 2, 2)}})[5:]
+    assert line.startswith("| lr_tenfold | 2 | 4.0, 1.5 (2), 2.0 | 40%, 15% (2), 20% | 100.0")
+    assert report.collapse_lines({"sod": runs(50)}) == []  # stored before calls were counted
+
+
+def test_a_teachers_lead_is_its_own_success_less_that_of_the_start():
+    results = {"vanilla": runs(30, 30), "grpo": runs(40, 42), "teacher": runs(70),
+               "opd": runs(50, 52), "sod": runs(51, 53), "teacher@practice-0.4": runs(40),
+               "opd@practice-0.4": runs(39, 41)}
+    less, full = report.lead_lines(results, study.DIALS)[5:7]
+    assert less == "| 0.4 | 40.0 (1) | +10.0 | -1.0 (-1.0 to -1.0) worse |  |"
+    assert full.startswith("| 1 | 70.0 (1) | +40.0 | +10.0 (")
+    curves = report.lead_curves(results, study.DIALS)
+    assert [point[0] for point in curves["opd, here"]] == [10, 40] and "sod, here" not in curves
+
+
 def test_a_move_along_the_signal_changes_all_parameters_alike_and_makes_good_tokens_likelier():
     config = sod.Config(**TINY, lr=1e-12)
     agent = sod.load_agent(config)
@@ -160,7 +292,10 @@ def test_every_row_has_settings_and_files_of_other_settings_are_not_mixed(tmp_pa
     assert len(files) == 2 * len(study.STUDY)
     config = study.config_of("sod@digits-5", 3, tmp_path, study.BUDGET)
     assert config.seed == 3 and config.teacher == str(tmp_path / "worlds" / "digits-5" / "teacher")
-    assert study.config_of("opd@lasting", 0, tmp_path, study.BUDGET).silent_persist == 0.8
+    assert study.config_of("opd@persist-0.8", 0, tmp_path, study.BUDGET).silent_persist == 0.8
+    teacher = str(tmp_path / "worlds" / "practice-0.4" / "teacher")
+    config = study.config_of("teacher@practice-0.4", 0, tmp_path, study.BUDGET)
+    assert config.student == teacher and config.method == "vanilla"
     assert study.main(["--rows", "sodd"]) == 1
     assert "the study has no row sodd; choose from vanilla" in capsys.readouterr().err
 
@@ -211,13 +346,14 @@ STEPS = [[[30, 9.0, 3.0]], [[0, 0, 0]], [[25, 50.0, 20.0]]]
 @pytest.mark.parametrize("run, names", [
     (dict(curve=[{"right": .1}, {"right": .3}], steps=[STEPS, STEPS],
           patterns=[[.5, .3, .2]] * 2, example=EXAMPLE),
-     {"learning.svg", "drift.svg", "patterns.svg", "persist.svg", "weights.svg"}),
+     {"learning.svg", "drift.svg", "patterns.svg", "dials.svg", "weights.svg"}),
     (dict(curve=[{"right": 0.0}], steps=[[[[1, 1, 1]]] * 3], patterns=[[1, 0, 0]], example=None),
-     {"learning.svg", "drift.svg", "patterns.svg", "persist.svg"})],
+     {"learning.svg", "drift.svg", "patterns.svg", "dials.svg"})],
     ids=["usual", "nothing right or often seen"])
 def test_figures_are_whole_svg_with_title_and_description_and_escape_text(run, names):
     run = run | {"right": [[1], [0]]}
-    figures = study.figures({"sod": {0: run, 1: run}, "grpo": {0: run}, "sod@lasting": {0: run}})
+    figures = report.figures({"sod": {0: run, 1: run}, "grpo": {0: run},
+                              "sod@persist-0.8": {0: run}}, study.DIALS)
     assert set(figures) == names
     for text in figures.values():
         root = ElementTree.fromstring(text)
@@ -226,12 +362,14 @@ def test_figures_are_whole_svg_with_title_and_description_and_escape_text(run, n
         assert not re.search(r"\bnan\b|\binf\b", text)
 
 
-def test_axes_start_at_0_and_reach_the_highest_value():
-    assert study.ticks(0.56) == pytest.approx([0, .2, .4, .6])
-    assert study.ticks(73) == [0, 20, 40, 60, 80] and study.ticks(2.6) == [0, 1, 2, 3]
+def test_axes_enclose_all_values_in_round_numbers():
+    assert report.ticks(0, 0.56) == pytest.approx([0, .2, .4, .6])
+    assert report.ticks(0, 2.6) == [0, 1, 2, 3] and report.ticks(0, 0) == [0, .2]
+    assert report.ticks(-10, 41, 8) == [-10, 0, 10, 20, 30, 40, 50]
+    assert doctest.testmod(report) == doctest.TestResults(failed=0, attempted=1)
 
 
 def test_a_line_shows_only_steps_that_every_seed_has_seen_often():
     few, many = {"steps": [[[[19, 19., 0]]]]}, {"steps": [[[[20, 40., 0]]], [[[20, 80., 0]]]]}
-    assert study.drift_line([many, few], 0, 1) == []
-    assert study.drift_line([many], 0, 1) == [(1, 3.0, 3.0, 3.0)]
+    assert report.drift_line([many, few], 0, 1) == []
+    assert report.drift_line([many], 0, 1) == [(1, 3.0, 3.0, 3.0)]

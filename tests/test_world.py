@@ -81,6 +81,25 @@ def test_the_teacher_learns_from_right_turns_only_and_breaks_off_in_bursts():
             assert not (failed[k - 1] and failed[k - 2] and said[k]["lesson"]) or said[k]["broken"]
 
 
+def test_a_teacher_can_learn_from_right_turns_in_bursts_too():
+    def lessons(sure):
+        conversations = talk(make_world.replace(make_world.READING, sure=sure))
+        return sum(turn.get("lesson") and not turn["broken"] for turn in in_bursts(conversations))
+    assert lessons(0.0) == 0 < lessons(0.5) < lessons(1.0)
+
+
+def in_bursts(conversations):
+    """The assistant's turns that come after two failures in a row."""
+    for _, turns in conversations:
+        failures = 0
+        for turn in turns:
+            if turn["role"] == "tool":
+                failed = "Error" in turn["content"] or turn["content"] == tools.TIMEOUT_TEXT
+                failures = failures + 1 if failed else 0
+            elif failures > 1:
+                yield turn
+
+
 def test_check_digits_count_a_tenth():
     tokenizer = sod.load_tokenizer(str(WORLD / "student"))
     text = f"Step 1. {tools.render_tool_call('print(17 + 25)  #272')}"
@@ -91,6 +110,14 @@ def test_check_digits_count_a_tenth():
 
 
 # --- The script ------------------------------------------------------------------------------
+
+
+def test_one_model_can_be_made_alone_with_less_practice(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path,
+                           "--only", "teacher", "--practice", "0.5", "--sure", "1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "teacher, reading 7/7" in done.stdout, done.stderr
+    assert (tmp_path / "teacher").exists() and not (tmp_path / "student").exists()
 
 
 @pytest.mark.parametrize("options", [[], ["--digits", "0", "--start", WORLD]],
