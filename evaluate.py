@@ -474,6 +474,7 @@ def evaluate(name, data, problems, model, tokenizer, config):
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     resume(path, evaluation)
+    print(f"{data}  {sod.how_sampled(tokenizer, config, config.temperature, config.top_p)}")
     agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
                desc=path.stem, disable=None)
@@ -780,9 +781,10 @@ def evaluate_all(models, datas, given):
     sod.transformers.utils.logging.disable_progress_bar()
     configs = {data: settings(data, given) for data in datas}
     loaded = {data: load_benchmark(data, config) for data, config in configs.items()}
-    tokenizers = {name: sod.load_tokenizer(name) for name in models}
+    tokenizers = {}
     for name in models:  # what would end the evaluation in an hour is said in seconds
         for config in configs.values():
+            tokenizers[name] = sod.load_tokenizer(name, config.thinking)
             sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
     device, dtype = sod.choose_device(config)
     if config.threads:

@@ -60,6 +60,7 @@ WORLD = os.path.relpath(Path(__file__).resolve().parent / "data" / "world")
 class Sampling:
     """How a model is put to problems: the options that training shares with evaluate.py."""
     system: str = ""                        # system message of problems that bring none
+    thinking: bool = False                  # thinking mode, in templates that have one (Qwen3)
     max_turns: int = 12                     # assistant turns in a rollout
     max_prompt: int = 128                   # tokens; longer prompts are skipped, and counted
     max_response: int = 384                 # tokens after the prompt, tool answers included
@@ -1602,11 +1603,13 @@ def preflight(config):
     """An Agent without its models' weights, or one sentence that says why this run cannot work."""
     device, dtype = choose_device(config)
     print(f"device  {device}, {str(dtype).removeprefix('torch.')}; seed {config.seed}")
-    tokenizer, student = load_tokenizer(config.student), skeleton(config.student)
+    tokenizer = load_tokenizer(config.student, config.thinking)
+    student = skeleton(config.student)
     check_model(config.student, student, tokenizer, config)
     view, teacher, notes = METHODS[config.method].view, None, []
     if view == "teacher":
-        other, teacher = load_tokenizer(config.teacher), skeleton(config.teacher)
+        other = load_tokenizer(config.teacher, config.thinking)
+        teacher = skeleton(config.teacher)
         check_model(config.teacher, teacher, tokenizer, config)
         notes = [check_pair(student, teacher, tokenizer, other, config)]
     elif view:  # self-distillation: the frozen start, told more
@@ -1614,6 +1617,10 @@ def preflight(config):
     if config.rollout_engine == "slots":
         for model in [student] + [teacher] * (view == "teacher" and bool(config.eval_data)):
             check_slots(model)
+    print("rollouts  " + how_sampled(tokenizer, config, config.temperature, 1.0))
+    if config.eval_data:
+        print("evaluation  " + how_sampled(tokenizer, config, config.eval_temperature,
+                                           config.eval_top_p))
     agent = Agent(config, None, None, tokenizer, None)
     agent.practice = load_practice(tokenizer, config)
     agent.held_out = eval_problems(tokenizer, config)
@@ -1744,12 +1751,21 @@ PROBES = [
     "<|im_start|>user<|im_end|><|endoftext|>"]
 
 
-def load_tokenizer(path):
-    """The tokenizer, checked for what a conversation with a tool needs."""
+def load_tokenizer(path, thinking=False):
+    """The tokenizer, checked for what a conversation with a tool needs. Where its template has a
+    thinking mode, which Qwen3's turns on unless it is told, `thinking` becomes its default."""
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                          "use a chat model such as Qwen/Qwen3-0.6B")
+    template = tokenizer.get_chat_template(tools=[tools.TOOL_SCHEMA])
+    if thinking and "enable_thinking" not in template:
+        raise ValueError(f"the chat template of {path} has no thinking mode; use --thinking false")
+    if "enable_thinking" in template:  # a save of ours has such a line already: take it out
+        template = re.sub(r"^{%- set enable_thinking = .*?%}", "", template)
+        default = "true" if thinking else "false"
+        tokenizer.chat_template = ("{%- set enable_thinking = enable_thinking | default("
+                                   f"{default}) %}}{template}")
     probe = "the text of a tool"
     try:
         shown = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])
@@ -1765,6 +1781,17 @@ def load_tokenizer(path):
                          f"tokenizer with {tokenizer.eos_token!r}: set eos_token in "
                          "tokenizer_config.json to what the template writes")
     return tokenizer
+
+
+def how_sampled(tokenizer, config, temperature, top_p):
+    """What a success depends on besides the model, as a line for the screen."""
+    shown = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0]))
+    marks = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+    roles = re.findall(f"(?:{marks})(system|developer|user)",
+                       shown[:shown.index(tools.TOOL_NAME)])
+    return (f"temperature {temperature}, top-p {top_p}, no top-k; at most {config.max_turns} turns "
+            f"and {config.max_response:,} tokens; thinking {'on' if config.thinking else 'off'}; "
+            f"system text {config.system!r}; tool schema in the {(roles or ['first'])[-1]} turn")
 
 
 def check_model(path, model, tokenizer, config):

@@ -81,3 +81,55 @@ def test_another_template_of_the_teacher_is_a_note(world, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path)
     sod.preflight(replace(world, teacher=str(tmp_path)))
     assert "NOTE: the teacher has another template" in capsys.readouterr().out
+
+
+# --- Thinking mode ------------------------------------------------------------------------------
+
+QWENS = ("{% if enable_thinking is defined and enable_thinking is false %}"
+         "{{ '<think>\n\n</think>\n\n' }}{% endif %}")  # the end of Qwen3's template
+
+
+@pytest.fixture
+def thinker(world, tmp_path):
+    """A tokenizer's folder whose template thinks unless it is told not to, as Qwen3's does."""
+    tokenizer = sod.load_tokenizer(world.student)
+    tokenizer.chat_template = tokenizer.chat_template.removesuffix("{% endif %}") + QWENS + (
+        "{% endif %}")
+    tokenizer.save_pretrained(tmp_path / "thinker")
+    return tmp_path / "thinker"
+
+
+def test_models_think_only_where_they_are_asked_to_and_before_every_turn(thinker):
+    for thinking in (False, True):
+        tokenizer = sod.load_tokenizer(thinker, thinking)
+        opened = [tokenizer.decode(sod.encode_prompt(tokenizer, sod.EXAMPLE[0])),
+                  sod.render_tool_turn(tokenizer, "42")]
+        assert [text.endswith("assistant\n" + "<think>\n\n</think>\n\n" * (not thinking))
+                for text in opened] == [True, True]
+
+
+def test_a_checkpoint_keeps_its_mode_as_a_default_and_another_one_can_be_asked_for(
+        thinker, tmp_path):
+    sod.load_tokenizer(thinker, False).save_pretrained(tmp_path)
+    plain = sod.AutoTokenizer.from_pretrained(tmp_path)
+    render = lambda tokenizer, **mode: tokenizer.apply_chat_template(
+        [{"role": "user", "content": "q"}], add_generation_prompt=True, tokenize=False, **mode)
+    assert "<think>" in render(plain) and "<think>" not in render(plain, enable_thinking=True)
+    again = sod.load_tokenizer(tmp_path, True)
+    assert "<think>" not in render(again)
+    assert again.chat_template == sod.load_tokenizer(thinker, True).chat_template
+
+
+def test_a_template_without_a_thinking_mode_is_left_alone_and_cannot_think(world, tmp_path):
+    with pytest.raises(ValueError, match="has no thinking mode; use --thinking false"):
+        sod.preflight(replace(world, thinking=True))
+    stored = sod.AutoTokenizer.from_pretrained(world.student).chat_template
+    assert sod.load_tokenizer(world.student).chat_template == stored
+
+
+def test_what_success_depends_on_besides_the_model_is_said_before_a_run(world, capsys):
+    sod.preflight(replace(world, system="Be user friendly.", eval_top_p=0.6))
+    said = capsys.readouterr().out
+    assert ("rollouts  temperature 1.0, top-p 1.0, no top-k; at most 12 turns and 200 tokens; "
+            "thinking off; system text 'Be user friendly.'; tool schema in the system turn\n") in said
+    assert "evaluation  temperature 1.0, top-p 0.6, no top-k" in said
