@@ -20,10 +20,10 @@ from evaluate import mean_and_std, t_interval
 LINES = ("no failed call", "fails from step 2 on", "failed at step 2, recovered")
 PATTERNS = ("stable", "recovery", "erroneous")
 SUSPECTS = ("sod", "faults_10", "scored_10", "faults_30", "scored_30", "told_as_success",
-            "unshaped", "lr_tenfold", "after_failure", "sod@rumour-1", "faults_10@rumour-1",
-            "scored_10@rumour-1", "faults_30@rumour-1", "scored_30@rumour-1")  # of a collapse
-DRAWN = ("sod@rumour-1", "faults_30@rumour-1", "scored_30@rumour-1", "scored_30", "lr_tenfold")
-APART = ("practice", "rumour")  # dials that have tables of their own
+            "unshaped", "lr_tenfold", "after_failure", "sod@guess-1", "faults_10@guess-1",
+            "scored_10@guess-1", "faults_30@guess-1", "scored_30@guess-1")  # of a collapse
+DRAWN = ("sod@guess-1", "faults_30@guess-1", "scored_30@guess-1", "scored_30", "lr_tenfold")
+APART = ("practice", "guess")  # dials that have tables of their own
 OTHERS = """
 What others published by November 2026. OPD and SOD by independent hands:
 
@@ -141,8 +141,8 @@ def dial_lines(results, heading, values):
                     for name in ("d_1", "B", "M", "B/(B+M)", "w")]
             laws.append(f"{np.mean([lostness(run) for run in runs]):.1f}")
             # A dial that turns the teacher alone leaves the start as it is.
-            cells = [average(rows if row in rows else results, row)
-                     for row in ("vanilla", "opd", "sod", "mask_after_error")]
+            cells = [average(rows if "vanilla" in rows else results, "vanilla"),
+                     *(average(rows, row) for row in ("opd", "sod", "mask_after_error"))]
             cells += [against(rows, "sod", rival) for rival in ("opd", "mask_after_error")]
             lines.append(f"| {value} | " + " | ".join(laws + cells) + " |")
     return lines if len(lines) > 4 else []
@@ -188,8 +188,8 @@ def collapse_lines(results):
     lines = ["", "Suspects of a collapse: tool calls a rollout and right rollouts in percent, in "
              "training, without those that the sandbox failed; means over seeds of the first "
              "iteration, of the lowest one (which) and of the last. The sandbox fails in iterations "
-             "4 to 9; `faults` leaves out the rollouts that it fails, `scored` scores them as wrong."
-             " With rumour-1 each question names an answer, right in one case of five.", "",
+             "1 to 8; `faults` leaves out the rollouts that it fails, `scored` scores them as wrong."
+             " With guess-1 each question names four answers, one of them right.", "",
              "| row | seeds | tool calls | right | average afterwards | minus sod |",
              "|---|---:|---|---|---|---|"]
     for row in SUSPECTS:
@@ -268,7 +268,7 @@ def figures(results, dials):
     if suspects := [row for row in DRAWN if row in results
                     and "tool_calls" in next(iter(results[row].values()))["curve"][0]]:
         drawn["collapse.svg"] = line_chart(
-            "Suspects of a collapse", "Along training; in iterations 4 to 9 of faults_30 and "
+            "Suspects of a collapse", "Along training; in iterations 1 to 8 of faults_30 and "
             "scored_30 the sandbox fails at 30% of calls. Mean and std over seeds.",
             [curve_panel(results, suspects, *what) for what in (
                 ("Tool calls a rollout", "tool_calls", 1, ""), ("Right rollouts", "right", 100, "%"),
