@@ -132,6 +132,16 @@ def test_one_model_can_be_made_alone_with_less_practice(tmp_path):
     assert (tmp_path / "teacher").exists() and not (tmp_path / "student").exists()
 
 
+def test_the_script_makes_the_same_bytes_twice(tmp_path):
+    for name in "ab":
+        subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path / name],
+                       check=True, capture_output=True)
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    assert len(files) > 10
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
 @pytest.mark.parametrize("options", [[], ["--digits", "0", "--start", WORLD]],
                          ids=["from nothing", "other digits for models that exist"])
 def test_the_whole_script_runs_with_little_of_everything(tmp_path, options):
