@@ -5,8 +5,6 @@
     python data/make_world.py --only teacher --sure 1 --out FOLDER        a teacher that knows what
                                                        to do after two failures in a row
     python data/make_world.py --only teacher --practice 0.3 --out FOLDER  one that has learnt less
-    python data/make_world.py --guess 1 --out FOLDER   each question names four answers, and the
-                                                       student sometimes takes one of them
         ... --start data/world                         with a short course for the models that ship
                                                        in place of all practice: in 3 minutes
     python data/make_world.py --quick FOLDER           the same with little of everything, to try it
@@ -105,8 +103,6 @@ class Habits:
     lengths: tuple = (3, 4)  # instructions of a problem
     told: float = 0.0        # share of questions that say the answer or the hint besides, and
                              # are solved without a mistake: a self-teacher is worth asking then
-    guess: float = 0.0       # share of questions that name four answers, one of them right
-    guesses: float = 0.0     # chance that one of these is given at once, without a call
     noise: float = 0.0       # chance that a call goes wrong, in one of four cases by an answer
     lost: float = 0.0        # chance that after a failed call another instruction is carried out
     silent: float = 0.0      # chance that the tool falls silent, ...
@@ -198,17 +194,6 @@ def demonstrate(steps, x, habits, rng, most=10):
     return turns + [assistant(f"\\boxed{{{x}}}", failures < 2 or habits.imitates)]
 
 
-def with_answers(row, chance, rng):
-    """A row of the data files, with a chance that its question names four answers, one of them
-    right; and one of the four."""
-    if not rng.random() < chance:
-        return row, None
-    said = [row["answer"], *(str(rng.randint(2, 999)) for _ in range(3))]
-    rng.shuffle(said)
-    return row | {"question": f"{row['question']} It is {', '.join(said[:3])} or {said[3]}."}, (
-        rng.choice(said))
-
-
 def assistant(content, lesson, broken=False):
     return {"role": "assistant", "content": content, "lesson": lesson, "broken": broken}
 
@@ -218,16 +203,12 @@ def demonstrations(rng, *kinds):
     while True:
         for habits in kinds:
             row, steps = make_problem(rng, habits.lengths)
-            row, said = with_answers(row, habits.guess, rng) if habits.guess else (row, None)
             problem = tools.Problem(**row)
             view = rng.choice(["answer", "hint"]) if rng.random() < habits.told else ""
             problem.question += sod.told_besides(problem, view)
             sure = replace(habits, noise=0.0, lost=0.0) if view else habits
             start = re.search(r"\d+", row["question"])[0]
-            if said and rng.random() < habits.guesses:
-                yield problem, [assistant(f"\\boxed{{{said}}}", habits.imitates)]
-            else:
-                yield problem, demonstrate(steps, start, sure, rng)
+            yield problem, demonstrate(steps, start, sure, rng)
 
 
 # --- Tokenizer -------------------------------------------------------------------------------
@@ -356,15 +337,11 @@ def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
     optimizer.detach()
 
 
-GUESSES = 0.3  # chance that a student to whom four answers are named gives one at once
-
-
 def make_student(tokenizer, given):
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
     rng = random.Random(f"{SEED} student")
     clean, noisy, failing = (replace(h, digits=given.digits) for h in (CLEAN, NOISY, FAILING))
-    noisy, failing = (replace(h, guess=given.guess, guesses=GUESSES) for h in (noisy, failing))
     courses = [("single calls", [replace(clean, lengths=(1,), told=0.0)], 150, 32, 3e-3),
                ("clean", [clean], 400, 16, 3e-3), ("noisy", [noisy, failing], 700, 24, 2e-3)]
     if given.start:
@@ -382,7 +359,7 @@ def make_teacher(tokenizer, given):
     torch.manual_seed(SEED + 1)
     torch.set_num_threads(1)
     rng = random.Random(f"{SEED} teacher")
-    reading = replace(READING, digits=given.digits, sure=given.sure, guess=given.guess)
+    reading = replace(READING, digits=given.digits, sure=given.sure)
     clean = Habits(digits=given.digits, care=reading.care)
     kinds = [clean, reading, reading, reading]
     courses = [("single calls", [replace(clean, lengths=(1,))], 400, 32, 3e-3, 1.0),
@@ -412,13 +389,13 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_files(world, digits, scale, guess=0.0):
+def make_files(world, digits, scale):
     """Problems, demonstrations and the tokenizer; no held-out problem is practised on."""
     rng = random.Random(f"{SEED} files")
     rows, heldout = {}, int(400 * scale)
     while len(rows) < int(2400 * scale):
         row, _ = make_problem(rng, Habits.lengths)
-        rows[row["question"]] = with_answers(row, guess, rng)[0] if guess else row
+        rows[row["question"]] = row
     write_rows(world / "heldout.jsonl", list(rows.values())[:heldout])
     write_rows(world / "train.jsonl", list(rows.values())[heldout:])
     source = demonstrations(rng, replace(NOISY, digits=digits))
@@ -437,8 +414,6 @@ def command(argv):
     parser.add_argument("--digits", type=int, default=Habits.digits, help="check digits [3]")
     parser.add_argument("--sure", type=float, default=Habits.sure, help="chance that the teacher "
                         "learns from a right turn after two failures in a row [0]")
-    parser.add_argument("--guess", type=float, default=Habits.guess, help="share of questions "
-                        "that name four answers, one of them right [0]")
     parser.add_argument("--practice", type=float, default=1.0,
                         help="share of its practice that the teacher gets [1]")
     parser.add_argument("--only", choices=["student", "teacher"], help="make one model")
@@ -451,7 +426,7 @@ def command(argv):
     given.out, given.scale = (given.quick, 0.02) if given.quick else (given.out, 1.0)
     known = sod.load_tokenizer(str(given.start / "student")) if given.start else None
     given.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_files(given.out, given.digits, given.scale, given.guess)
+    tokenizer = make_files(given.out, given.digits, given.scale)
     tokenizer = known or tokenizer  # ids that the models know
     makers = [torch.multiprocessing.get_context("spawn").Process(
         target=make, args=(tokenizer, given))

@@ -20,10 +20,9 @@ from evaluate import mean_and_std, t_interval
 LINES = ("no failed call", "fails from step 2 on", "failed at step 2, recovered")
 PATTERNS = ("stable", "recovery", "erroneous")
 SUSPECTS = ("sod", "faults_10", "scored_10", "faults_30", "scored_30", "told_as_success",
-            "unshaped", "lr_tenfold", "after_failure", "sod@guess-1", "faults_10@guess-1",
-            "scored_10@guess-1", "faults_30@guess-1", "scored_30@guess-1")  # of a collapse
-DRAWN = ("sod@guess-1", "faults_30@guess-1", "scored_30@guess-1", "scored_30", "lr_tenfold")
-APART = ("practice", "guess")  # dials that have tables of their own
+            "unshaped", "lr_tenfold", "after_failure")  # of a collapse
+DRAWN = ("faults_30", "scored_30", "told_as_success", "lr_tenfold", "after_failure")
+APART = ("practice",)  # a dial that has a table of its own
 OTHERS = """
 What others published by November 2026. OPD and SOD by independent hands:
 
@@ -188,8 +187,8 @@ def collapse_lines(results):
     lines = ["", "Suspects of a collapse: tool calls a rollout and right rollouts in percent, in "
              "training, without those that the sandbox failed; means over seeds of the first "
              "iteration, of the lowest one (which) and of the last. The sandbox fails in iterations "
-             "1 to 8; `faults` leaves out the rollouts that it fails, `scored` scores them as wrong."
-             " With guess-1 each question names four answers, one of them right.", "",
+             "4 to 9; `faults` leaves out the rollouts that it fails, `scored` scores them as wrong.",
+             "",
              "| row | seeds | tool calls | right | average afterwards | minus sod |",
              "|---|---:|---|---|---|---|"]
     for row in SUSPECTS:
@@ -198,8 +197,7 @@ def collapse_lines(results):
             cells = [path_of([[m[name] for m in run["curve"]] for run in runs], form)
                      for name, form in (("tool_calls", ".1f"), ("right", ".0%"))]
             lines.append(f"| {row} | {len(runs)} | {cells[0]} | {cells[1]} | "
-                         f"{average(results, row)} | "
-                         f"{against(results, row, 'sod' + row[len(row.partition('@')[0]):])} |")
+                         f"{average(results, row)} | {against(results, row, 'sod')} |")
     return lines if len(lines) > 5 else []
 
 
@@ -268,7 +266,7 @@ def figures(results, dials):
     if suspects := [row for row in DRAWN if row in results
                     and "tool_calls" in next(iter(results[row].values()))["curve"][0]]:
         drawn["collapse.svg"] = line_chart(
-            "Suspects of a collapse", "Along training; in iterations 1 to 8 of faults_30 and "
+            "Suspects of a collapse", "Along training; in iterations 4 to 9 of faults_30 and "
             "scored_30 the sandbox fails at 30% of calls. Mean and std over seeds.",
             [curve_panel(results, suspects, *what) for what in (
                 ("Tool calls a rollout", "tool_calls", 1, ""), ("Right rollouts", "right", 100, "%"),

@@ -15,8 +15,6 @@ row@dial-value is the same in a changed world:
     sure       chance that the teacher has learnt from a right turn after two failures in a row; in
                the world as it is it has not, and is lost there
     practice   share of its practice that the teacher has had
-    guess      share of questions that name four answers, one of them right: there is a way to be
-               right without the tool, as there is for large models
 """
 import argparse
 import copy
@@ -115,7 +113,7 @@ CONTROLS = {f.__name__: f for f in (clip, vopd, negative, then)}
 
 # --- Suspects of a collapse: faults of the machine, and answers that say nothing -----------------
 
-FAULTY = range(1, 9)  # the iterations in which the sandbox breaks down
+FAULTY = range(4, 10)  # the iterations in which the sandbox breaks down
 FAULTS = {"faults_10": (0.1, False), "scored_10": (0.1, True), "faults_30": (0.3, False),
           "scored_30": (0.3, True)}  # row: (share of calls, is the rollout scored as wrong?)
 
@@ -194,13 +192,12 @@ DIALS = {  # name: (what it turns, the values that are compared, that of the wor
     "digits": ("check digits", (0, 1, 2, 3, 5), 3),
     "persist": ("chance that silence lasts", (0.3, 0.5, 0.8), 0.5),
     "sure": ("chance that the teacher learnt in bursts", (0, 0.5, 1), 0),
-    "practice": ("share of the teacher's practice", (0.25, 0.4, 0.6, 0.8, 1), 1),
-    "guess": ("share of questions that name four answers", (0, 1), 0)}
+    "practice": ("share of the teacher's practice", (0.4, 0.8, 1), 1)}
 DECISIVE = ("sod", "opd", "decay", "mask_after_error", "grpo", "sod_only", "opd_only", "constant",
             "rescaled", "confident")
 METHODS = ("sod", "opd", "mask_after_error")
 DIALLED = {"digits": ("vanilla", *METHODS), "persist": ("vanilla", *METHODS), "sure": METHODS,
-           "practice": ("teacher", "sod", "opd"), "guess": ("vanilla", "sod", *FAULTS)}
+           "practice": ("teacher", "sod", "opd")}
 STUDY = {**{row: 10 if row in DECISIVE else 5 for row in ROWS},  # row: how many seeds
          **{f"{row}@{dial}-{value}": 5 for dial, (_, values, usual) in DIALS.items()
             for value in values if value != usual for row in DIALLED[dial]}}
@@ -215,7 +212,7 @@ def config_of(row, seed, folder, budget):
     changes = {**budget, **ROWS[name]}
     if dial == "persist":
         changes["silent_persist"] = float(value)
-    elif dial in ("digits", "guess"):
+    elif dial == "digits":
         changes |= premises.files_of(world_folder(folder, world))
     elif dial:  # of the teacher alone
         changes["student" if name == "teacher" else "teacher"] = str(

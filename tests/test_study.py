@@ -203,8 +203,8 @@ def test_the_sandbox_breaks_down_at_the_stated_rate_and_only_for_a_stretch_of_tr
         return sum(run.result().outcome == "sandbox_error" for run in runs) / 1000
     tool = Answers()
     study.break_down(tool, 0.3)
-    assert share("rollouts", 9) == 0 == share("evaluation", 0)
-    assert share("rollouts", 1) == pytest.approx(0.3, abs=0.05) == share("rollouts", 8)
+    assert share("rollouts", 3) == 0 == share("rollouts", 10) == share("evaluation", 5)
+    assert share("rollouts", 4) == pytest.approx(0.3, abs=0.05) == share("rollouts", 9)
 
 
 def test_a_fault_that_is_scored_is_a_wrong_answer_and_one_that_is_not_is_left_out():

@@ -88,18 +88,6 @@ def test_a_teacher_can_learn_from_right_turns_in_bursts_too():
     assert lessons(0.0) == 0 < lessons(0.5) < lessons(1.0)
 
 
-def test_a_question_can_name_four_answers_of_which_one_is_right():
-    habits = make_world.replace(NOISY, guess=1.0, guesses=0.3)
-    conversations, guessed, right = talk(habits), 0, 0
-    for problem, turns in conversations:
-        named = problem.question.rpartition("It is ")[2].partition("\n")[0].rstrip(".")
-        named = named.replace(" or ", ", ").split(", ")
-        assert len(named) == 4 and problem.answer in named
-        guessed += len(turns) == 1
-        right += len(turns) == 1 and turns[0]["content"] == f"\\boxed{{{problem.answer}}}"
-    assert 0.2 < guessed / len(conversations) < 0.45 and 0.1 < right / guessed < 0.45
-
-
 def in_bursts(conversations):
     """The assistant's turns that come after two failures in a row."""
     for _, turns in conversations:
