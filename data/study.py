@@ -1,6 +1,6 @@
 """The study: the paper's methods in the embedded world, over seeds, beside what others found.
 
-    python data/study.py                               everything, about HOURS hours on two cores
+    python data/study.py                               everything, about 6 hours on two cores
     python data/study.py --rows sod opd mask_after_error grpo --seeds 5     half an hour
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
