@@ -511,7 +511,8 @@ def sample_the_rest(agent, evaluation, prompts):
     for start in range(len(evaluation.rows), len(order), batch):
         chosen = order[start:start + batch]
         rollouts = sod.sample_rollouts(agent, agent.student, [prompt for _, prompt, _ in chosen],
-                                       key, start, config.temperature, config.top_p)
+                                       key, range(start, start + len(chosen)),
+                                       config.temperature, config.top_p)
         yield [sample_row(rollout, run, sample)
                for rollout, (run, _, sample) in zip(rollouts, chosen)]
 

@@ -35,13 +35,14 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
@@ -51,6 +52,7 @@ from transformers.cache_utils import DynamicLayer
 
 import tools
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 WORLD = os.path.relpath(Path(__file__).resolve().parent / "data" / "world")
 
 # --- Settings --------------------------------------------------------------------------------
@@ -149,8 +151,11 @@ class Config(Sampling):
              "group_size is 1, and grpo compares the rollouts of a group: use 2 or more"),
             (self.method == "vanilla" and not self.eval_data,
              "method vanilla only measures: name problems with --eval_data"),
-            (self.prompts % self.updates,
-             f"prompts {self.prompts} does not divide into {self.updates} updates"),
+            (self.prompts % (self.updates * RANKS) and explores,
+             f"prompts {self.prompts} does not divide into {self.updates} updates"
+             + f" of {RANKS} processes" * (RANKS > 1)),
+            (self.method == "sft" and self.sft_batch % RANKS,
+             f"sft_batch {self.sft_batch} does not divide into {RANKS} processes"),
             (self.method == "sft" and not self.demonstrations.strip(),
              "method sft imitates demonstrations, and none are named: use --demonstrations FILE"),
             (explores and not self.train_data.strip(),
@@ -719,16 +724,17 @@ def random_numbers(seed, purpose, *place):
 
 
 @phase("rollout_batch", lambda model, prompts, *_: (1, len(prompts)))
-def sample_rollouts(agent, model, prompts, key, first=0, temperature=None, top_p=1.0):
+def sample_rollouts(agent, model, prompts, key, numbers=None, temperature=None, top_p=1.0):
     """Let a model solve problems in several turns with the tool.
 
     prompts  [(Problem, prompt ids), ...], one for each rollout
     key      (seed, purpose, iteration), which with a rollout's number names its random numbers
+    numbers  that of each rollout; by default 0, 1, 2 and so on
     returns  [Rollout, ...] in the same order, graded and rewarded
     """
     config = agent.config
     rollouts = []
-    for i, (problem, ids) in enumerate(prompts, start=first):
+    for i, (problem, ids) in zip(numbers or range(len(prompts)), prompts):
         noise = random_numbers(*key, i).random(config.max_response)
         rollouts.append(Rollout(problem, ids, [Turn()], (*key, i), noise))
     pick = partial(pick_tokens, temperature=temperature or config.temperature, top_p=top_p)
@@ -1030,8 +1036,9 @@ class Optimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 and p.device == home else
                         p.detach().to(home, torch.float32) for p in self.parameters]
-        self.adamw = torch.optim.AdamW(self.masters, betas=(config.beta1, config.beta2),
-                                       weight_decay=config.weight_decay)
+        kind = torch.optim.AdamW if RANKS == 1 else adamw_in_shares
+        self.adamw = kind(self.masters, betas=(config.beta1, config.beta2),
+                          weight_decay=config.weight_decay)
         self.hooks = [p.register_post_accumulate_grad_hook(partial(self._collect, master))
                       for p, master in self.apart()]
 
@@ -1076,8 +1083,9 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state):
         self.updates = state["updates"]
-        options = self.adamw.state_dict()["param_groups"]  # this run's, which may be new ones
-        self.adamw.load_state_dict({**state["adamw"], "param_groups": options})
+        (stored,), (options,) = state["adamw"]["param_groups"], self.adamw.param_groups
+        options = {**options, "params": stored["params"]}  # this run's, which may be new ones
+        self.adamw.load_state_dict({**state["adamw"], "param_groups": [options]})
         for (_, mine), theirs in zip(self.apart(), state["masters"], strict=True):
             mine.copy_(theirs)
 
@@ -1104,12 +1112,12 @@ def cosine_scale(n, total):
     return min(n / warm, 0.5 + 0.5 * math.cos(math.pi * max(n - warm, 0) / (total - warm + 1)))
 
 
-@phase("micro_batch_tokens", lambda batch: (batch.ids.shape[1], batch.ids.numel()))
-def backpropagate(agent, batch):
-    """Leave the gradient of some rollouts with the optimiser; returns their loss, a mean over
-    tokens, and their share of clipped tokens."""
+@phase("micro_batch_tokens", lambda batch, *_: (batch.ids.shape[1], batch.ids.numel()))
+def backpropagate(agent, batch, num_tokens=None):
+    """Leave the gradient of some rollouts with the optimiser; returns their loss and their share of
+    clipped tokens, means over `num_tokens`: their own, or those of all ranks."""
     config, student = agent.config, agent.student
-    num_tokens = int((batch.step_id >= 0).sum())
+    num_tokens = int((batch.step_id >= 0).sum()) if num_tokens is None else num_tokens
     if not num_tokens:  # the machine failed all of them
         return 0.0, 0.0
     temperature = 1.0 if batch.advantages is None else config.temperature  # that of sampling
@@ -1179,34 +1187,45 @@ def distil(agent, iteration):
     """An iteration of Algorithm 1: sample, reward, score, weigh, update."""
     config, student, method = agent.config, agent.student, METHODS[agent.config.method]
     prompts = draw(agent.practice, config, iteration, config.prompts, config.group_size)
-    rollouts = sample_rollouts(agent, student, prompts, (config.seed, "rollouts", iteration))
+    mine = np.arange(len(prompts)).reshape(-1, config.group_size)[RANK::RANKS].flatten().tolist()
+    with together():
+        rollouts = sample_rollouts(agent, student, [prompts[i] for i in mine],
+                                   (config.seed, "rollouts", iteration), mine)
+        batch = collate(rollouts, student.device)                           # with their rewards
+
+        student.train()  # as in the update, so that the ratio begins at 1 even with dropout
+        batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
+        if method.view:
+            batch.logp_t, batch.entropy_t = score_by_teacher(agent, batch)  # on the same ids
+            batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id,
+                                      batch.failed.shape[1])                # Eq. 6
+            scheme = config.weights if method.weights == "sod" else "uniform"
+            batch.w = WEIGHTS[scheme](batch, config)                        # Eq. 7
+        batch.A = group_advantages(batch.reward, config.group_size)
+        coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
+        batch.advantages = token_advantages(config.method, batch.A, batch.logp_s,  # Eq. 8-10
+                                            batch.logp_t, batch.step_id, batch.w, coef)
     check_sandbox(rollouts)
-    batch = collate(rollouts, student.device)                           # with their rewards
 
-    student.train()  # as in the update, so that the ratio begins at 1 even with dropout
-    batch.logp_s, batch.entropy_s = score(agent, student, batch)        # the old policy
-    if method.view:
-        batch.logp_t, batch.entropy_t = score_by_teacher(agent, batch)  # on the same ids
-        batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id,
-                                  batch.failed.shape[1])                # Eq. 6
-        scheme = config.weights if method.weights == "sod" else "uniform"
-        batch.w = WEIGHTS[scheme](batch, config)                        # Eq. 7
-    batch.A = group_advantages(batch.reward, config.group_size)
-    coef = config.opd_coef if config.kl == "sampled" else 0.0  # full: the KL joins as a loss
-    batch.advantages = token_advantages(config.method, batch.A, batch.logp_s,  # Eq. 8-10
-                                        batch.logp_t, batch.step_id, batch.w, coef)
-
-    updates = []  # one for each run of neighbouring groups
-    for rows in np.arange(len(rollouts)).reshape(config.updates, -1).tolist():
-        loss, clipped = backpropagate(agent, batch.rows(rows))
-        updates.append((loss, agent.optimizer.step(loss), clipped))
+    parts = np.arange(len(rollouts)).reshape(config.updates, -1).tolist()  # neighbouring groups
+    updates = [update(agent, batch.rows(rows)) for rows in parts]
     agent.iteration = iteration
-    return batch_metrics(agent, batch, updates), batch
+    batch = from_all_ranks(batch, mine)
+    return batch_metrics(agent, batch, updates) if batch else update_metrics(updates), batch
+
+
+def update(agent, batch):
+    """Move the weights once; (loss, norm of the gradient, share of clipped tokens)."""
+    num_tokens = sum(told_by_ranks(int((batch.step_id >= 0).sum())))
+    with together():
+        sums = backpropagate(agent, batch, num_tokens)
+    loss, clipped = add_up_ranks(agent.optimizer, sums)
+    return loss, agent.optimizer.step(loss), clipped
 
 
 def check_sandbox(rollouts):
     """Stop, before anything moves, where the machine has failed every rollout."""
-    if all(r.finish == "infrastructure" for r in rollouts):
+    if all(told_by_ranks(all(r.finish == "infrastructure" for r in rollouts))):
         raise ValueError("the sandbox failed a program of every rollout: see `python tools.py`, "
                          "and whether the machine has memory and disk left")
 
@@ -1214,12 +1233,11 @@ def check_sandbox(rollouts):
 def imitate(agent, iteration):
     """An update of supervised fine-tuning on demonstrations (sft): the cold start before SOD."""
     config, student = agent.config, agent.student.train()
-    batch = collate(draw(agent.practice, config, iteration, config.sft_batch), student.device)
-    loss, _ = backpropagate(agent, batch)
-    norm = agent.optimizer.step(loss)
+    rows = draw(agent.practice, config, iteration, config.sft_batch)
+    made = update(agent, collate(rows[RANK::RANKS], student.device))
     agent.iteration = iteration
     return {"iteration": iteration, "iterations": num_iterations(agent),
-            **update_metrics([(loss, norm, 0.0)]), **machine_metrics(agent)}, None
+            **update_metrics([made]), **machine_metrics(agent)}, None
 
 
 def draw(items, config, iteration, count, times=1):
@@ -1242,6 +1260,83 @@ def shuffled(seed, epoch, N):
 # The method ends here. What follows is plumbing: the fast engine, the numbers of an iteration,
 # health, evaluation, loading with its checks, files, the command.
 # ==============================================================================================
+
+# --- Several processes: torchrun --nproc_per_node N sod_mini.py ... ---------------------------
+# Each rank samples, scores and back-propagates whole groups of its own, with the random numbers that
+# these have in one process. Gradients are summed, so weights stay the same on all ranks; files and
+# the screen are rank 0's. One process exchanges nothing.
+
+
+def exchange(work, *args):
+    """A collective operation of torch.distributed, which a dead rank ends with a sentence."""
+    try:
+        work(*args)
+    except RuntimeError as error:
+        raise ValueError("another rank has ended, so this one ends, too; resume from the last save "
+                         f"({str(error).splitlines()[0]:.60})") from None
+
+
+def told_by_ranks(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        exchange(dist.all_gather_object, values, value)
+    return values
+
+
+@contextmanager
+def together():
+    """Work that each rank does alone: an error or a signal that ends it on one ends it on all."""
+    together.alone, stop = True, None
+    try:
+        yield
+    except BaseException as error:
+        stop = error
+    together.alone = RANKS == 1
+    if stops := [error for error in told_by_ranks(stop) if error]:
+        raise stop or stops[0]
+
+
+together.alone = True  # may a signal be obeyed at once? Not while other ranks wait for this one
+
+
+def adamw_in_shares(parameters, **options):
+    """AdamW of which each rank keeps, and steps with, its share of the moments."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
+
+
+def add_up_ranks(optimizer, numbers):
+    """Sum the gradient, and these numbers, over all ranks."""
+    told = told_by_ranks((numbers, optimizer.masters[0].grad is not None))
+    if RANKS > 1 and any(has_gradient for _, has_gradient in told):
+        for master in optimizer.masters:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+            exchange(dist.all_reduce, master.grad)
+    return np.sum([numbers for numbers, _ in told], axis=0).tolist()
+
+
+def from_all_ranks(batch, mine):
+    """The Batch of all ranks in the order of one process, on rank 0; None elsewhere. `mine` is
+    where this rank's rollouts stand in that order."""
+    if RANKS == 1:
+        return batch
+    parts, on_cpu = [None] * RANKS if RANK == 0 else None, replace(batch, **{
+        name: x.cpu() for name, x in vars(batch).items() if isinstance(x, torch.Tensor)})
+    exchange(dist.gather_object, (mine, on_cpu), parts)
+    if RANK:
+        return None
+    order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
+
+    def joined(name):
+        column = [row for _, part in parts for row in getattr(part, name)]
+        column = [column[i] for i in order]
+        if not isinstance(column[0], torch.Tensor):
+            return column
+        return torch.stack(column) if column[0].dim() == 0 else torch.nn.utils.rnn.pad_sequence(
+            column, True, -1 if name == "step_id" else 0)
+    return Batch(**{name: joined(name) for name, x in vars(batch).items() if x is not None})
+
 
 # --- The fast engine: rollouts keep their keys and values from turn to turn ---------------------
 
@@ -1551,13 +1646,19 @@ def evaluate(agent, model, problems):
     config = agent.config
     prompts, _ = fitting_prompts(problems, agent.tokenizer, config)
     repeated = [prompt for prompt in prompts for _ in range(config.eval_samples)]
-    rollouts = sample_rollouts(agent, model, repeated, (config.seed, "evaluation", 0), 0,
-                               config.eval_temperature, config.eval_top_p)
+    with together():
+        rollouts = sample_rollouts(agent, model, repeated[RANK::RANKS],
+                                   (config.seed, "evaluation", 0),
+                                   range(RANK, len(repeated), RANKS),
+                                   config.eval_temperature, config.eval_top_p)
     agent.seconds.clear()  # training has its own clock
     check_sandbox(rollouts)
-    if lost := sum(r.finish == "infrastructure" for r in rollouts):
-        print(f"NOTE: the sandbox failed in {lost} of {len(rollouts)} samples, counted as wrong")
-    return np.array([r.right for r in rollouts]).reshape(len(prompts), config.eval_samples)
+    seen, right = told_by_ranks([(r.right, r.finish) for r in rollouts]), [None] * len(repeated)
+    for rank, samples in enumerate(seen):
+        right[rank::RANKS] = samples
+    if lost := sum(finish == "infrastructure" for _, finish in right):
+        print(f"NOTE: the sandbox failed in {lost} of {len(right)} samples, counted as wrong")
+    return np.array([r for r, _ in right]).reshape(len(prompts), config.eval_samples)
 
 
 def average_with_interval(correct):
@@ -2025,7 +2126,11 @@ def save_run(agent, folder):
     """Save all that the rest of the run depends on: a model folder, with the state of the optimiser
     beside the weights. The newest two saves are kept."""
     save = folder / "saves" / f"iteration-{agent.iteration}"
-    if save.exists():
+    if told_by_ranks(save.exists())[0]:
+        return
+    if RANKS > 1:
+        exchange(agent.optimizer.adamw.consolidate_state_dict)
+    if RANK:
         return
     with tools.writing(folder), tools.whole_folder(save) as aside:
         write_config(agent.config, folder)  # with the sizes that have been halved
@@ -2052,10 +2157,11 @@ def restore(agent, folder):
                          "--student, --dtype and --offload that it began with, or remove that "
                          "folder to go on from the save before it") from error
     agent.iteration = state.get("iteration", 0)
-    for name in LOGS:
+    for name in LOGS if RANK == 0 else ():
         if note := tools.cut_back(folder / name, state.get("lengths", {}).get(name, 0)):
             print(note)
-    write_config(agent.config, folder)
+    if RANK == 0:
+        write_config(agent.config, folder)
     print(f"resumed {folder} after iteration {agent.iteration}")
 
 
@@ -2175,13 +2281,20 @@ def parse_config(argv=None):
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
     transformers.utils.logging.disable_progress_bar()
-    folder = open_run_folder(config)
-    with tools.locked(folder):
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    with together():
+        folder = open_run_folder(config) if RANK == 0 else None
+    folder = told_by_ranks(folder)[0]
+    with tools.locked(folder) if RANK == 0 else nullcontext():
         print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items()))
         try:
-            agent = load_agent(config)
-            if config.resume:
-                restore(agent, folder)
+            with together():
+                agent = load_agent(config)
+                if config.resume:
+                    restore(agent, folder)
         except BaseException:
             if not config.resume:  # nothing has been made yet, so nothing is left behind
                 shutil.rmtree(folder, ignore_errors=True)
@@ -2189,9 +2302,11 @@ def run(config, preset):
         try:
             measure_and_train(agent, folder)
         except BaseException:
-            if folder.exists():
+            if folder.exists() and RANK == 0:
                 print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 def measure_and_train(agent, folder):
@@ -2205,8 +2320,9 @@ def measure_and_train(agent, folder):
     def measure(name, model):
         if agent.held_out and name not in results:
             results[name] = evaluate(agent, model, agent.held_out)
-            with tools.writing(folder):
-                tools.write_whole(file, json.dumps({k: v.tolist() for k, v in results.items()}))
+            if RANK == 0:
+                with tools.writing(folder):
+                    tools.write_whole(file, json.dumps({k: v.tolist() for k, v in results.items()}))
 
     if agent.iteration == 0:
         measure("student before", agent.student)
@@ -2216,10 +2332,11 @@ def measure_and_train(agent, folder):
         if METHODS[config.method].view == "teacher":
             with visiting(agent.teacher, agent.student.device):
                 measure("teacher", agent.teacher)
-        save_checkpoint(agent, folder, results)
-        tools.remove(folder / "saves")
-        print(f"checkpoint {folder / 'checkpoint'}")
-        write_page(folder)
+        if RANK == 0:
+            save_checkpoint(agent, folder, results)
+            tools.remove(folder / "saves")
+            print(f"checkpoint {folder / 'checkpoint'}")
+            write_page(folder)
     if results:
         print(f"\naverage@{config.eval_samples} on {len(agent.held_out)} problems of "
               f"{config.eval_data}\n" + results_table(results))
@@ -2239,17 +2356,20 @@ def train_to_files(agent, folder):
     written = done()
     settled = lambda: done() == written
     try:
-        with tools.stoppable(settled) as asked:
+        with tools.stoppable(lambda: settled() and together.alone) as asked:
             for m, batch in tqdm(train(agent), initial=agent.iteration, unit="iteration",
-                                 desc=config.method, disable=None):  # no bar where nobody watches
-                write_iteration(agent, m, batch, folder)
+                                 desc=config.method,  # no bar where nobody watches
+                                 disable=True if RANK else None):
+                if RANK == 0:
+                    write_iteration(agent, m, batch, folder)
                 written = done()
-                if asked:
-                    raise KeyboardInterrupt(asked[0])
+                if any(told_by_ranks(bool(asked))):
+                    raise KeyboardInterrupt(*asked[:1])
                 history.append(m)
-                show_iteration(m, batch, history, config)
+                if RANK == 0:
+                    show_iteration(m, batch, history, config)
                 stop_if_refused(history)
-                if config.save_every and m["iteration"] % config.save_every == 0:
+                if config.save_every and agent.iteration % config.save_every == 0:
                     save_run(agent, folder)
         save_run(agent, folder)
     except tools.WriteError:
@@ -2257,7 +2377,8 @@ def train_to_files(agent, folder):
     except BaseException:  # Ctrl-C or an error; in the middle of an update nothing can be saved
         if agent.iteration and settled():
             save_run(agent, folder)
-            print(f"saved {folder / 'saves' / f'iteration-{agent.iteration}'}", file=sys.stderr)
+            if RANK == 0:
+                print(f"saved {folder / 'saves' / f'iteration-{agent.iteration}'}", file=sys.stderr)
         raise
 
 
@@ -2301,7 +2422,7 @@ def note_shared_problems(agent):
 def prepare_output():
     """Show each line as it comes, and never die of a character or of a closed screen."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if getattr(sys, name) is None or RANK and name == "stdout":  # rank 0 speaks for all
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(line_buffering=True, errors="backslashreplace")
 

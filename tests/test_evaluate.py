@@ -191,9 +191,9 @@ HEAVY = ["\\boxed{" * 150_000, "\\boxed{" + "9" * 10**6 + "}", "\\boxed{10^{9999
 
 def scripted(finals, problem):
     """In place of sample_rollouts: rollouts of one turn each, graded as usual."""
-    def sample(agent, model, prompts, key, first, temperature, top_p):
-        rollouts = [sod.Rollout(problem, ids, [sod.Turn([1], finals[first + n])], (*key, first + n),
-                                finish="answer") for n, (_, ids) in enumerate(prompts)]
+    def sample(agent, model, prompts, key, numbers, temperature, top_p):
+        rollouts = [sod.Rollout(problem, ids, [sod.Turn([1], finals[n])], (*key, n),
+                                finish="answer") for n, (_, ids) in zip(numbers, prompts)]
         for r in rollouts:
             sod.grade_rollout(r, agent.tool, agent.config)
         return rollouts
@@ -276,9 +276,9 @@ def test_an_evaluation_killed_in_its_first_line_or_amid_a_batch_continues(whole,
 def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeypatch):
     seen = []
 
-    def sample(agent, model, prompts, key, first, *sampling):
+    def sample(agent, model, prompts, key, numbers, *sampling):
         assert sampling == (0.7, 0.6)
-        seen.extend(sod.random_numbers(*key, first + n).random() for n in range(len(prompts)))
+        seen.extend(sod.random_numbers(*key, n).random() for n in numbers)
         return [sod.Rollout(problem, [], [sod.Turn()]) for problem, _ in prompts]
     monkeypatch.setattr(sod, "sample_rollouts", sample)
     prompts = [(tools.Problem("q", "1", id=name), []) for name in "ab"]

@@ -269,7 +269,8 @@ def test_a_rollout_does_not_depend_on_who_is_beside_it_nor_on_the_size_of_a_batc
 
     def texts(rows, first, **changes):
         agent.config = small(max_response=120, **changes)
-        found = sod.sample_rollouts(agent, agent.student, rows, (0, "test", 1), first)
+        found = sod.sample_rollouts(agent, agent.student, rows, (0, "test", 1),
+                                    range(first, first + len(rows)))
         return [(r.ids, r.step_id, r.turns, r.finish, r.reward) for r in found]
     whole = texts(prompts, 0)
     assert whole == texts(prompts, 0, rollout_batch=5)

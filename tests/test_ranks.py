@@ -1,0 +1,171 @@
+"""Several processes under torchrun do what one process does; what stops one of them stops all.
+
+Run as a script, this file is one of these processes: it does an iteration of each of CASES.
+"""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import sod_mini as sod
+from conftest import json_lines, small
+
+CASES = {"sod": {}, "grpo": dict(method="grpo"), "full": dict(kl="full"),
+         "sft": dict(method="sft", sft_batch=12), "of 2 lost": {}}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+# --- One of the processes ---------------------------------------------------------------------
+
+
+def iterate(case):
+    """(gradient, texts, right of an evaluation) of an iteration; rank 0's are those of all ranks."""
+    config = small(prompts=6, group_size=2, updates=1, micro_batch_tokens=500, max_response=100,
+                   eval_problems=3, **CASES[case])
+    agent, seen, sample = sod.load_agent(config), [], sod.sample_rollouts
+    agent.optimizer = sod.make_optimizer(agent)
+
+    def lose_some(*args):
+        """Of n ranks the machine fails every rollout of rank 0's."""
+        rollouts = sample(*args)
+        for r in rollouts if "lost" in case else []:
+            if r.key[-1] // config.group_size % int(case.split()[1]) == 0:
+                r.finish = "infrastructure"
+        return rollouts
+
+    def no_step(loss):
+        seen.append(torch.cat([p.grad.flatten() for p in agent.optimizer.masters]))
+        return loss
+    sod.sample_rollouts, agent.optimizer.step = lose_some, no_step
+    m, batch = next(sod.train(agent))
+    sod.sample_rollouts = sample
+    texts = [[turn.text for turn in r.turns] for r in batch.rollouts] if batch else []
+    right = sod.evaluate(agent, agent.student, agent.held_out).tolist() if case == "sod" else []
+    return seen[0], texts, right, m.get("reward"), m["loss"]
+
+
+def main(path):
+    torch.set_num_threads(1)
+    sod.dist.init_process_group() if sod.RANKS > 1 else None
+    done = {case: iterate(case) for case in CASES}
+    if sod.RANK == 0:
+        torch.save(done, path)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """{number of processes: {case: what iterate gave}}"""
+    found = {}
+    for ranks in (1, 2, 3):
+        path = tmp_path_factory.mktemp("ranks") / f"{ranks}.pt"
+        start = TORCHRUN + [str(ranks)] if ranks > 1 else [sys.executable]
+        run = subprocess.run([*start, __file__, path], env=QUIET, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        found[ranks] = torch.load(path)
+    return found
+
+
+# --- Claims -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_of_several_processes_is_that_of_one(done, case, ranks):
+    (one, _, _, reward, loss), (several, _, _, theirs, their_loss) = done[1][case], done[ranks][case]
+    assert float((one - several).norm() / one.norm()) < 1e-6 and float(one.norm()) > 0
+    assert (theirs, their_loss) == (reward, pytest.approx(loss, rel=1e-6))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_processes_sample_the_same_rollouts_in_training_and_evaluation(done, ranks):
+    for case in ("sod", "of 2 lost"):
+        assert done[ranks][case][1:3] == done[1][case][1:3]
+    assert done[1]["sod"][1] and done[1]["sod"][2]
+
+
+def test_a_batch_that_does_not_divide_into_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(sod, "RANKS", 3)
+    with pytest.raises(ValueError, match="prompts 4 does not divide into 2 updates of 3 processes"):
+        small()
+    with pytest.raises(ValueError, match="sft_batch 16 does not divide into 3 processes"):
+        small(method="sft")
+
+
+def test_an_error_of_one_process_ends_all_with_its_words(monkeypatch):
+    """As rank 1 of 2 sees it: rank 0 has run out of memory."""
+    monkeypatch.setattr(sod, "RANKS", 2)
+    told = []
+    monkeypatch.setattr(sod, "exchange", lambda work, values, mine: (
+        told.append(mine), values.__setitem__(slice(None), [ValueError("no memory"), mine])))
+    with pytest.raises(ValueError, match="no memory"), sod.together():
+        pass
+    assert told == [None] and not sod.together.alone
+    with pytest.raises(KeyError), sod.together():  # its own error comes first
+        raise KeyError
+    monkeypatch.setattr(sod.together, "alone", True)
+
+
+def start(folder, ranks, *options):
+    """A run of several processes, in the background."""
+    return subprocess.Popen(
+        [*TORCHRUN, str(ranks), ROOT / "sod_mini.py", *options, "--out", folder], cwd=ROOT,
+        env=QUIET, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def wait_for(path, seconds=120):
+    until = time.time() + seconds
+    while not path.exists() and time.time() < until:
+        time.sleep(0.1)
+    assert path.exists()
+
+
+OPTIONS = ["--prompts", "6", "--updates", "1", "--group_size", "2", "--eval_data", "",
+           "--show_every", "0", "--save_every", "2", "--name", "run"]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path):
+    run = start(tmp_path, 2, *OPTIONS, "--iterations", "99")
+    wait_for(tmp_path / "run" / "saves" / "iteration-2")
+    run.send_signal(signal.SIGINT)
+    assert "saved" in run.communicate(timeout=60)[1]
+    done = len(json_lines(tmp_path / "run" / "metrics.jsonl"))
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    more = ["--iterations", str(done + 2), "--resume"]
+    run = start(tmp_path, 3, *more, str(tmp_path / "run"))
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, said
+    subprocess.run([sys.executable, ROOT / "sod_mini.py", *more, tmp_path / "alone"], cwd=ROOT,
+                   env=QUIET, check=True, stdout=subprocess.DEVNULL)
+    texts, weights = [], []
+    for name in ("run", "alone"):
+        rows = json_lines(tmp_path / name / "rollouts.jsonl")
+        texts.append([[turn["text"] for turn in row["turns"]] for row in rows])
+        weights.append(load_file(tmp_path / name / "checkpoint" / "model.safetensors"))
+    assert texts[0] == texts[1]
+    for name, one in weights[1].items():
+        assert float((weights[0][name] - one).norm() / one.norm()) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_within_a_minute_with_a_sentence(tmp_path):
+    run = start(tmp_path, 2, *OPTIONS, "--iterations", "99")
+    wait_for(tmp_path / "run" / "saves" / "iteration-2")
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 1 and "error: another rank has ended" in said
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
