@@ -1357,6 +1357,8 @@ class RaggedLayer(DynamicLayer):
         room, length = self.keys.shape[2], self.slots.length
         if length > room:  # grow by half, so that this is seldom
             more = max(length, room * 3 // 2) - room
+            if self.slots.graphs:
+                self.slots.graphs.clear()  # they write to the old place
             self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
         rows, positions, held = self.slots.places
         self.keys[rows, :, positions] = keys.transpose(1, 2)
@@ -1378,10 +1380,16 @@ class Slots:
         self.length = 0                # positions to attend to
         self.places = None             # (rows, positions, held) that RaggedLayer.update writes to
         self.cache = Cache(layer_class_to_replicate=partial(RaggedLayer, self))
+        # What a pass of `sample` reads and writes, always in the same place: (slots,)
+        self.last = torch.zeros(size, dtype=torch.long, device=self.device)  # ids not read yet
+        self.start = torch.zeros_like(self.last)                             # their positions
+        self.noise = torch.zeros(size, dtype=torch.float64, device=self.device)
+        self.graphs = {} if self.device.type == "cuda" else None  # {(rows, length): a pass}
 
     def reach(self, length):
         """Attend to `length` positions from now on."""
-        self.length = -(-length // 64) * 64  # few different shapes: kinder to the allocator
+        step = 64 if self.graphs is None else 256  # few shapes: few graphs, a kinder allocator
+        self.length = -(-length // step) * step
 
     def seat(self, queue):
         """Give free slots to the next rollouts of the queue."""
@@ -1415,17 +1423,46 @@ class Slots:
 
     def sample(self, n, tokens, pick):
         """(n, tokens) new ids of the first n slots; what follows an end id has no meaning."""
-        ids = [r.ids for r in self.rollouts[:n]]
-        last = torch.tensor([row[-1] for row in ids], device=self.device)  # (n,) not read yet
-        start = torch.tensor([len(row) - 1 for row in ids], device=self.device)  # its position
-        noise = torch.tensor(np.stack([r.next_noise(tokens) for r in self.rollouts[:n]]),
+        # Graphs take 16, 32, ... rows. What those behind n write is overwritten before it is read:
+        # they have an unread last id, too, and go on from there.
+        rows = n if self.graphs is None else min(-(-n // 16) * 16, len(self.rollouts))
+        ids = [r.ids for r in self.rollouts[:rows]]
+        self.last[:rows] = torch.tensor([row[-1] for row in ids], device=self.device)
+        self.start[:rows] = torch.tensor([len(row) - 1 for row in ids], device=self.device)
+        noise = torch.tensor(np.stack([r.next_noise(tokens) for r in self.rollouts[:rows]]),
                              device=self.device)
         self.reach(max(map(len, ids)) + tokens)
         sampled = []
         for t in range(tokens):  # without waiting for the device
-            last = pick(self.forward(last[:, None], start + t), noise[:, t])
-            sampled.append(last)
-        return torch.stack(sampled, 1).tolist()
+            self.noise[:rows] = noise[:, t]
+            self.next_ids(rows, pick) if self.graphs is None else self.replay(rows, pick)
+            sampled.append(self.last[:rows].clone())
+        return torch.stack(sampled, 1)[:n].tolist()
+
+    def next_ids(self, rows, pick):
+        """Read the last id of the first slots and put the next one in its place."""
+        logits = self.forward(self.last[:rows, None], self.start[:rows])
+        self.last[:rows] = pick(logits, self.noise[:rows])
+        self.start[:rows] += 1
+
+    def replay(self, rows, pick):
+        """next_ids as a CUDA graph, one launch in place of a thousand: the first pass of a shape
+        warms up, the second is recorded, and from then on it is replayed."""
+        work, shape = partial(self.next_ids, rows, pick), (rows, self.length)
+        if shape not in self.graphs:
+            work()
+            self.graphs[shape] = None
+            return
+        try:
+            self.graphs[shape] = self.graphs[shape] or record(work, self.graphs.values())
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            tqdm.write(f"no CUDA graph of a decode pass ({str(error).splitlines()[0]}): sampling "
+                       "goes on, and is slower")
+            self.graphs = None
+            return work()
+        self.graphs[shape].replay()
 
     def forward(self, ids, start, rows=None):
         """Feed ids to slots; each attends to all that its slot holds before it.
@@ -1444,6 +1481,14 @@ class Slots:
         mask = torch.arange(self.length, device=ids.device) <= positions[:, :, None]  # (R, n, L)
         return self.model(ids, attention_mask=mask[:, None], position_ids=positions, use_cache=True,
                           past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+
+
+def record(work, graphs):
+    """A CUDA graph that does what work() does, at the same addresses, when it is replayed."""
+    graph, others = torch.cuda.CUDAGraph(), [g.pool() for g in graphs if g]
+    with torch.cuda.graph(graph, pool=others[0] if others else None):  # they share their scratch
+        work()
+    return graph
 
 
 def check_slots(model):

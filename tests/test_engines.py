@@ -1,7 +1,9 @@
 """The fast engine gives the rollouts of the plain one, token for token, whatever the model."""
 import dataclasses
 import threading
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +146,56 @@ def test_tokens_of_a_look_are_sampled_without_waiting_for_the_device():
     with pytest.raises(NotImplementedError, match="meta"):
         slots.sample(3, 4, pick)
     assert len(picked) == 4  # only the ids of the whole look were asked for
+
+
+def recording(monkeypatch, record):
+    """Let slots go the way of a GPU, with a `record` of our own."""
+    start = sod.Slots.__init__
+
+    def begin(slots, *args):
+        start(slots, *args)
+        slots.graphs = {}
+    monkeypatch.setattr(sod.Slots, "__init__", begin)
+    monkeypatch.setattr(sod, "record", record)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_passes_that_are_recorded_and_replayed_at_fixed_addresses_give_the_same_rollouts(
+        kind, tokenizer, monkeypatch):
+    """As CUDA graphs are: recording does nothing yet, and a replay knows nothing but addresses."""
+    model, counts = make_model(kind, MODELS[kind]), Counter()
+    plain = record(play(model, tokenizer, rollout_engine="generate"))
+
+    def pretend(work, graphs):
+        slots, before = work.func.__self__, addresses(work.func.__self__)
+        counts["recorded"] += 1
+
+        def replay():
+            assert addresses(slots) == before and slots.graphs is not None
+            counts["replayed"] += 1
+            work()
+        return SimpleNamespace(replay=replay)
+    recording(monkeypatch, pretend)
+    assert record(play(model, tokenizer, rollout_batch=5)) == plain
+    assert record(play(model, tokenizer, Answers(0.02), tool_wait=0.0, look=2)) == plain
+    assert counts["replayed"] > 20 * counts["recorded"] > 0
+
+
+def addresses(slots):
+    layers = [x.data_ptr() for layer in slots.cache.layers for x in (layer.keys, layer.values)]
+    return [*layers, *(x.data_ptr() for x in (slots.last, slots.start, slots.noise))]
+
+
+def test_where_recording_fails_sampling_goes_on_with_a_sentence(tokenizer, monkeypatch, capsys):
+    def fail(work, graphs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    model = make_model("qwen3", MODELS["qwen3"])
+    plain = record(play(model, tokenizer))
+    recording(monkeypatch, fail)
+    assert record(play(model, tokenizer)) == plain
+    assert capsys.readouterr().out == (
+        "no CUDA graph of a decode pass (operation not permitted when stream is capturing): "
+        "sampling goes on, and is slower\n")
 
 
 def test_sampling_from_a_model_in_training_mode_is_refused():
