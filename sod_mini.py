@@ -375,26 +375,49 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
 # --- Log-probabilities without the (B, T, V) logits -------------------------------------------
 # At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. So
-# token_logprobs and reverse_kl walk over tiles of the vocabulary, all tokens at once, and compute
-# each tile a second time in backward. Tiles are worked on in place, which saves memory and time.
+# token_logprobs and reverse_kl walk over tiles of them, some tokens by some entries, and compute
+# each tile a second time in backward. Each step costs a pass over the tile: few steps, in place.
 
-TILE_ELEMENTS = 2 ** 24  # of one fp32 tile: 64 MiB
+TILE_ELEMENTS, TILE_TOKENS = 2 ** 24, 4096  # of one fp32 tile (64 MiB); its tokens at most
 
 
 def _tiles(tokens, vocabulary):
-    width = max(TILE_ELEMENTS // max(tokens, 1) // 256 * 256, 256)  # aligned for tensor cores
-    return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
+    """Slices of the tokens and of the vocabulary; one of each is a tile."""
+    rows = max(min(tokens, TILE_TOKENS), 1)
+    width = max(TILE_ELEMENTS // rows // 256 * 256, 256)  # aligned for tensor cores
+    return _slices(tokens, rows), _slices(vocabulary, width)
 
 
-def _logits(hidden, weight, temperature):
-    """(N, D) and (n, D) -> (N, n), at least fp32: the softmax is never taken in 16 bits."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        z = hidden @ weight.T
-    elif hidden.is_cuda:  # the GEMM adds up in fp32 anyway; do not round its result
-        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+def _slices(total, size):
+    return [slice(n, min(n + size, total)) for n in range(0, total, size)]
+
+
+def _logits(a, b, temperature, shift=None):
+    """a @ b.T / temperature - shift, at least fp32: the softmax is never taken in 16 bits.
+
+    a, b     (n, D) and (m, D), hidden states and rows of the head, or the other way round
+    shift    (m,)
+    returns  (n, m)
+    """
+    if a.is_cuda and a.element_size() == 2:  # adds up in fp32 anyway: do not round the result
+        if shift is not None:  # one more term of each dot product, where a pass would cost 20%
+            a, b, shift = *_with_term(a, b, shift * -temperature), None
+        z = torch.mm(a, b.T, out_dtype=torch.float32)
     else:
-        z = hidden.float() @ weight.float().T
-    return z if temperature == 1 else z.div_(temperature)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        z = a.to(wide) @ b.to(wide).T
+    z = z if temperature == 1 else z.div_(temperature)
+    return z if shift is None else z.sub_(shift)
+
+
+def _with_term(a, b, term):
+    """a and b with columns whose products add up to term, (m,). A 16-bit number holds a third of
+    the digits of a 32-bit one, so it takes three columns; eight keep the rows aligned."""
+    parts = []
+    for _ in range(8):
+        parts.append(term.to(b.dtype))
+        term = term - parts[-1]
+    return torch.cat([a, a.new_ones(len(a), 8)], 1), torch.cat([b, torch.stack(parts, 1)], 1)
 
 
 def _add_product(total, a, b):
@@ -405,54 +428,58 @@ def _add_product(total, a, b):
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _start_sums(hidden):
-    """What _add_tile starts from: (N,) top -inf, sum 0, weighted sum 0."""
-    zero = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    return zero - math.inf, zero, zero
+def _sums(z, at, x=None):
+    """(N,) log of the sum of exp(z), and (N,) mean of x under the softmax of z, of a tile (N, n).
+    The log is read off column `at`, (N, 1): where that is a likely one it is the least rounded."""
+    logp = z.log_softmax(1)
+    lse = (z.gather(1, at) - logp.gather(1, at))[:, 0]
+    return lse, lse if x is None else torch.linalg.vecdot(logp.exp_(), x)
 
 
-def _add_tile(sums, z, x=None):
-    """Add a tile of logits (N, n) to the running sums of a softmax.
-
-    sums     (N,) top, the largest logit so far, sum of exp(z - top), and sum of exp(z - top) x
-    returns  the same, of all tiles so far; z then holds exp(z - top), and x is overwritten
-    """
-    old, total, weighted = sums
-    top = torch.maximum(old, z.amax(1))
-    fade, e = (old - top).exp(), z.sub_(top[:, None]).exp_()
-    total = total * fade + e.sum(1)
-    return top, total, weighted if x is None else weighted * fade + x.mul_(e).sum(1)
+def _joined(lse, mean):
+    """(N,) lse and (N,) mean of whole rows, from those of their tiles."""
+    lse, mean = torch.stack(lse), torch.stack(mean)
+    total = lse.logsumexp(0)
+    return total, ((lse - total).exp() * mean).sum(0)
 
 
 def _head_gradients(d_logits, scale, hidden, weight):
-    """Gradients (N, D) and (V, D) of hidden states and head, from those of a tile of logits.
+    """Gradients (N, D) and (V, D) of hidden states and head, from those of tiles of logits.
 
-    d_logits  function: a slice of the vocabulary -> (N, n), but for the factor of each row
+    d_logits  function: slices of tokens and vocabulary -> (n, N), but for each token's factor
     scale     (N,) that factor: it joins the (N, D) matrices, not the far larger tiles
     """
-    d_weight, scaled = torch.empty_like(weight), (hidden * scale[:, None]).to(hidden.dtype)
-    d_hidden = torch.zeros_like(hidden, dtype=scale.dtype)
-    for tile in _tiles(len(hidden), len(weight)):
-        dz = d_logits(tile)
-        _add_product(d_hidden, dz, weight[tile])
-        torch.mm(dz.T, scaled, out=d_weight[tile])
-        del dz  # before the next tile takes its place
+    d_weight, d_hidden = torch.zeros_like(weight), torch.zeros_like(hidden, dtype=scale.dtype)
+    blocks, tiles = _tiles(*map(len, (hidden, weight)))
+    for tile in tiles:
+        total = d_weight[tile].to(scale.dtype)
+        for rows in blocks:
+            dz = d_logits(rows, tile)
+            _add_product(total, dz, (hidden[rows] * scale[rows, None]).to(hidden.dtype))
+            _add_product(d_hidden[rows], dz.T, weight[tile])
+            del dz  # before the next tile takes its place
+        d_weight[tile] = total
     return d_hidden.mul_(scale[:, None]).to(hidden.dtype), d_weight
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        sums = _start_sums(hidden)
-        chosen = sums[1]
-        for tile in _tiles(len(hidden), len(weight)):
-            z = _logits(hidden, weight[tile], temperature)  # (N, n)
-            column, inside = _columns(targets, tile)
-            chosen = torch.where(inside, z.gather(1, column), chosen[:, None])[:, 0]
-            sums = _add_tile(sums, z, z.clone() if want_entropy else None)
-        top, total, weighted = sums  # weighted / total: the mean logit under the softmax
-        lse = top + total.log()
-        logp, entropy = chosen - lse, lse - weighted / total
+        blocks, tiles = _tiles(*map(len, (hidden, weight)))
+        width = tiles[0].stop
+        at = (targets % width)[:, None]  # in its own tile; elsewhere, any column
+
+        def sums(rows, tile):
+            z = _logits(hidden[rows], weight[tile], temperature)  # (N, n)
+            column = at[rows].clamp(max=z.shape[1] - 1)
+            return *_sums(z, column, z if want_entropy else None), z.gather(1, column)[:, 0]
+        whole = []
+        for rows in blocks:
+            lse, mean, found = zip(*(sums(rows, tile) for tile in tiles))
+            chosen = torch.stack(found, 1).gather(1, targets[rows, None] // width)[:, 0]
+            whole.append((*_joined(lse, mean), chosen))
+        lse, mean, chosen = map(torch.cat, zip(*whole))
+        logp, entropy = chosen - lse, lse - mean
         ctx.save_for_backward(hidden, weight, targets, lse, logp)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)  # a metric, not a loss
@@ -461,24 +488,19 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, lse, logp = ctx.saved_tensors
+        # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
+        less_one = logp.expm1().to(hidden.dtype)
 
-        def d_logits(tile):
+        def d_logits(rows, tile):
             """p - one-hot; the minus of d logp / dz is in the scale below."""
-            z = _logits(hidden, weight[tile], ctx.temperature).sub_(lse[:, None])
-            p = torch.exp(z, out=torch.empty_like(z, dtype=hidden.dtype))
-            column, inside = _columns(targets, tile)
-            # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
-            new = torch.where(inside, logp.expm1().to(p.dtype)[:, None], p.gather(1, column))
-            return p.scatter_(1, column, new)
+            z = _logits(weight[tile], hidden[rows], ctx.temperature, lse[rows])
+            p = hidden.new_empty(len(z) + 1, z.shape[1])
+            torch.exp(z, out=p[:-1])
+            place = (targets[rows] - tile.start) % len(weight)  # in the tile, or behind it:
+            p.scatter_(0, place.clamp(max=len(z))[None], less_one[None, rows])  # a row to drop
+            return p[:-1]
 
         return *_head_gradients(d_logits, grad / -ctx.temperature, hidden, weight), None, None, None
-
-
-def _columns(targets, tile):
-    """(N, 1) column of each target in a tile, and whether it is there at all."""
-    column = (targets - tile.start)[:, None]
-    width = tile.stop - tile.start
-    return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
 def token_logprobs(hidden, lm_head_weight, targets, temperature=1.0, entropy=False):
@@ -499,16 +521,19 @@ def token_logprobs(hidden, lm_head_weight, targets, temperature=1.0, entropy=Fal
 class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_s, weight_s, hidden_t, weight_t, temperature):
-        sums_s, sums_t = _start_sums(hidden_s), _start_sums(hidden_t)
-        for tile in _tiles(len(hidden_s), len(weight_s)):
-            z_s = _logits(hidden_s, weight_s[tile], temperature)  # (N, n)
-            z_t = _logits(hidden_t, weight_t[tile], temperature)
-            gap = z_s - z_t
-            sums_s, sums_t = _add_tile(sums_s, z_s, gap), _add_tile(sums_t, z_t)
-        (top_s, total_s, weighted), (top_t, total_t, _) = sums_s, sums_t
-        lse_s, lse_t = top_s + total_s.log(), top_t + total_t.log()
-        # KL = E_p[log p - log q] = E_p[z_s - z_t] - lse_s + lse_t
-        kl = weighted / total_s - lse_s + lse_t
+        def sums(rows, tile):
+            z_s = _logits(hidden_s[rows], weight_s[tile], temperature)  # (N, n)
+            z_t = _logits(hidden_t[rows], weight_t[tile], temperature)
+            at = torch.zeros_like(z_s[:, :1], dtype=torch.long)
+            lse_t, _ = _sums(z_t, at)
+            return *_sums(z_s, at, torch.sub(z_s, z_t, out=z_t)), lse_t
+        blocks, tiles = _tiles(*map(len, (hidden_s, weight_s)))
+        whole = []
+        for rows in blocks:
+            lse_s, gap, lse_t = zip(*(sums(rows, tile) for tile in tiles))
+            whole.append((*_joined(lse_s, gap), torch.stack(lse_t).logsumexp(0)))
+        lse_s, gap, lse_t = map(torch.cat, zip(*whole))
+        kl = gap - lse_s + lse_t  # E_p[log p - log q] = E_p[z_s - z_t] - lse_s + lse_t
         ctx.save_for_backward(hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl)
         ctx.temperature = temperature
         return kl
@@ -517,10 +542,10 @@ class _ReverseKL(torch.autograd.Function):
     def backward(ctx, grad):
         hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl = ctx.saved_tensors
 
-        def d_logits(tile):
+        def d_logits(rows, tile):
             """p_v (log p_v - log q_v - KL)."""
-            log_p = _logits(hidden_s, weight_s[tile], ctx.temperature).sub_(lse_s[:, None])
-            gap = _logits(hidden_t, weight_t[tile], ctx.temperature).sub_((lse_t - kl)[:, None])
+            log_p = _logits(weight_s[tile], hidden_s[rows], ctx.temperature, lse_s[rows])
+            gap = _logits(weight_t[tile], hidden_t[rows], ctx.temperature, (lse_t - kl)[rows])
             gap = torch.sub(log_p, gap, out=gap)
             return torch.mul(log_p.exp_(), gap, out=torch.empty_like(gap, dtype=hidden_s.dtype))
 

@@ -545,13 +545,19 @@ def one_iteration(sizes, student, offload, count):
 
 def iteration(sizes):
     """A whole iteration of SOD with a 4B teacher: seconds and memory of each phase."""
+    for name in ("0.6B", "1.7B"):
+        yield (f"{name}, {sizes.rollouts} rollouts of the budget, "
+               f"{sizes.sampled / sizes.response:.3g} of its sampling",
+               partial(one_iteration, sizes, name, "none", sizes.rollouts))
+
+
+def offload(sizes):
+    """The same with fewer rollouts, and the idle model or optimiser on the CPU."""
     short = replace(sizes, sampled=max(sizes.sampled // 4, 1))
-    for offload in ("none", "teacher", "all"):
-        for name in ("0.6B", "1.7B"):
-            part, count = (sizes, sizes.rollouts) if offload == "none" else (short, sizes.few)
-            yield (f"{name}, --offload {offload}, {count} rollouts of the budget, "
-                   f"{part.sampled / sizes.response:.3g} of its sampling",
-                   partial(one_iteration, part, name, offload, count))
+    for where in ("all", "teacher"):
+        for name in ("1.7B", "0.6B"):
+            yield (f"{name}, --offload {where}, {sizes.few} rollouts of the budget",
+                   partial(one_iteration, short, name, where, sizes.few))
 
 
 def methods(sizes):
@@ -566,7 +572,7 @@ def sod_over_opd(sizes):
         agent.config.method = method
         with mock.patch.object(sod, "sample_rollouts", lambda *_: found):
             sod.distil(agent, 1)
-    seconds = take_turns({m: partial(learn, m) for m in ("sod", "opd")}, sizes.rounds, clock)
+    seconds = take_turns({m: partial(learn, m) for m in ("sod", "opd")}, 3, clock)
     return judged({"rollouts": len(found), "over_opd": ratio(seconds["sod"], seconds["opd"]),
                    **{f"{m}_s": float(np.median(times)) for m, times in seconds.items()}},
                   {"over_opd": ("<=", 1.01)})
@@ -575,8 +581,7 @@ def sod_over_opd(sizes):
 def fits(sizes):
     """What a card of 24, 40 or 80 GB holds: offload, rollout_batch, micro_batch_tokens."""
     short = replace(sizes, sampled=max(sizes.sampled // 8, 1))
-    for card, name in ((24, "0.6B"), (40, "1.7B"), (80, "1.7B"), (24, "1.7B"), (40, "0.6B"),
-                       (80, "0.6B")):
+    for card, name in ((24, "0.6B"), (40, "1.7B"), (80, "1.7B"), (24, "1.7B"), (40, "0.6B")):
         yield f"{name} in {card} GB", partial(largest_that_fits, short, name, card)
 
 
@@ -611,7 +616,7 @@ def card_of(sizes, size):
 
 # --- The command ----------------------------------------------------------------------------------
 
-SECTIONS = {f.__name__: f for f in (suite, head, rollouts, iteration, methods, fits)}
+SECTIONS = {f.__name__: f for f in (head, suite, rollouts, iteration, methods, fits, offload)}
 
 
 def measured(work):
