@@ -392,32 +392,34 @@ def _slices(total, size):
     return [slice(n, min(n + size, total)) for n in range(0, total, size)]
 
 
-def _logits(a, b, temperature, shift=None):
-    """a @ b.T / temperature - shift, at least fp32: the softmax is never taken in 16 bits.
+def _logits(a, b, temperature, term=None):
+    """a @ b.T / temperature, at least fp32: the softmax is never taken in 16 bits.
 
     a, b     (n, D) and (m, D), hidden states and rows of the head, or the other way round
-    shift    (m,)
+    term     from _term, to add to each column
     returns  (n, m)
     """
-    if a.is_cuda and a.element_size() == 2:  # adds up in fp32 anyway: do not round the result
-        if shift is not None:  # one more term of each dot product, where a pass would cost 20%
-            a, b, shift = *_with_term(a, b, shift * -temperature), None
+    if term is not None and a.element_size() == 2:
+        a = torch.cat([a, a.new_ones(len(a), term.shape[1])], 1)
+        b = torch.cat([b, term], 1)
+    if a.dtype in (torch.float32, torch.float64):
+        z = a @ b.T if term is None else (a @ b.T).add_(term.T)
+    elif a.is_cuda:  # the GEMM adds up in fp32 anyway; do not round its result
         z = torch.mm(a, b.T, out_dtype=torch.float32)
     else:
-        wide = torch.promote_types(a.dtype, torch.float32)
-        z = a.to(wide) @ b.to(wide).T
-    z = z if temperature == 1 else z.div_(temperature)
-    return z if shift is None else z.sub_(shift)
+        z = a.float() @ b.float().T
+    return z if temperature == 1 else z.div_(temperature)
 
 
-def _with_term(a, b, term):
-    """a and b with columns whose products add up to term, (m,). A 16-bit number holds a third of
-    the digits of a 32-bit one, so it takes three columns; eight keep the rows aligned."""
-    parts = []
-    for _ in range(8):
-        parts.append(term.to(b.dtype))
-        term = term - parts[-1]
-    return torch.cat([a, a.new_ones(len(a), 8)], 1), torch.cat([b, torch.stack(parts, 1)], 1)
+def _term(values, dtype):
+    """Columns (N, k) of `dtype` that add up to values, (N,). Beside 16-bit hidden states, and with
+    ones to meet them, they are a term of each dot product, where to add it later costs two passes.
+    Such a number holds a third of the digits: three columns do, and eight keep rows aligned."""
+    columns = []
+    for _ in range(8 if dtype.itemsize == 2 else 1):
+        columns.append(values.to(dtype))
+        values = values - columns[-1]
+    return torch.stack(columns, 1)
 
 
 def _add_product(total, a, b):
@@ -490,10 +492,11 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, lse, logp = ctx.saved_tensors
         # Where p is near 1, p - 1 does not survive 16 bits: it comes from logp, in fp32.
         less_one = logp.expm1().to(hidden.dtype)
+        minus_lse = _term(lse * -ctx.temperature, hidden.dtype)
 
         def d_logits(rows, tile):
             """p - one-hot; the minus of d logp / dz is in the scale below."""
-            z = _logits(weight[tile], hidden[rows], ctx.temperature, lse[rows])
+            z = _logits(weight[tile], hidden[rows], ctx.temperature, minus_lse[rows])  # log p
             p = hidden.new_empty(len(z) + 1, z.shape[1])
             torch.exp(z, out=p[:-1])
             place = (targets[rows] - tile.start) % len(weight)  # in the tile, or behind it:
@@ -541,11 +544,13 @@ class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden_s, weight_s, hidden_t, weight_t, lse_s, lse_t, kl = ctx.saved_tensors
+        term_s = _term(lse_s * -ctx.temperature, hidden_s.dtype)
+        term_t = _term((kl - lse_t) * ctx.temperature, hidden_t.dtype)
 
         def d_logits(rows, tile):
             """p_v (log p_v - log q_v - KL)."""
-            log_p = _logits(weight_s[tile], hidden_s[rows], ctx.temperature, lse_s[rows])
-            gap = _logits(weight_t[tile], hidden_t[rows], ctx.temperature, (lse_t - kl)[rows])
+            log_p = _logits(weight_s[tile], hidden_s[rows], ctx.temperature, term_s[rows])
+            gap = _logits(weight_t[tile], hidden_t[rows], ctx.temperature, term_t[rows])
             gap = torch.sub(log_p, gap, out=gap)
             return torch.mul(log_p.exp_(), gap, out=torch.empty_like(gap, dtype=hidden_s.dtype))
 
