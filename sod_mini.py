@@ -389,7 +389,7 @@ def _tiles(tokens, vocabulary):
 
 
 def _slices(total, size):
-    return [slice(n, min(n + size, total)) for n in range(0, total, size)]
+    return [slice(n, min(n + size, total)) for n in range(0, max(total, 1), size)]
 
 
 def _logits(a, b, temperature, term=None):
