@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager, nullcontext
@@ -204,7 +205,7 @@ SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculatio
           "Put the final answer in \\boxed{}.")
 GPU = dict(demonstrations="", eval_data="", system=SYSTEM, iterations=120, prompts=8, max_turns=8,
            max_prompt=1024, max_response=4096, overlong=512, lr=1e-6, sft_lr=1e-5, silent_rate=0.0,
-           tool_modules="numpy,sympy", eval_top_p=0.6, rollout_engine="generate",
+           tool_modules="numpy,sympy", eval_top_p=0.6,
            threads=0, rollout_batch=0, micro_batch_tokens=0,
            gradient_checkpointing=True, show_every=1, store_tokens=16)
 # Named sets of values; "world" is Config itself. The paper's run took eight GPUs two to three days.
@@ -1409,7 +1410,8 @@ class Slots:
         self.read = [0] * size         # how many of its ids the cache holds
         self.length = 0                # positions to attend to
         self.places = None             # (rows, positions, held) that RaggedLayer.update writes to
-        self.cache = Cache(layer_class_to_replicate=partial(RaggedLayer, self))
+        # Through a proxy: in a cycle, gigabytes would outlive the last turn until the next gc.
+        self.cache = Cache(layer_class_to_replicate=partial(RaggedLayer, weakref.proxy(self)))
         # What a pass of `sample` reads and writes, always in the same place: (slots,)
         self.last = torch.zeros(size, dtype=torch.long, device=self.device)  # ids not read yet
         self.start = torch.zeros_like(self.last)                             # their positions

@@ -192,7 +192,7 @@ DIALS = {  # name: (what it turns, the values that are compared, that of the wor
     "digits": ("check digits", (0, 1, 2, 3, 5), 3),
     "persist": ("chance that silence lasts", (0.3, 0.5, 0.8), 0.5),
     "sure": ("chance that the teacher learnt in bursts", (0, 0.5, 1), 0),
-    "practice": ("share of the teacher's practice", (0.4, 0.8, 1), 1)}
+    "practice": ("share of the teacher's practice", (0.4, 0.7, 0.8, 1), 1)}
 DECISIVE = ("sod", "opd", "decay", "mask_after_error", "grpo", "sod_only", "opd_only", "constant",
             "rescaled", "confident")
 METHODS = ("sod", "opd", "mask_after_error")

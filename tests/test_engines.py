@@ -1,6 +1,8 @@
 """The fast engine gives the rollouts of the plain one, token for token, whatever the model."""
 import dataclasses
+import gc
 import threading
+import weakref
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -184,6 +186,22 @@ def test_passes_that_are_recorded_and_replayed_at_fixed_addresses_give_the_same_
 def addresses(slots):
     layers = [x.data_ptr() for layer in slots.cache.layers for x in (layer.keys, layer.values)]
     return [*layers, *(x.data_ptr() for x in (slots.last, slots.start, slots.noise))]
+
+
+def test_the_cache_is_gone_with_the_last_turn(tokenizer, monkeypatch):
+    """Scoring needs its room, at once and not when the garbage collector comes by."""
+    caches, start = [], sod.Slots.__init__
+
+    def begin(slots, *args):
+        start(slots, *args)
+        caches.append(weakref.ref(slots.cache))
+    monkeypatch.setattr(sod.Slots, "__init__", begin)
+    gc.disable()
+    try:
+        play(make_model("qwen3", MODELS["qwen3"]), tokenizer)
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_where_recording_fails_sampling_goes_on_with_a_sentence(tokenizer, monkeypatch, capsys):
