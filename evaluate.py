@@ -43,7 +43,7 @@ import tools
 
 # --- Settings --------------------------------------------------------------------------------
 
-WORLD = sod.Config()
+WORLD = sod.Config  # its defaults
 sod.BOUNDS.update(k=(1, math.inf), runs=(1, math.inf), top_p=sod.BOUNDS["eval_top_p"])
 
 
@@ -473,12 +473,15 @@ def evaluate(name, data, problems, model, tokenizer, config):
                             crc_of(problems), used)
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    resume(path, evaluation)
+    with sod.together():
+        if sod.RANK == 0:
+            resume(path, evaluation)
+    evaluation.rows = sod.told_by_ranks(evaluation.rows)[0]
     print(f"{data}  {sod.how_sampled(tokenizer, config, config.temperature, config.top_p)}")
     agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
-               desc=path.stem, disable=None)
-    with agent.tool, open(path, "a", encoding="utf-8") as file, bar:
+               desc=path.stem, disable=True if sod.RANK else None)
+    with agent.tool, open(os.devnull if sod.RANK else path, "a", encoding="utf-8") as file, bar:
         for rows in sample_the_rest(agent, evaluation, prompts):
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
@@ -503,18 +506,22 @@ def resume(path, evaluation):
 
 
 def sample_the_rest(agent, evaluation, prompts):
-    """Yield the missing samples in the order of the file, as rows, a batch at a time."""
+    """Yield the missing samples in the order of the file, as rows, a batch at a time. Ranks share
+    a batch, and each gets all of its rows."""
     config, k = agent.config, agent.config.k
     order = [(run, prompt, sample) for run in range(config.runs) for prompt in prompts
              for sample in range(k)]
     batch, key = config.rollout_batch or len(order), (config.seed, "benchmark", 0)
     for start in range(len(evaluation.rows), len(order), batch):
-        chosen = order[start:start + batch]
-        rollouts = sod.sample_rollouts(agent, agent.student, [prompt for _, prompt, _ in chosen],
-                                       key, range(start, start + len(chosen)),
-                                       config.temperature, config.top_p)
-        yield [sample_row(rollout, run, sample)
-               for rollout, (run, _, sample) in zip(rollouts, chosen)]
+        numbers = range(start, min(start + batch, len(order)))
+        mine = numbers[sod.RANK::sod.RANKS]
+        with sod.together():
+            rollouts = sod.sample_rollouts(agent, agent.student, [order[n][1] for n in mine], key,
+                                           mine, config.temperature, config.top_p)
+            rows = [sample_row(rollout, order[n][0], order[n][2])
+                    for rollout, n in zip(rollouts, mine)]
+        seen = sod.told_by_ranks(rows)
+        yield [seen[i % sod.RANKS][i // sod.RANKS] for i in range(len(numbers))]
 
 
 def sample_row(r, run, sample):
@@ -780,6 +787,7 @@ def parse(argv=None):
 def evaluate_all(models, datas, given):
     """Every model on every benchmark; a report of each benchmark."""
     sod.transformers.utils.logging.disable_progress_bar()
+    sod.start_ranks()
     configs = {data: settings(data, given) for data in datas}
     loaded = {data: load_benchmark(data, config) for data, config in configs.items()}
     tokenizers = {}

@@ -1298,6 +1298,14 @@ def shuffled(seed, epoch, N):
 # the screen are rank 0's. One process exchanges nothing.
 
 
+def start_ranks():
+    """Find the other ranks, if there are any."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+
+
 def exchange(work, *args):
     """A collective operation of torch.distributed, which a dead rank ends with a sentence."""
     try:
@@ -2358,10 +2366,7 @@ def parse_config(argv=None):
 def run(config, preset):
     """Load, measure, train, measure again, save, and say what came of it."""
     transformers.utils.logging.disable_progress_bar()
-    if RANKS > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+    start_ranks()
     with together():
         folder = open_run_folder(config) if RANK == 0 else None
     folder = told_by_ranks(folder)[0]

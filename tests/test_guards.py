@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sod_mini as sod
-from conftest import tiny
+from conftest import json_lines, tiny
 from memory import GIB, PeakMemory, V, without_data
 
 N, D_S, D_T = 20_480, 1024, 2560   # the paper's response; 0.6B and 4B
@@ -141,3 +141,11 @@ def test_cuda_sees_no_wait_either():
         method_on("cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_every_line_of_gpu_py_runs_without_a_gpu(tmp_path, monkeypatch):
+    import gpu
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--tiny"]) == 0
+    assert {line["section"] for line in json_lines(tmp_path / "gpu.jsonl")} == set(gpu.SECTIONS)

@@ -167,5 +167,18 @@ def test_a_killed_process_ends_the_others_within_a_minute_with_a_sentence(tmp_pa
     assert run.returncode == 1 and "error: another rank has ended" in said
 
 
+@pytest.mark.slow
+def test_evaluate_py_writes_the_same_file_with_several_processes(tmp_path):
+    written = []
+    for ranks in (1, 3):
+        begin = [*TORCHRUN, "3"] if ranks > 1 else [sys.executable]
+        subprocess.run([*begin, ROOT / "evaluate.py", "--model", ROOT / "data" / "world" / "student",
+                        "--k", "1", "--runs", "1", "--out", tmp_path / str(ranks)], env=QUIET,
+                       cwd=ROOT, check=True, capture_output=True)
+        file, = (tmp_path / str(ranks)).glob("*.jsonl")
+        written.append(file.read_text())
+    assert written[0] == written[1]
+
+
 if __name__ == "__main__":
     main(sys.argv[1])
