@@ -2168,18 +2168,29 @@ def plain(value, digits=None):
 
 
 def rollout_rows(batch, iteration, tokenizer, with_tokens):
-    """A batch as JSON-ready dicts, one a rollout; d and w of a step are null without a teacher. The
-    first `with_tokens` rollouts also have the tokens of each step (token_row)."""
+    """A batch as JSON-ready dicts, one a rollout; d, w and the teacher's entropy (nats a token) of a
+    step are null without a teacher. The first `with_tokens` rollouts also have the tokens of each
+    step (token_row)."""
+    entropy_t = step_entropy(batch)
     for i, r in enumerate(batch.rollouts):
-        d, w = ([None] * len(r.turns) if x is None else plain(x[i].tolist(), 4)
-                for x in (batch.d, batch.w))
-        turns = [{"text": turn.text, "outcome": turn.outcome, "d": d[k], "w": w[k],
+        d, w, h = ([None] * len(r.turns) if x is None else plain(x[i].tolist(), 4)
+                   for x in (batch.d, batch.w, entropy_t))
+        turns = [{"text": turn.text, "outcome": turn.outcome,
+                  "d": d[k], "w": w[k], "entropy_t": h[k],
                   "tool": turn.answer if turn.outcome not in ("", "not_run") else None}
                  | (token_row(batch, i, k, tokenizer) if i < with_tokens else {})
                  for k, turn in enumerate(r.turns)]
         yield {"iteration": iteration, "question": r.problem.question, "truth": r.problem.answer,
                "right": r.right, "reason": r.reason, "reward": round(r.reward, 4),
                "advantage": round(float(batch.A[i]), 4), "finish": r.finish, "turns": turns}
+
+
+def step_entropy(batch):
+    """(B, K) the teacher's mean entropy at each step, nats a token; None without a teacher."""
+    if batch.entropy_t is None:
+        return None
+    tokens = step_tokens(batch.step_id, batch.d.shape[1])
+    return step_sums(batch.entropy_t, batch.step_id, batch.d.shape[1]) / tokens.clamp(min=1)
 
 
 def token_row(batch, i, k, tokenizer):

@@ -47,16 +47,9 @@ def step_patterns(rollout):
     return found
 
 
-def step_entropy(batch):
-    """(B, K) the teacher's mean entropy at each step, nats a token."""
-    K = batch.d.shape[1]
-    return (sod.step_sums(batch.entropy_t, batch.step_id, K)
-            / sod.step_tokens(batch.step_id, K).clamp(min=1))
-
-
 def drift(batch):
     """{pattern: (steps, median d, mean w, the teacher's mean entropy)}, entropy in nats a token."""
-    steps, entropy = defaultdict(list), step_entropy(batch)
+    steps, entropy = defaultdict(list), sod.step_entropy(batch)
     for i, rollout in enumerate(batch.rollouts):
         for k, pattern in enumerate(step_patterns(rollout)):
             steps[pattern].append([float(x[i, k]) for x in (batch.d, batch.w, entropy)])

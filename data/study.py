@@ -68,7 +68,7 @@ sod.WEIGHTS["constant"] = lambda batch, c: mean_weight(batch, c).expand(batch.d.
 sod.WEIGHTS["rescaled"] = lambda batch, c: sod.WEIGHTS["sod"](batch, c) / mean_weight(batch, c)
 # Is it the lost teacher or the wrong student? Eq. 7 on what only the former changes, the
 # teacher's entropy.
-sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(premises.step_entropy(batch), 0.1,
+sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(sod.step_entropy(batch), 0.1,
                                                              c.delta)
 
 # Two that ask who is to be taught: distil on wrong rollouts only, after a failed call only.
@@ -316,7 +316,7 @@ def steps_after_a_failure(batch):
 
     What the paper's Fig. 1 shows: how both rise along a rollout whose second call fails.
     """
-    entropy = premises.step_entropy(batch)
+    entropy = sod.step_entropy(batch)
     table = np.zeros((len(report.LINES), batch.d.shape[1], 3))
     for i, rollout in enumerate(batch.rollouts):
         failed = [turn.failed for turn in rollout.turns]

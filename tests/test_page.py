@@ -62,7 +62,7 @@ def test_rows_hold_the_scores_of_each_token_of_each_step(tokenizer):
 
 def test_without_a_teacher_none_is_stored_and_only_so_many_rollouts_keep_their_tokens(tokenizer):
     row, other = rows_of(scored_batch(tokenizer, "grpo")[0], tokenizer, with_tokens=1)
-    assert other["turns"][0].keys() == {"text", "outcome", "d", "w", "tool"}
+    assert other["turns"][0].keys() == {"text", "outcome", "d", "w", "entropy_t", "tool"}
     turn = row["turns"][0]
     assert "logp_t" not in turn and turn["d"] is None and turn["w"] is None
     assert set(turn["token_advantages"]) == {0.707}

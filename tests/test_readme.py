@@ -32,7 +32,7 @@ def test_every_name_in_the_guided_reading_exists():
 
 
 @pytest.mark.parametrize("script, parse, least", [
-    ("sod_mini", sod.parse_config, 4), ("evaluate", evaluate.parse, 6)])
+    ("sod_mini", sod.parse_config, 4), ("evaluate", evaluate.parse, 5)])
 def test_commands_use_options_that_exist(monkeypatch, script, parse, least):
     monkeypatch.setattr(sod, "resumed_config", lambda given: sod.Config())  # runs/NAME is not here
     commands = re.findall(rf"python {script}\.py(?: (--[^\n`#]+))?", README)
