@@ -305,14 +305,14 @@ def lead_curves(results, dials):
     return lines and lines | {"opd, published": [(x, y, y, y) for x, y in PUBLISHED]}
 
 
-def drift_chart(runs):
-    """The paper's Fig. 1 beside ours."""
+def drift_chart(runs, fewest=20):
+    """The paper's Fig. 1 beside ours; fewest: see drift_line."""
     paper = lambda column: [(k, y, y, y) for k, y in enumerate(PAPER[column], 1)]
     return line_chart(
         "Drift after a failed call", "d_k and the teacher's entropy by step of the rollout, in all "
         "training rollouts of SOD, mean and std over seeds; beside it the paper's Fig. 1, a wrong "
         "call at step 2.",
-        [(what, "step k", "nats/token", {**{line: drift_line(runs, number, column)
+        [(what, "step k", "nats/token", {**{line: drift_line(runs, number, column, fewest)
                                             for number, line in enumerate(LINES)},
                                          "paper, wrong call": paper(column)})
          for what, column in (("Divergence d_k", 1), ("Teacher's entropy over step 1's", 2))])
@@ -336,7 +336,7 @@ def band(curves):
     return [(x, m, m - s, m + s) for x, (m, s) in enumerate(zip(mean, std), 1)]
 
 
-def drift_line(runs, kind, column, fewest=20):
+def drift_line(runs, kind, column, fewest):
     """[(k, mean, low, high)] over seeds; only where each seed has seen enough steps to average."""
     line, K = [], max(len(table[kind]) for run in runs for table in run["steps"])
     for k in range(K):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import report
 import sod_mini as sod
+import drift
 import study
 import tools
 
@@ -98,6 +99,28 @@ def test_steps_after_a_failure_at_step_2_are_told_apart_as_in_the_papers_figure(
     assert [row[0] for row in recovers] == [0, 0, 0, 1]
     assert fails[1][1:] == pytest.approx([1.1, .11 - .02])  # d, and entropy less that of step 1
     assert recovers[3] == pytest.approx([1, .7, .06])
+
+
+def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
+    d = [[.1, .2, .3, .4], [.5, .6], [.1, .9, .8, .7]]
+    batch = scored(d, [["ok", "error", "timeout", ""], ["ok", ""], ["ok", "error", "ok", ""]])
+    batch.w = sod.step_weights(batch.d)
+    batch.A, batch.advantages = torch.zeros(3), batch.logp_s
+    for r in batch.rollouts:
+        r.problem = tools.Problem("question", "42")
+    path = tmp_path / "rollouts.jsonl"
+    rollouts = list(sod.rollout_rows(batch, 1, None, 0))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rollouts))
+    found = drift.by_pattern(drift.read(tmp_path))
+    for name, (steps, d_k, w, entropy) in study.premises.drift(batch).items():
+        assert found[name][0] == steps
+        assert found[name][2:] == pytest.approx((d_k, w, entropy), abs=1e-4)
+    assert found["its call fails"][:3] == pytest.approx((3, 1, .3))
+    assert found["clean"][1] == pytest.approx(2 / 3)
+    assert drift.main([str(tmp_path)]) == 0 and "| after more | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "drift.svg").read_text().startswith("<svg")
+    path.write_text(json.dumps({"turns": [{"outcome": "", "d": None, "w": None}]}) + "\n")
+    assert drift.main([str(tmp_path)]) == 1 and "with a teacher" in capsys.readouterr().err
 
 
 def test_the_law_of_w_separates_check_digits_from_everything_else():
@@ -371,5 +394,5 @@ def test_axes_enclose_all_values_in_round_numbers():
 
 def test_a_line_shows_only_steps_that_every_seed_has_seen_often():
     few, many = {"steps": [[[[19, 19., 0]]]]}, {"steps": [[[[20, 40., 0]]], [[[20, 80., 0]]]]}
-    assert report.drift_line([many, few], 0, 1) == []
-    assert report.drift_line([many], 0, 1) == [(1, 3.0, 3.0, 3.0)]
+    assert report.drift_line([many, few], 0, 1, 20) == []
+    assert report.drift_line([many], 0, 1, 20) == [(1, 3.0, 3.0, 3.0)]

@@ -1,0 +1,84 @@
+"""The paper's Fig. 1 for a run of your own, from its rollouts.jsonl.
+
+    python data/drift.py runs/NAME [FIGURE.svg]
+
+A table of d, w and the teacher's entropy by what became of the calls before a step (the patterns of
+premises.py) and of its own call; and a figure of d and entropy by step, beside the paper's.
+"""
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]
+
+import numpy as np
+
+import premises
+import report
+import sod_mini as sod
+import study
+
+
+def read(folder):
+    """[(Rollout, [(d, w, entropy) of each step]), ...] of a run; its turns know their outcomes."""
+    found = []
+    with open(Path(folder) / "rollouts.jsonl", encoding="utf-8") as lines:
+        for line in lines:
+            turns = json.loads(line)["turns"]
+            steps = [(turn["d"], turn["w"], turn.get("entropy_t")) for turn in turns]
+            if any(None in step for step in steps):
+                raise ValueError(f"{folder} has no d, w and entropy_t of each step; it takes a run "
+                                 "with a teacher")
+            found.append((sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"])
+                                                 for turn in turns]), steps))
+    return found
+
+
+def by_pattern(rollouts):
+    """{pattern: (steps, share of calls that fail, median d, mean w, mean entropy)}."""
+    steps = {name: [] for name in (*premises.PATTERNS, "its call works", "its call fails")}
+    for rollout, values in rollouts:
+        for pattern, turn, step in zip(premises.step_patterns(rollout), rollout.turns, values):
+            seen = (turn.failed, *step)
+            steps[pattern].append(seen)
+            if turn.outcome:
+                steps["its call fails" if turn.failed else "its call works"].append(seen)
+    return {name: (len(rows), *np.mean(rows, 0)[:1], np.median(rows, 0)[1], *np.mean(rows, 0)[2:])
+            for name, rows in steps.items() if rows}
+
+
+def table(rollouts):
+    return "\n".join(["| step | steps | its call fails | median d | mean w | teacher's entropy |",
+                      "|---|---:|---:|---:|---:|---:|",
+                      *(f"| {name} | {n} | {failed:.0%} | {d:.2f} | {w:.2f} | {entropy:.2f} |"
+                        for name, (n, failed, d, w, entropy) in by_pattern(rollouts).items())])
+
+
+def figure(rollouts, fewest=3):
+    """An SVG; a point is a mean over at least `fewest` steps."""
+    sums = np.zeros((len(report.LINES), max(len(steps) for _, steps in rollouts), 3))
+    for rollout, steps in rollouts:
+        failed = [turn.failed for turn in rollout.turns]
+        for k, (d, _, entropy) in enumerate(steps):
+            if (line := study.line_of(failed, k)) is not None:
+                sums[line, k] += 1, d, entropy - steps[0][2]
+    return report.drift_chart([{"steps": [sums.tolist()]}], fewest)
+
+
+def main(argv=None):
+    """The exit status, as in sod_mini.py."""
+    folder, *target = sys.argv[1:] if argv is None else argv
+
+    def work():
+        rollouts = read(folder)
+        path = Path(*target) if target else Path(folder) / "drift.svg"
+        path.write_text(figure(rollouts), encoding="utf-8")
+        print(f"{len(rollouts)} rollouts of {folder}\n\n{table(rollouts)}\n\nfigure  {path}")
+    return sod.ends_with_a_sentence(work, "nothing was written")
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit(__doc__)
+    sys.exit(main())
