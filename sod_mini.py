@@ -1923,8 +1923,9 @@ def describe(role, name, model, pretrained, agent):
                          f"token, and chance is {chance:.2f}: its weights are random, damaged or "
                          "for another tokenizer; load them again, or use --init random or "
                          "--preflight false")
+    least = agent.tokenizer.decode(batch.ids[batch.step_id >= 0][ours.argmin()])
     print(f"{role} {name}, {count_weights(model):,} parameters; {mean:.2f} nats a token of a plain "
-          f"tool call, chance {chance:.2f}")
+          f"tool call, the least {float(ours.min()):.2f} for {least!r}; chance {chance:.2f}")
 
 
 EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
