@@ -29,6 +29,7 @@ SMALL = dict(student=str(WORLD / "student"), teacher=str(WORLD / "teacher"), ite
 
 
 def pytest_configure(config):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what holds to the last bit; for a GPU there is gpu.py
     config.addinivalue_line("markers", "slow: minutes, not seconds; leave out by -m 'not slow'")
 
 

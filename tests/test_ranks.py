@@ -21,7 +21,8 @@ from conftest import json_lines, small
 
 CASES = {"sod": {}, "grpo": dict(method="grpo"), "full": dict(kl="full"),
          "sft": dict(method="sft", sft_batch=12), "of 2 lost": {}}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node"]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
