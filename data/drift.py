@@ -63,7 +63,7 @@ def figure(rollouts, fewest=3):
         for k, (d, _, entropy) in enumerate(steps):
             if (line := study.line_of(failed, k)) is not None:
                 sums[line, k] += 1, d, entropy - steps[0][2]
-    return report.drift_chart([{"steps": [sums.tolist()]}], fewest)
+    return report.drift_chart([{"steps": [sums.tolist()]}], fewest, f"{len(rollouts):,} rollouts")
 
 
 def main(argv=None):

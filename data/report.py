@@ -305,13 +305,12 @@ def lead_curves(results, dials):
     return lines and lines | {"opd, published": [(x, y, y, y) for x, y in PUBLISHED]}
 
 
-def drift_chart(runs, fewest=20):
+def drift_chart(runs, fewest=20, of="training rollouts of SOD, mean and std over seeds"):
     """The paper's Fig. 1 beside ours; fewest: see drift_line."""
     paper = lambda column: [(k, y, y, y) for k, y in enumerate(PAPER[column], 1)]
     return line_chart(
         "Drift after a failed call", "d_k and the teacher's entropy by step of the rollout, in all "
-        "training rollouts of SOD, mean and std over seeds; beside it the paper's Fig. 1, a wrong "
-        "call at step 2.",
+        f"{of}; beside it the paper's Fig. 1, a wrong call at step 2.",
         [(what, "step k", "nats/token", {**{line: drift_line(runs, number, column, fewest)
                                             for number, line in enumerate(LINES)},
                                          "paper, wrong call": paper(column)})
