@@ -600,12 +600,13 @@ def encode_prompt(tokenizer, problem, system="", view=""):
     """Ids up to and including the header of the first assistant turn. Differs from the authors'
     code: there row 0 decides for a whole file how prompts are made."""
     messages = problem.messages or [{"role": "user", "content": problem.question}]
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
     extra = told_besides(problem, view)
     last = max(i for i, m in enumerate(messages) if m["role"] == "user")
     messages = [{**m, "content": defuse(tokenizer, m["content"] + extra * (i == last))}
                 for i, m in enumerate(messages)]
+    if system and messages[0]["role"] != "system":
+        # Whoever starts the run wrote it: a worked call in it is the tokens a model has to write.
+        messages = [{"role": "system", "content": system}, *messages]
     return encode(tokenizer, tokenizer.apply_chat_template(
         messages, tools=[tools.TOOL_SCHEMA], add_generation_prompt=True, tokenize=False))
 
@@ -1892,7 +1893,7 @@ def load_model(path, device, dtype, init="pretrained"):
             raise ValueError(f"weights and config of {path} differ in {len(wrong)} tensors, such "
                              f"as {min(wrong)}; load the folder again")
     # generate() fills what we leave open from model.generation_config: Qwen3 ships temperature .6,
-    # top-k 20 and top-p .95. Keep them for the saved checkpoint only.
+    # top-k 20 and top-p .95. Of these we keep the ids that end a turn.
     model.shipped_generation = model.generation_config
     model.generation_config = GenerationConfig()
     return model.to(device).eval()
@@ -2214,7 +2215,12 @@ def save_checkpoint(agent, folder, results={}):
 def write_model(agent, folder, results):
     """Fill a folder that AutoModelForCausalLM.from_pretrained and HF-compatible servers load."""
     agent.student.save_pretrained(folder)
-    agent.student.shipped_generation.save_pretrained(folder)  # in place of ours, which is empty
+    # A server samples as this file says. The base model's settings are not those the student is
+    # measured with: Qwen2.5-Coder's repetition penalty of 1.1 spoils the copying of numbers.
+    shipped, config = agent.student.shipped_generation, agent.config
+    GenerationConfig(eos_token_id=shipped.eos_token_id, pad_token_id=shipped.pad_token_id,
+                     do_sample=True, temperature=config.eval_temperature, top_p=config.eval_top_p,
+                     top_k=0).save_pretrained(folder)
     agent.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(agent.config, results), encoding="utf-8")
 

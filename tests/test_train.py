@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sod_mini as sod
 import tools
@@ -357,6 +357,19 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(tmp_path, capfd):
     assert m["iteration"] == 1 and 0 <= m["right"] <= 1
     rollouts = json_lines(tmp_path / "a" / "rollouts.jsonl")
     assert len(rollouts) == 4 and rollouts[0]["turns"][0]["w"] == 1
+
+
+def test_a_checkpoint_is_served_with_the_sampling_it_was_measured_with(scored, tmp_path):
+    agent, _ = scored
+    agent.student.shipped_generation = GenerationConfig(  # as Qwen2.5-Coder's
+        do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1,
+        eos_token_id=[1, 2], pad_token_id=2)
+    agent.config.eval_top_p = 0.6
+    sod.write_model(agent, tmp_path, {})
+    served = GenerationConfig.from_pretrained(tmp_path)
+    assert served.eos_token_id == [1, 2] and served.pad_token_id == 2 and served.do_sample
+    assert (served.temperature, served.top_p, served.top_k) == (1.0, 0.6, 0)
+    assert served.repetition_penalty in (None, 1.0)
 
 
 def test_vanilla_only_measures(tmp_path, capsys):
