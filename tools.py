@@ -72,6 +72,19 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 
+
+
+class UserError(ValueError):
+    """What is wrong with input, settings or the machine, in a sentence: what was found, what was
+    needed, what to do. Commands end with the sentence; any other error keeps its traceback."""
+
+
+def printable(text):
+    """Text of a model or a tool for the screen: of a control character, which could clear it or
+    forge a line, only the name is shown."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # --- The protocol: Hermes tool calls ------------------------------------------------------------
 
 TOOL_NAME = "code_interpreter"
@@ -155,7 +168,7 @@ def _fault(kind, found):
 @dataclass
 class Verdict:
     """What a grader says about one final turn."""
-    right: bool   # the benchmark's yes or no
+    correct: bool  # the benchmark's yes or no
     reason: str   # why, in words that can be counted
     score: float  # 1 right, 0 wrong; programs: fraction of tests passed, -1 without a program
 
@@ -226,7 +239,7 @@ def group_answers(answers):
 
 def agree(first, second):
     """True if the grader of maths takes each of two answers where the other is the truth."""
-    return all(grade_math(f"\\boxed{{{one}}}", other).right
+    return all(grade_math(f"\\boxed{{{one}}}", other).correct
                for one, other in ((first, second), (second, first)))
 
 
@@ -300,7 +313,7 @@ def grade_math(final_turn, truth):
     if answer != truth and max(len(answer), len(truth)) > MAX_ANSWER:
         return Verdict(False, "answer too long", 0.0)
     right = answer == truth or same_answer(answer, truth)
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return Verdict(right, "correct" if right else "wrong", float(right))
 
 
 def same_answer(answer, truth):
@@ -442,7 +455,7 @@ def grade_choice(final_turn, letter):
         boxed = last_boxed(str(final_turn)) is not None
         return Verdict(False, "boxed answer is no letter" if boxed else "no boxed answer", 0.0)
     right = chosen == str(letter).strip(" ().").upper()
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return Verdict(right, "correct" if right else "wrong", float(right))
 
 
 def chosen_letter(turn):
@@ -485,7 +498,7 @@ def grade_program(final_turn, tests, tool):
     seen = tool.run(codes, stdins, raw=True)
     failures = [failure(test, one) for test, one in zip(tests, seen, strict=True)]
     kinds = sorted({kind for kind in failures if kind})
-    reason = "failed tests: " + ", ".join(kinds) if kinds else "right"
+    reason = "failed tests: " + ", ".join(kinds) if kinds else "correct"
     return Verdict(not kinds, reason, failures.count("") / len(tests))
 
 
@@ -519,7 +532,7 @@ def code_for_test(program, test):
     if not is_functional(test):
         return PRELUDE + program
     if not test["fn_name"].isidentifier():
-        raise ValueError(f"{test['fn_name']!r} is not the name of a function")
+        raise UserError(f"{test['fn_name']!r} is not the name of a function")
     lines = [line for line in test["input"].split("\n") if line.strip()]
     return PRELUDE + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
 
@@ -597,12 +610,12 @@ def read_problems(path, rows, read_row):
         with naming_the_line(path, line):
             problem = read_row({str(name).strip().lower(): restored[name] for name in row})
             if problem.kind == "math" and not agree(problem.answer, problem.answer):
-                raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is "
+                raise UserError(f"found the answer {problem.answer!r:.80}, to which no answer is "
                                  "equal, not even itself; mend it.")
         problems.append(replace(problem, source=problem.source or path.stem,
                                 id=problem.id or f"{path.stem}-{line}"))
     if not problems:
-        raise ValueError(f"{path} is empty; needed at least one problem.")
+        raise UserError(f"{path} is empty; needed at least one problem.")
     if mended:
         warnings.warn(f"{path}: backslashes restored in {len(mended)} rows "
                       f"(lines {', '.join(mended)})", stacklevel=3)
@@ -615,9 +628,9 @@ def naming_the_line(path, line):
     try:
         yield
     except ValueError as fault:
-        raise ValueError(f"{path}, line {line}: {fault}") from fault
+        raise UserError(f"{path}, line {line}: {fault}") from fault
     except (TypeError, AttributeError, RecursionError) as fault:
-        raise ValueError(f"{path}, line {line}: found a column that holds another kind of value "
+        raise UserError(f"{path}, line {line}: found a column that holds another kind of value "
                          f"than its name promises ({fault}); mend it.") from fault
 
 
@@ -632,19 +645,19 @@ def load_demonstrations(path):
         with naming_the_line(path, line):
             messages = row.get("messages") or []
             if not isinstance(messages, list):
-                raise ValueError("found messages that are no list; needed a list of turns.")
+                raise UserError("found messages that are no list; needed a list of turns.")
             opening = read_messages(row) or []
             turns = [read_turn(message) for message in messages[len(opening):]]
             roles = [turn["role"] for turn in turns]
             if "tool" in [b for a, b in zip(["user", *roles], roles) if a != "assistant"]:
-                raise ValueError("found a tool turn that follows no assistant turn; needed the "
+                raise UserError("found a tool turn that follows no assistant turn; needed the "
                                  "answer behind its call.")
             if "assistant" not in roles:
-                raise ValueError("found no conversation; needed \"messages\" with a user turn and "
+                raise UserError("found no conversation; needed \"messages\" with a user turn and "
                                  "an assistant turn.")
             pairs.append((Problem(last_question(opening), messages=opening), turns))
     if not pairs:
-        raise ValueError(f"{path} is empty; needed at least one demonstration.")
+        raise UserError(f"{path} is empty; needed at least one demonstration.")
     return pairs
 
 
@@ -652,7 +665,7 @@ def read_turn(message):
     """An assistant or tool turn as text, in which a call stands as Hermes markup."""
     if (not isinstance(message, dict) or message.get("role") not in ("assistant", "tool")
             or not isinstance(message.get("content"), str) or message.get("tool_calls")):
-        raise ValueError(f"found the turn {message!r:.80}; after the question only assistant and "
+        raise UserError(f"found the turn {message!r:.80}; after the question only assistant and "
                          "tool turns can follow, their content one text and calls a part of it.")
     return {"role": message["role"], "content": message["content"]}
 
@@ -662,15 +675,15 @@ def read_text(path, suffixes=(".jsonl", ".json")):
     try:
         if not path.is_file():  # a pipe would be waited for, a device read for ever
             found = "is no plain file" if path.exists() else "does not exist"
-            raise ValueError(f"{path} {found}; needed one that can be read to its end.")
+            raise UserError(f"{path} {found}; needed one that can be read to its end.")
         if path.suffix not in suffixes:
-            raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
+            raise UserError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
     except (UnicodeError, OSError) as fault:
-        raise ValueError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
+        raise UserError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
                          "read; decompress it or save it as UTF-8.") from fault
     return text
 
@@ -684,10 +697,10 @@ def read_json(path, text):
                     for number, line in enumerate(text.split("\n"), start=1) if line.strip())
     for number, row in numbered:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
+            raise UserError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+            raise UserError(f"{path}, line {number}: found half a surrogate pair; needed whole "
                              "characters; mend or delete that line.")
         yield number, row
 
@@ -697,7 +710,7 @@ def parse_json(path, number, text):
         return json.loads(text)
     except (ValueError, RecursionError) as fault:
         number += getattr(fault, "lineno", 1) - 1
-        raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
+        raise UserError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
                          "object a line; mend or delete that line.") from fault
 
 
@@ -723,19 +736,19 @@ def read_general(row):
     if not question and messages:
         question = last_question(messages)
     if not question:
-        raise ValueError(f"found no question (columns: {', '.join(row)}); needed question, "
+        raise UserError(f"found no question (columns: {', '.join(row)}); needed question, "
                          "problem, prompt or messages; rename the column.")
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     tests = read_tests(row.get("tests") or hidden_tests(truth))
     answer = "" if tests else read_answer(row, truth)
     if not answer and not tests:
-        raise ValueError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
+        raise UserError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
                          "reward_model.ground_truth or tests; without one nothing can be graded.")
     source = first_text(row, "data_source", "source")
     kind = row.get("kind") or ("program" if tests else guess_kind(question, answer))
     if kind not in ("math", "choice", "program") or kind == "program" and not tests:
-        raise ValueError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
+        raise UserError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
                          "math, choice or program, and tests with program.")
     return Problem(question, answer, kind, first_text(row, "hint"), tests, messages,
                    first_text(row, "id", "unique_id", "question_id"), source, read_level(row))
@@ -763,11 +776,11 @@ def read_messages(row):
         if isinstance(message, dict) and message.get("role") not in ("system", "user"):
             break
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"found the message {message!r:.80}; needed "
+            raise UserError(f"found the message {message!r:.80}; needed "
                              "{\"role\": ..., \"content\": \"...\"}.")
         opening.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "user" for message in opening):
-        raise ValueError("found messages without a user turn; needed the question as a user turn.")
+        raise UserError("found messages without a user turn; needed the question as a user turn.")
     return opening
 
 
@@ -825,12 +838,12 @@ def read_tests(tests, function=""):
 
 def read_test(test, function):
     if not isinstance(test, dict) or "input" not in test or "output" not in test:
-        raise ValueError(f"found the test {test!r:.80}; needed "
+        raise UserError(f"found the test {test!r:.80}; needed "
                          "{\"input\": \"...\", \"output\": \"...\"}.")
     kind = test.get("testtype") or test.get("type") or "stdin"
     name = test.get("fn_name") or function
     if kind not in ("stdin", "functional") or kind == "functional" and not name:
-        raise ValueError(f"found a {kind} test for the function {name!r}; needed stdin, or "
+        raise UserError(f"found a {kind} test for the function {name!r}; needed stdin, or "
                          "functional with a function name (fn_name, metadata.func_name).")
     given, wanted = test["input"], test["output"]
     if not isinstance(given, str):  # arguments as values: one JSON text a line
@@ -840,7 +853,7 @@ def read_test(test, function):
         try:
             json.loads(wanted)
         except ValueError:
-            raise ValueError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
+            raise UserError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
                              "compared with what the function returns.") from None
     return {"input": given, "output": wanted, "type": kind,
             "fn_name": name if kind == "functional" else ""}
@@ -905,22 +918,24 @@ def numbered(folder):
     return sorted(found, key=lambda path: int(path.name[10:]))
 
 
-class WriteError(ValueError):
+class WriteError(UserError):
     """A file of the run could not be written; the message says why and what to do."""
 
 
 @contextlib.contextmanager
 def writing(folder):
-    """Say in a sentence why files of a run cannot be written.
-
-    Each library that writes has a kind of error of its own, so every kind is taken.
-    """
+    """Say in a sentence why files of a run cannot be written. Libraries that write wrap the error
+    of the system in one of their own, and keep only its text."""
     try:
         os.stat(folder)
         yield
     except Exception as error:
-        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT,
-                                                                 errno.EFBIG)
+        number = error.errno if isinstance(error, OSError) else next(
+            (n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(n) in str(error)
+             or "PytorchStreamWriter" in str(error)), None)
+        if number is None:
+            raise  # a bug
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = f"{'make room on the disk' if full else 'mend that'} and resume"
         raise WriteError(
             f"cannot write to {folder} ({error}); what was saved before is whole: {remedy}"
@@ -952,30 +967,32 @@ def cut_back(path, size):
 
 
 @contextlib.contextmanager
-def stoppable(settled):
-    """Let SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost connection) stop the body at a good moment.
-
-    settled  a function: True while nothing is half changed. A signal that arrives then raises
-             KeyboardInterrupt(number) at once, and so does a second signal at any time.
-    yields   a list, to which the number of a signal is added; a body that finds one in it at its
-             next boundary raises KeyboardInterrupt itself
-    """
-    asked = []
-
-    def stop(number, frame):
-        asked.append(number)
-        if len(asked) > 1 or settled():
-            raise KeyboardInterrupt(number)
-
+def handled_signals(handle):
+    """In the body, SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost connection) call handle(number)."""
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: it shall outlive the terminal
         numbers.remove(signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, lambda number, frame: handle(number))
+              for number in numbers}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def interrupt(number):
+    raise KeyboardInterrupt(number)
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Yields a list to which the number of a signal is added, for the body to obey in its own time.
+    A second signal raises KeyboardInterrupt(number) at once."""
+    requests = []
+    with handled_signals(lambda number: interrupt(number) if requests else
+                         requests.append(number)):
+        yield requests
 
 
 @contextlib.contextmanager
@@ -986,7 +1003,7 @@ def locked(folder):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process; let it end") from None
+            raise UserError(f"{folder} is in use by another process; let it end") from None
         yield
     finally:
         os.close(fd)

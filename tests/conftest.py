@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its import: no test waits for a network
@@ -62,8 +63,9 @@ def dozen(tmp_path, monkeypatch):
 
 def command(options, *more):
     """The exit status of sod_mini.py in this process."""
+    words = [str(w) for k, v in {"preset": "world", **options}.items() for w in (f"--{k}", v)]
     try:
-        return sod.main([str(w) for k, v in options.items() for w in (f"--{k}", v)] + [*more])
+        return sod.run_command(partial(sod.main, words + [*more]))
     except SystemExit as stop:
         return stop.code
 
@@ -172,7 +174,7 @@ class Echo(tools.PythonTool):
 
 def play(tokenizer, *turns, end="<|im_end|>", ends=(), **changes):
     """Let a scripted model solve one problem for each list of turns; (model, rollouts)."""
-    config = sod.Config(**{**dict(silent_rate=0.0, max_response=3000, overlong=0,
+    config = sod.Config(**{**dict(silent_rate=0.0, max_response=3000, overlong_buffer=0,
                                  rollout_engine="generate"), **changes})
     problems = [tools.Problem(f"Question {n}: what is 6 * 7?", "42") for n in range(len(turns))]
     prompts = [(p, sod.encode_prompt(tokenizer, p)) for p in problems]

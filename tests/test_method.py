@@ -36,11 +36,11 @@ def test_weights_equal_the_running_product_of_the_paper():
 def test_divergence_is_the_mean_gap_within_each_step_and_ignores_everything_else():
     logp_s = torch.tensor([[9.0, -1.0, -2.0, math.nan, -3.0], [0.0, -1.0, 5.0, 5.0, 5.0]])
     logp_t = torch.tensor([[0.0, -1.5, -1.0, math.inf, -7.0], [0.0, -2.0, 0.0, 0.0, 0.0]])
-    step_id = torch.tensor([[-1, 0, 0, -1, 1], [-1, 0, -1, -1, -1]])
+    step_id = torch.tensor([[0, 1, 1, 0, 2], [0, 1, 0, 0, 0]])
     d = sod.step_divergence(logp_s, logp_t, step_id)
     assert d.tolist() == [[0.75, 4.0], [1.0, 0.0]]  # (.5 + 1) / 2; 4; 1; absent step
     assert sod.step_divergence(logp_s, logp_t, step_id, 3).tolist() == [[.75, 4, 0], [1, 0, 0]]
-    assert sod.step_divergence(logp_s, logp_t, -torch.ones_like(step_id)).tolist() == [[0], [0]]
+    assert sod.step_divergence(logp_s, logp_t, torch.zeros_like(step_id)).tolist() == [[0], [0]]
     assert sod.step_tokens(step_id, 3).tolist() == [[2, 1, 0], [1, 0, 0]]
 
 
@@ -91,13 +91,27 @@ def test_methods_differ_only_in_view_and_token_advantage(method, A_it, half):
     A, w = torch.tensor([2.0]), torch.tensor([[1.0, 0.5]])
     logp_s = torch.tensor([[0.0, -1.0, 0.0, -2.0]], requires_grad=True)
     logp_t = torch.tensor([[0.0, -3.0, math.nan, -1.0]])
-    step_id = torch.tensor([[-1, 0, -1, 1]])
-    weights = w if sod.METHODS[method].weights == "sod" else torch.ones_like(w)
+    step_id = torch.tensor([[0, 1, 0, 2]])
+    weights = w if sod.METHODS[method].weighted else torch.ones_like(w)
     for coefficient, expected in ((1.0, A_it), (0.5, half)):
         got = sod.token_advantages(method, A, logp_s, logp_t, step_id, weights, coefficient)
         assert got[0, 1::2].tolist() == expected
         assert got[0, ::2].tolist() == [0, 0]  # tool tokens, NaN or not
         assert not got.requires_grad
+
+
+def test_an_advantage_may_be_of_rollouts_or_of_tokens_and_nothing_else():
+    step_id, A = torch.tensor([[0, 1, 1], [0, 1, 0]]), torch.tensor([2.0, -1.0])
+    of_rollouts = sod.token_advantages("grpo", A, None, None, step_id, None)
+    assert of_rollouts.tolist() == [[0, 2, 2], [0, -1, 0]]
+    each = torch.tensor([[9.0, 1, 2], [9, 3, 9]])
+    assert sod.token_advantages("grpo", each, None, None, step_id, None).tolist() == [
+        [0, 1, 2], [0, 3, 0]]
+    for wrong in (A[:, None], A[:1], each[:, :2]):
+        with pytest.raises(AssertionError, match=r"of rollouts \(2,\) or of tokens \(2, 3\)"):
+            sod.token_advantages("grpo", wrong, None, None, step_id, None)
+    with pytest.raises(AssertionError, match="weights are of steps"):
+        sod.token_advantages("sod", A, each, each, step_id, A)
 
 
 # --- Policy loss ------------------------------------------------------------------------------
@@ -267,7 +281,7 @@ def test_the_papers_per_token_advantage_is_the_gradient_of_each_tokens_own_kl():
     log_p, log_q = tiny.student.log_softmax(-1), tiny.teacher.log_softmax(-1)
     own = tiny.gradient(tiny.kl_with_prefixes_held_fixed((log_p.exp() * (log_p - log_q)).sum(-1)))
     torch.testing.assert_close(
-        tiny.expected_gradient(tiny.advantages("opd_only", [0, 0, 0], [1.0])), own)
+        tiny.expected_gradient(tiny.advantages("opd_only", [1, 1, 1], [1.0])), own)
     joint = (tiny.share * (tiny.logp_s - tiny.logp_t).sum(1)).sum()
     assert not torch.allclose(own, tiny.gradient(joint))
     # kl="full" differentiates the KL at each prefix: the same gradient, without sampling
