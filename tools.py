@@ -28,7 +28,8 @@ Outcomes
 
 Not covered: bugs of the kernel, side channels, anything but Linux 5.13 or newer on x86_64;
 names, sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory
-the kernel holds for a program; equal text from clocks, os.urandom, sets ordered by address.
+the kernel holds for a program; what earlier programs of a worker left in its memory, which C code
+can read; equal text from clocks, os.urandom, sets ordered by address.
 """
 from __future__ import annotations
 
