@@ -228,7 +228,7 @@ def group_answers(answers):
 
 def agree(first, second):
     """True if the grader of maths takes each of two answers where the other is the truth."""
-    return all(grade_math(f"\\boxed{{{one}}}", other).right
+    return all(grade_math(f"\\boxed{{{one}}}", other).correct
                for one, other in ((first, second), (second, first)))
 
 
@@ -302,7 +302,7 @@ def grade_math(final_turn, truth):
     if answer != truth and max(len(answer), len(truth)) > MAX_ANSWER:
         return Verdict(False, "answer too long", 0.0)
     right = answer == truth or same_answer(answer, truth)
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return Verdict(right, "correct" if right else "wrong", float(right))
 
 
 def same_answer(answer, truth):
@@ -444,7 +444,7 @@ def grade_choice(final_turn, letter):
         boxed = last_boxed(str(final_turn)) is not None
         return Verdict(False, "boxed answer is no letter" if boxed else "no boxed answer", 0.0)
     right = chosen == str(letter).strip(" ().").upper()
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return Verdict(right, "correct" if right else "wrong", float(right))
 
 
 def chosen_letter(turn):
@@ -487,7 +487,7 @@ def grade_program(final_turn, tests, tool):
     seen = tool.run(codes, stdins, raw=True)
     failures = [failure(test, one) for test, one in zip(tests, seen, strict=True)]
     kinds = sorted({kind for kind in failures if kind})
-    reason = "failed tests: " + ", ".join(kinds) if kinds else "right"
+    reason = "failed tests: " + ", ".join(kinds) if kinds else "correct"
     return Verdict(not kinds, reason, failures.count("") / len(tests))
 
 
@@ -521,7 +521,7 @@ def code_for_test(program, test):
     if not is_functional(test):
         return PRELUDE + program
     if not test["fn_name"].isidentifier():
-        raise ValueError(f"{test['fn_name']!r} is not the name of a function")
+        raise UserError(f"{test['fn_name']!r} is not the name of a function")
     lines = [line for line in test["input"].split("\n") if line.strip()]
     return PRELUDE + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
 
@@ -599,12 +599,12 @@ def read_problems(path, rows, read_row):
         with naming_the_line(path, line):
             problem = read_row({str(name).strip().lower(): restored[name] for name in row})
             if problem.kind == "math" and not agree(problem.answer, problem.answer):
-                raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is "
+                raise UserError(f"found the answer {problem.answer!r:.80}, to which no answer is "
                                  "equal, not even itself; mend it.")
         problems.append(replace(problem, source=problem.source or path.stem,
                                 id=problem.id or f"{path.stem}-{line}"))
     if not problems:
-        raise ValueError(f"{path} is empty; needed at least one problem.")
+        raise UserError(f"{path} is empty; needed at least one problem.")
     if mended:
         warnings.warn(f"{path}: backslashes restored in {len(mended)} rows "
                       f"(lines {', '.join(mended)})", stacklevel=3)
@@ -617,9 +617,9 @@ def naming_the_line(path, line):
     try:
         yield
     except ValueError as fault:
-        raise ValueError(f"{path}, line {line}: {fault}") from fault
+        raise UserError(f"{path}, line {line}: {fault}") from fault
     except (TypeError, AttributeError, RecursionError) as fault:
-        raise ValueError(f"{path}, line {line}: found a column that holds another kind of value "
+        raise UserError(f"{path}, line {line}: found a column that holds another kind of value "
                          f"than its name promises ({fault}); mend it.") from fault
 
 
@@ -634,19 +634,19 @@ def load_demonstrations(path):
         with naming_the_line(path, line):
             messages = row.get("messages") or []
             if not isinstance(messages, list):
-                raise ValueError("found messages that are no list; needed a list of turns.")
+                raise UserError("found messages that are no list; needed a list of turns.")
             opening = read_messages(row) or []
             turns = [read_turn(message) for message in messages[len(opening):]]
             roles = [turn["role"] for turn in turns]
             if "tool" in [b for a, b in zip(["user", *roles], roles) if a != "assistant"]:
-                raise ValueError("found a tool turn that follows no assistant turn; needed the "
+                raise UserError("found a tool turn that follows no assistant turn; needed the "
                                  "answer behind its call.")
             if "assistant" not in roles:
-                raise ValueError("found no conversation; needed \"messages\" with a user turn and "
+                raise UserError("found no conversation; needed \"messages\" with a user turn and "
                                  "an assistant turn.")
             pairs.append((Problem(last_question(opening), messages=opening), turns))
     if not pairs:
-        raise ValueError(f"{path} is empty; needed at least one demonstration.")
+        raise UserError(f"{path} is empty; needed at least one demonstration.")
     return pairs
 
 
@@ -654,7 +654,7 @@ def read_turn(message):
     """An assistant or tool turn as text, in which a call stands as Hermes markup."""
     if (not isinstance(message, dict) or message.get("role") not in ("assistant", "tool")
             or not isinstance(message.get("content"), str) or message.get("tool_calls")):
-        raise ValueError(f"found the turn {message!r:.80}; after the question only assistant and "
+        raise UserError(f"found the turn {message!r:.80}; after the question only assistant and "
                          "tool turns can follow, their content one text and calls a part of it.")
     return {"role": message["role"], "content": message["content"]}
 
@@ -664,15 +664,15 @@ def read_text(path, suffixes=(".jsonl", ".json")):
     try:
         if not path.is_file():  # a pipe would be waited for, a device read for ever
             found = "is no plain file" if path.exists() else "does not exist"
-            raise ValueError(f"{path} {found}; needed one that can be read to its end.")
+            raise UserError(f"{path} {found}; needed one that can be read to its end.")
         if path.suffix not in suffixes:
-            raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
+            raise UserError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
     except (UnicodeError, OSError) as fault:
-        raise ValueError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
+        raise UserError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
                          "read; decompress it or save it as UTF-8.") from fault
     return text
 
@@ -686,10 +686,10 @@ def read_json(path, text):
                     for number, line in enumerate(text.split("\n"), start=1) if line.strip())
     for number, row in numbered:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
+            raise UserError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+            raise UserError(f"{path}, line {number}: found half a surrogate pair; needed whole "
                              "characters; mend or delete that line.")
         yield number, row
 
@@ -699,7 +699,7 @@ def parse_json(path, number, text):
         return json.loads(text)
     except (ValueError, RecursionError) as fault:
         number += getattr(fault, "lineno", 1) - 1
-        raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
+        raise UserError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
                          "object a line; mend or delete that line.") from fault
 
 
@@ -725,19 +725,19 @@ def read_general(row):
     if not question and messages:
         question = last_question(messages)
     if not question:
-        raise ValueError(f"found no question (columns: {', '.join(row)}); needed question, "
+        raise UserError(f"found no question (columns: {', '.join(row)}); needed question, "
                          "problem, prompt or messages; rename the column.")
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     tests = read_tests(row.get("tests") or hidden_tests(truth))
     answer = "" if tests else read_answer(row, truth)
     if not answer and not tests:
-        raise ValueError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
+        raise UserError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
                          "reward_model.ground_truth or tests; without one nothing can be graded.")
     source = first_text(row, "data_source", "source")
     kind = row.get("kind") or ("program" if tests else guess_kind(question, answer))
     if kind not in ("math", "choice", "program") or kind == "program" and not tests:
-        raise ValueError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
+        raise UserError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
                          "math, choice or program, and tests with program.")
     return Problem(question, answer, kind, first_text(row, "hint"), tests, messages,
                    first_text(row, "id", "unique_id", "question_id"), source, read_level(row))
@@ -765,11 +765,11 @@ def read_messages(row):
         if isinstance(message, dict) and message.get("role") not in ("system", "user"):
             break
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"found the message {message!r:.80}; needed "
+            raise UserError(f"found the message {message!r:.80}; needed "
                              "{\"role\": ..., \"content\": \"...\"}.")
         opening.append({"role": message["role"], "content": message["content"]})
     if not any(message["role"] == "user" for message in opening):
-        raise ValueError("found messages without a user turn; needed the question as a user turn.")
+        raise UserError("found messages without a user turn; needed the question as a user turn.")
     return opening
 
 
@@ -827,12 +827,12 @@ def read_tests(tests, function=""):
 
 def read_test(test, function):
     if not isinstance(test, dict) or "input" not in test or "output" not in test:
-        raise ValueError(f"found the test {test!r:.80}; needed "
+        raise UserError(f"found the test {test!r:.80}; needed "
                          "{\"input\": \"...\", \"output\": \"...\"}.")
     kind = test.get("testtype") or test.get("type") or "stdin"
     name = test.get("fn_name") or function
     if kind not in ("stdin", "functional") or kind == "functional" and not name:
-        raise ValueError(f"found a {kind} test for the function {name!r}; needed stdin, or "
+        raise UserError(f"found a {kind} test for the function {name!r}; needed stdin, or "
                          "functional with a function name (fn_name, metadata.func_name).")
     given, wanted = test["input"], test["output"]
     if not isinstance(given, str):  # arguments as values: one JSON text a line
@@ -842,7 +842,7 @@ def read_test(test, function):
         try:
             json.loads(wanted)
         except ValueError:
-            raise ValueError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
+            raise UserError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
                              "compared with what the function returns.") from None
     return {"input": given, "output": wanted, "type": kind,
             "fn_name": name if kind == "functional" else ""}
@@ -988,7 +988,7 @@ def locked(folder):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process; let it end") from None
+            raise UserError(f"{folder} is in use by another process; let it end") from None
         yield
     finally:
         os.close(fd)
@@ -1240,7 +1240,7 @@ class Worker:
         match self.line.receive():
             case [self.asked, str(text), outcome, float(seconds)] if outcome in OUTCOMES:
                 return Observation(text, outcome, seconds)
-        raise ValueError("its answer is malformed, or belongs to another request")
+        raise UserError("its answer is malformed, or belongs to another request")
 
     def close(self):
         self.line.close()

@@ -28,7 +28,7 @@ def read(folder):
             turns = json.loads(line)["turns"]
             steps = [(turn["d"], turn["w"], turn.get("entropy_t")) for turn in turns]
             if any(None in step for step in steps):
-                raise ValueError(f"{folder} has no d, w and entropy_t of each step; it takes a run "
+                raise UserError(f"{folder} has no d, w and entropy_t of each step; it takes a run "
                                  "with a teacher")
             found.append((sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"])
                                                  for turn in turns]), steps))
@@ -75,7 +75,7 @@ def main(argv=None):
         path = Path(*target) if target else Path(folder) / "drift.svg"
         path.write_text(figure(rollouts), encoding="utf-8")
         print(f"{len(rollouts)} rollouts of {folder}\n\n{table(rollouts)}\n\nfigure  {path}")
-    return sod.ends_with_a_sentence(work, "nothing was written")
+    return sod.run_command(work, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def command(argv):
     rng, written, left_out = random.Random(given.seed), [], 0
     rows = [row for _, row in tools.read_json(given.source, tools.read_text(given.source))]
     if not all(isinstance(row.get("answer"), str) and "question" in row for row in rows):
-        raise ValueError(f"{given.source} is not GSM8K: needed a question and an answer in each row")
+        raise UserError(f"{given.source} is not GSM8K: needed a question and an answer in each row")
     with tools.PythonTool() as tool:
         for row in rows:
             if len(written) == given.rows:
@@ -110,7 +110,7 @@ def command(argv):
 
 def main(argv=None):
     """The exit status."""
-    return sod.ends_with_a_sentence(partial(command, argv), "begin again")
+    return sod.run_command(partial(command, argv), "begin again")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def demonstrations(rng, *kinds):
             row, steps = make_problem(rng, habits.lengths)
             problem = tools.Problem(**row)
             view = rng.choice(["answer", "hint"]) if rng.random() < habits.told else ""
-            problem.question += sod.told_besides(problem, view)
+            problem.question += sod.privileged_context(problem, view)
             sure = replace(habits, noise=0.0, lost=0.0) if view else habits
             start = re.search(r"\d+", row["question"])[0]
             yield problem, demonstrate(steps, start, sure, rng)
@@ -291,7 +291,7 @@ def practice_batch(tokenizer, demonstrated, faint, rng):
             if message["broken"]:
                 turn.ids = jumble(tokenizer, turn.ids, rng)
             worth += (token_worth(tokenizer, turn.ids, faint) if message["lesson"] else
-                      [0.0] * len(turn.ids)) + [0.0] * len(turn.answer_ids)
+                      [0.0] * len(turn.ids)) + [0.0] * len(turn.tool_ids)
         rollouts.append(rollout)
         rows.append(worth)
     batch = sod.collate(rollouts, "cpu")
@@ -304,10 +304,10 @@ def backpropagate(model, batch):
     """Leave the gradient of the weighted cross-entropy; returns the loss."""
     total = 0.0
     for rows in sod.micro_batches(batch.lengths, 4096):
-        part = batch.rows(rows)
-        mask = part.step_id >= 0
+        part = batch.select(rows)
+        mask = part.step_id > 0
         logp = sod.token_logprobs(sod.sampled_hidden(model, part.ids, part.step_id),
-                                  sod.head(model), part.ids[mask])
+                                  sod.lm_head_weight(model), part.ids[mask])
         loss = -(logp * part.advantages[mask]).sum() / batch.advantages.sum()
         loss.backward()
         total += float(loss.detach())
@@ -437,7 +437,7 @@ def command(argv):
     for maker in makers:
         maker.join()
         if maker.exitcode:
-            raise ValueError(f"making a model failed with status {maker.exitcode}; see above")
+            raise UserError(f"making a model failed with status {maker.exitcode}; see above")
     if given.only:
         return
     import premises  # which imports this file
@@ -448,7 +448,7 @@ def command(argv):
 
 def main(argv=None):
     """The exit status."""
-    return sod.ends_with_a_sentence(partial(command, argv), "begin again")
+    return sod.run_command(partial(command, argv), "begin again")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def right_calls(rollout):
         if not right and not turn.failed:
             return
         if right and not turn.failed:
-            x, steps = turn.answer.strip(), steps[1:]
+            x, steps = turn.tool_text.strip(), steps[1:]
 
 
 def share_of_right_calls(rollouts):
@@ -107,7 +107,7 @@ def success(rollouts):
     for rollout in rollouts:
         seen = set(step_patterns(rollout))
         groups["two failures in a row" if "after more" in seen else
-               "single failures" if "after one" in seen else "no failed call"].append(rollout.right)
+               "single failures" if "after one" in seen else "no failed call"].append(rollout.correct)
     return {name: (len(groups[name]), float(np.mean(groups[name])) if groups[name] else np.nan)
             for name in ("no failed call", "single failures", "two failures in a row")}
 
@@ -158,12 +158,12 @@ def files_of(world):
 
 def sample_world(world, problems=64, **changes):
     """A scored Batch of the student, 8 rollouts a problem, and as many rollouts of the teacher."""
-    config = sod.Config(prompts=problems, group_size=8, updates=1, iterations=1,
+    config = sod.Config(prompts=problems, group_size=8, num_minibatches=1, iterations=1,
                         **files_of(world) | changes)
     agent = sod.load_agent(config)
     with agent.tool:
         _, batch = next(sod.train(agent))
-        prompts = sod.draw(agent.practice, config, 1, problems, 8)
+        prompts = sod.draw(agent.train_set, config, 1, problems, 8)
         teachers = sod.sample_rollouts(agent, agent.teacher, prompts, (config.seed, "teacher", 1))
     return batch, teachers
 
@@ -179,8 +179,8 @@ def report(batch, teachers):
     for name, rollouts in (("student", batch.rollouts), ("teacher", teachers)):
         parts = [f"{100 * share:.0f}% of {n} with {group}"
                  for group, (n, share) in success(rollouts).items()]
-        cut = np.mean([r.finish in ("budget", "turns") for r in rollouts])
-        yield (f"{name}: right {100 * np.mean([r.right for r in rollouts]):.0f}%, "
+        cut = np.mean([r.finish_reason in ("length", "turns") for r in rollouts])
+        yield (f"{name}: right {100 * np.mean([r.correct for r in rollouts]):.0f}%, "
                f"{', '.join(parts)}; cut off {100 * cut:.0f}%")
     for name, value, least, most in (drift_premises(batch)
                                      + competence_premises(batch.rollouts, teachers)):
@@ -200,7 +200,7 @@ def command(argv):
 
 def main(argv=None):
     """The exit status."""
-    return sod.ends_with_a_sentence(partial(command, argv), "nothing was written")
+    return sod.run_command(partial(command, argv), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(sod.step_entropy(ba
 
 # Two that ask who is to be taught: distil on wrong rollouts only, after a failed call only.
 sod.WEIGHTS["wrong_only"] = lambda batch, c: torch.tensor(
-    [[0.0 if r.right else 1.0] for r in batch.rollouts]).expand(batch.d.shape)
+    [[0.0 if r.correct else 1.0] for r in batch.rollouts]).expand(batch.d.shape)
 sod.WEIGHTS["after_failure"] = lambda batch, c: (
     sod.steps_since_failure(batch.failed) > 0).float()
 
@@ -91,16 +91,16 @@ def vopd(agent, batch, logp_t):
     so that the term is 0 on average, and no less useful."""
     kl = torch.zeros_like(logp_t)
     for rows in sod.micro_batches(batch.lengths, agent.config.micro_batch_tokens):
-        part = batch.rows(rows)
+        part = batch.select(rows)
         hidden = sod.sampled_hidden(agent.student, part.ids, part.step_id)
-        kl[rows, :part.ids.shape[1]] = sod.spread(sod.full_kl(agent, part, hidden),
-                                                  part.step_id >= 0)
+        kl[rows, :part.ids.shape[1]] = sod.scatter_to_mask(sod.full_kl(agent, part, hidden),
+                                                  part.step_id > 0)
     return logp_t + kl
 
 
 def negative(agent, batch, logp_t):
     """No teacher (2608.31046): the least likely fifth of the sampled tokens are worth -.5."""
-    bar = batch.logp_s[batch.step_id >= 0].quantile(0.2)
+    bar = batch.logp_s[batch.step_id > 0].quantile(0.2)
     return batch.logp_s - 0.5 * (batch.logp_s < bar)
 
 
@@ -132,8 +132,8 @@ def break_down(tool, rate):
 
 def score_faults(r, tool, config, grade=sod.grade_rollout):
     """As the authors' code does: what the machine failed is a wrong answer of the model's."""
-    if r.finish == "infrastructure":
-        r.finish = "answer"  # of which the text is a tool call
+    if r.finish_reason == "infrastructure":
+        r.finish_reason = "answer"  # of which the text is a tool call
     grade(r, tool, config)
 
 
@@ -186,7 +186,7 @@ ROWS = {
     "opd_full": dict(method="opd", kl="full"), "sod_full": dict(kl="full"),
     **{name: dict(method="opd") for name in CONTROLS},
     **{name: {} for name in FAULTS}, **SUSPECTS,
-    "signal": dict(iterations=1, prompts=64, updates=1, lr=1e-12, eval_samples=4),
+    "signal": dict(iterations=1, prompts=64, num_minibatches=1, lr=1e-12, eval_samples=4),
 }
 DIALS = {  # name: (what it turns, the values that are compared, that of the world as it is)
     "digits": ("check digits", (0, 1, 2, 3, 5), 3),
@@ -206,7 +206,7 @@ STUDY = {**{row: 10 if row in DECISIVE else 5 for row in ROWS},  # row: how many
 def config_of(row, seed, folder, budget):
     """sod_mini's settings of one run."""
     if row not in STUDY:
-        raise ValueError(f"the study has no row {row}; choose from {', '.join(STUDY)}")
+        raise UserError(f"the study has no row {row}; choose from {', '.join(STUDY)}")
     name, _, world = row.partition("@")
     dial, _, value = world.rpartition("-")
     changes = {**budget, **ROWS[name]}
@@ -219,7 +219,7 @@ def config_of(row, seed, folder, budget):
             world_folder(folder, world) / "teacher")
     rollouts = changes["prompts"] * budget["group_size"]
     return sod.Config(**changes, seed=seed,
-                      sft_batch=rollouts // changes.get("updates", WORLD.updates))
+                      sft_batch=rollouts // changes.get("num_minibatches", WORLD.num_minibatches))
 
 
 def file_of(row, seed, folder, budget):
@@ -257,8 +257,8 @@ def run_one(row, seed, folder, budget):
     change(agent, row.partition("@")[0])
     with agent.tool:
         result = (signal_of if row.startswith("signal") else learn)(agent)
-        problems = sod.eval_problems(agent.tokenizer, config)
-        result["right"] = sod.evaluate(agent, agent.student, problems).astype(int).tolist()
+        problems = sod.load_eval_set(agent.tokenizer, config)
+        result["correct"] = sod.evaluate(agent, agent.student, problems).astype(int).tolist()
     tools.write_whole(path, json.dumps({"row": row, "seed": seed, **result,
                                         "seconds_all": time.perf_counter() - clock}))
 
@@ -268,17 +268,17 @@ def learn(agent):
     config, clock, best = agent.config, time.perf_counter(), 0.0
     result = {"curve": [], "steps": [], "patterns": [], "example": None, "tokens": 0}
     if config.method == "sft":  # as many conversations as the others have rollouts
-        count = min(config.iterations * config.prompts * config.group_size, len(agent.practice))
-        agent.practice = random.Random(config.seed).sample(agent.practice, count)
-        result["tokens"] = sum(len(turn.ids) for r in agent.practice for turn in r.turns)
+        count = min(config.iterations * config.prompts * config.group_size, len(agent.train_set))
+        agent.train_set = random.Random(config.seed).sample(agent.train_set, count)
+        result["tokens"] = sum(len(turn.ids) for r in agent.train_set for turn in r.turns)
     for m, batch in sod.train(agent):
         if m.get("infrastructure"):  # these have no steps
-            batch = batch.rows([i for i, r in enumerate(batch.rollouts)
-                                if r.finish != "infrastructure"])
+            batch = batch.select([i for i, r in enumerate(batch.rollouts)
+                                if r.finish_reason != "infrastructure"])
         result["tokens"] += m.get("tokens", 0)
         result["curve"].append({name: m[name] for name in ("reward", "d", "w", "entropy")
                                 if name in m} | (of_the_student(batch) if batch else {}))
-        if sod.METHODS[config.method].view == "teacher":
+        if sod.METHODS[config.method].scorer == "teacher":
             result["steps"].append(steps_after_a_failure(batch))
             result["patterns"].append(pattern_shares(batch))
             result["law"] = law(batch, agent.tokenizer)
@@ -295,9 +295,9 @@ def learn(agent):
 
 def of_the_student(batch):
     """Share of right rollouts and tool calls a rollout, where the sandbox has not failed."""
-    whole = [[turn.outcome for turn in r.turns if turn.outcome] + [r.right] for r in batch.rollouts]
+    whole = [[turn.outcome for turn in r.turns if turn.outcome] + [r.correct] for r in batch.rollouts]
     whole = [row for row in whole if "sandbox_error" not in row]
-    return {"right": float(np.mean([row[-1] for row in whole])),
+    return {"correct": float(np.mean([row[-1] for row in whole])),
             "tool_calls": float(np.mean([len(row) - 1 for row in whole]))}
 
 
@@ -356,7 +356,7 @@ def recoveries(batch):
     """How far SOD's weight rises again in each right rollout with a failed call; 0 in others."""
     w = sod.step_weights(batch.d)
     return [float(w[i, len(r.turns) - 1] - w[i, :len(r.turns)].min())
-            if r.right and batch.failed[i].any() and 5 <= len(r.turns) <= 8 else 0.0
+            if r.correct and batch.failed[i].any() and 5 <= len(r.turns) <= 8 else 0.0
             for i, r in enumerate(batch.rollouts)]
 
 
@@ -371,19 +371,19 @@ def signal_of(agent):
     held-out problems, sampled with the same random numbers each time.
     """
     config, clock = agent.config, time.perf_counter()
-    problems = sod.eval_problems(agent.tokenizer, config)
+    problems = sod.load_eval_set(agent.tokenizer, config)
     start = copy.deepcopy(agent.student.state_dict())
     _, batch = next(sod.train(agent))  # samples and scores; its own update is too small to count
     signal, result = batch.logp_t - batch.logp_s, {}  # (B, T)
-    right = torch.tensor([r.right for r in batch.rollouts])[:, None]
+    right = torch.tensor([r.correct for r in batch.rollouts])[:, None]
     mean = lambda mask: float(signal[mask].mean()) if mask.any() else None
     for name, tokens in signal_classes(batch).items():
         move_along(agent.student, batch, torch.where(tokens, signal, 0.0), config)
         result[name] = {"tokens": int(tokens.sum()), "mean": mean(tokens),
                         "in_right": mean(tokens & right), "in_wrong": mean(tokens & ~right),
-                        "right": float(sod.evaluate(agent, agent.student, problems).mean())}
+                        "correct": float(sod.evaluate(agent, agent.student, problems).mean())}
         agent.student.load_state_dict(start)
-    return {"signal": result, "tokens": int((batch.step_id >= 0).sum()),
+    return {"signal": result, "tokens": int((batch.step_id > 0).sum()),
             "seconds": time.perf_counter() - clock}
 
 
@@ -392,7 +392,7 @@ def signal_classes(batch):
     number = [[premises.PATTERNS.index(p) for p in premises.step_patterns(r)]
               for r in batch.rollouts]
     kind = sod.pad(number, -1, batch.ids.device).gather(1, batch.step_id.clamp(min=0))
-    sampled = batch.step_id >= 0
+    sampled = batch.step_id > 0
     return {"all": sampled, **{name: sampled & (kind == n)
                                for n, name in enumerate(premises.PATTERNS)}}
 
@@ -405,7 +405,7 @@ def move_along(model, batch, signal, config, lr=WORLD.lr):
     weights = list(model.parameters())
     totals = [torch.zeros_like(p) for p in weights]
     for rows in sod.micro_batches(batch.lengths, config.micro_batch_tokens):
-        part = batch.rows(rows)
+        part = batch.select(rows)
         logp, _ = sod.sampled_logprobs(model, part.ids, part.step_id, config.temperature)
         worth = (signal[rows, :part.ids.shape[1]] * logp).sum()
         totals = [old + new for old, new in zip(totals, torch.autograd.grad(worth, weights))]
@@ -476,7 +476,7 @@ def run_apart(job, plan, budget):
         return False
     result = json.loads(path.read_text())
     print(f"{sum(path.exists() for path in plan.values())}/{len(plan)}  {row} seed {seed}: "
-          f"{100 * np.mean(result['right']):.1f}% in {result['seconds_all']:.0f} s", flush=True)
+          f"{100 * np.mean(result['correct']):.1f}% in {result['seconds_all']:.0f} s", flush=True)
     return True
 
 
@@ -503,7 +503,7 @@ def command(argv):
 
 def main(argv=None):
     """The exit status: 0 done, 1 something failed, 2 wrong options, 128 and more by a signal."""
-    return sod.ends_with_a_sentence(partial(command, argv),
+    return sod.run_command(partial(command, argv),
                                     "the same command continues where this one stopped")
 
 

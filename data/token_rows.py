@@ -39,7 +39,7 @@ def command(source, target):
     tokenizer = sod.load_tokenizer(source)
     model = sod.load_model(source, "cpu", torch.bfloat16)
     if not (lent := lend_rows(model, tokenizer)):
-        raise ValueError(f"{source} tells {' and '.join(TOKENS)} apart; train it as it is")
+        raise UserError(f"{source} tells {' and '.join(TOKENS)} apart; train it as it is")
     model.save_pretrained(target)
     model.shipped_generation.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -49,7 +49,7 @@ def command(source, target):
 def main(argv=None):
     """The exit status."""
     source, target = sys.argv[1:] if argv is None else argv
-    return sod.ends_with_a_sentence(lambda: command(source, target), "begin again")
+    return sod.run_command(lambda: command(source, target), "begin again")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def show(seconds):
 def memory():
     """Memory of forward and backward at full size, on top of the inputs."""
     heads = [("token_logprobs", sod.token_logprobs, naive_logprobs, ((N, D_S), (V, D_S))),
-             ("reverse_kl", our_reverse_kl, naive_reverse_kl,
+             ("kl_estimate", our_reverse_kl, naive_reverse_kl,
               ((N, D_S), (V, D_S), (N, D_T), (V, D_T)))]
     for name, ours, naive, shapes in heads:
         mine, plain = peak(ours, *shapes), peak(naive, *shapes)
@@ -91,7 +91,7 @@ def head():
 
 # --- Rollouts ---------------------------------------------------------------------------------
 
-ANSWER, PICK = "1 2 3 4 5 6 7 8 9 10", sod.pick_tokens
+ANSWER, PICK = "1 2 3 4 5 6 7 8 9 10", sod.sample_next_token
 
 
 class SlowTool:
@@ -129,29 +129,29 @@ class Script:
                 ids = sod.encode(tokenizer, text + tokenizer.eos_token)
                 self.tokens += len(ids)
                 rows[-1] += ids + answer
-        self.noise = np.zeros((len(rows), max(map(len, rows)) + 1))
-        for noise, ids in zip(self.noise, rows):
+        self.uniforms = np.zeros((len(rows), max(map(len, rows)) + 1))
+        for noise, ids in zip(self.uniforms, rows):
             noise[:len(ids)] = (np.array(ids) + 0.5) / vocabulary
 
     def play(self, model, engine):
         """All rollouts by one of the engines."""
-        config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0, overlong=0,
-                            max_response=self.noise.shape[1], tool_wait=0.0)
+        config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0, overlong_buffer=0,
+                            max_response=self.uniforms.shape[1], tool_poll_timeout=0.0)
         agent = sod.Agent(config, model, None, self.tokenizer, SlowTool())
 
         def pick(logits, noise, temperature, top_p):
             PICK(logits, noise, temperature, top_p)  # takes the time it takes
             return (noise * self.vocabulary).long()
-        numbers = lambda *place: SimpleNamespace(random=lambda n: self.noise[place[-1]])
+        numbers = lambda *place: SimpleNamespace(random=lambda n: self.uniforms[place[-1]])
         with mock.patch.multiple(sod, pick_tokens=pick, random_numbers=numbers):
             return sod.sample_rollouts(agent, model, self.prompts, (0, "script", 0))
 
 
 def rollouts():
     """64 trajectories of several turns: the slots engine beside per-turn generate."""
-    agent = sod.load_agent(sod.Config(device="cpu", rollout_batch=64, tool_wait=0.0,
+    agent = sod.load_agent(sod.Config(device="cpu", rollout_batch=64, tool_poll_timeout=0.0,
                                       silent_rate=0.0))
-    prompts = [p for p in agent.practice[:16] for _ in range(4)]
+    prompts = [p for p in agent.train_set[:16] for _ in range(4)]
 
     def sample(engine):
         agent.config.rollout_engine = engine
@@ -171,8 +171,8 @@ def engines(what, sample):
     found = {}
 
     def work(engine):
-        found[engine] = sum(k >= 0 for r in sample(engine) for k in r.step_id)
-    names = ("slots", "generate")
+        found[engine] = sum(k > 0 for r in sample(engine) for k in r.step_id)
+    names = ("continuous", "generate")
     seconds = take_turns({name: lambda name=name: work(name) for name in names}, 3,
                          time.perf_counter)
     slots, generate = (found[name] / seconds[name] for name in names)
@@ -186,7 +186,7 @@ def engines(what, sample):
 def methods():
     """SOD over OPD: an iteration on the same rollouts, which cost the same."""
     agent = sod.load_agent(sod.Config(device=DEVICE, iterations=1))
-    prompts = [p for p in agent.practice[:16] for _ in range(8)]
+    prompts = [p for p in agent.train_set[:16] for _ in range(8)]
     found = sod.sample_rollouts(agent, agent.student, prompts, (0, "bench", 0))
 
     def learn(method):

@@ -71,7 +71,7 @@ def main():
     given = parser.parse_args()
     config = sod.Config(**sod.PRESETS["gpu"] | dict(
         student=given.model, teacher="", train_data=given.problems, method="grpo",
-        system=given.system, max_response=given.max_response, overlong=0))
+        system=given.system, max_response=given.max_response, overlong_buffer=0))
     problems = tools.load_problems(given.problems)[:given.limit]
     tokenizer = sod.load_tokenizer(given.model)
     model = sod.load_model(given.model, torch.device("cpu"), torch.float32)
@@ -87,12 +87,12 @@ def main():
                      {"role": "user", "content": rollout.problem.question}]
             served = converse(server, tool, start, config.max_turns, given.as_text)
             ours = turns_of(rollout)
-            if rollout.finish == "budget":  # it cut the last turn; the server has one for each turn
+            if rollout.finish_reason == "length":  # it cut the last turn; the server has one for each turn
                 ours, served = ours[:-1], served[:len(ours) - 1]
             first += served[:1] == ours[:1]
             whole += served == ours
             calls += sum(program is not None for _, program in served)
-            print(json.dumps({"served": served, "ours": ours, "finish": rollout.finish}), flush=True)
+            print(json.dumps({"served": served, "ours": ours, "finish_reason": rollout.finish_reason}), flush=True)
     print(f"{len(rollouts)} problems: first turn the same in {first}, whole conversation in {whole}; "
           f"{calls} calls parsed by the server")
 

@@ -172,7 +172,7 @@ class Echo(tools.PythonTool):
 
 def play(tokenizer, *turns, end="<|im_end|>", ends=(), **changes):
     """Let a scripted model solve one problem for each list of turns; (model, rollouts)."""
-    config = sod.Config(**{**dict(silent_rate=0.0, max_response=3000, overlong=0,
+    config = sod.Config(**{**dict(silent_rate=0.0, max_response=3000, overlong_buffer=0,
                                  rollout_engine="generate"), **changes})
     problems = [tools.Problem(f"Question {n}: what is 6 * 7?", "42") for n in range(len(turns))]
     prompts = [(p, sod.encode_prompt(tokenizer, p)) for p in problems]

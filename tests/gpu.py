@@ -121,7 +121,7 @@ def random_ids(sizes, count, seed=0):
 def make_agent(sizes, student, offload="none", **changes):
     """An Agent with a random student, a teacher of 4B, the settings of the preset gpu and the fast
     engine, in the middle of a run: AdamW has its moments."""
-    settings = dict(sod.PRESETS["gpu"], rollout_engine="slots", offload=offload, overlong=0,
+    settings = dict(sod.PRESETS["gpu"], rollout_engine="continuous", offload=offload, overlong_buffer=0,
                     max_response=sizes.sampled, prompts=sizes.rollouts // sizes.group,
                     group_size=sizes.group)
     config = sod.Config(**{**settings, **changes})
@@ -134,7 +134,7 @@ def make_agent(sizes, student, offload="none", **changes):
     agent.optimizer.step(0.0)
     agent.teacher = make_model(sizes, "4B").requires_grad_(False)
     agent.teacher.to(sizes.device if offload == "none" else "cpu")
-    agent.practice = [(tools.Problem(f"question {i}", "42"), random_ids(sizes, sizes.held, i))
+    agent.train_set = [(tools.Problem(f"question {i}", "42"), random_ids(sizes, sizes.held, i))
                       for i in range(config.prompts)]
     return agent
 
@@ -147,7 +147,7 @@ def made_rollouts(sizes, count):
         first, second = ids[sizes.prompt:][:half], ids[sizes.prompt:][half:]
         turns = [sod.Turn(first[answer:], "", "ok", "42", first[:answer]), sod.Turn(second)]
         rows.append(sod.Rollout(tools.Problem("question", "42"), ids[:sizes.prompt], turns,
-                                finish="answer", right=i % 2 == 0, reward=(-1.0) ** i))
+                                finish_reason="answer", right=i % 2 == 0, reward=(-1.0) ** i))
     return rows
 
 
@@ -184,7 +184,7 @@ def ops(sizes, dtype):
     targets, g = torch.randint(0, v, (n,)), torch.randn(n, dtype=torch.float64)
     values = {}
     for name, ours, exact, count in (("token_logprobs", sod.token_logprobs, exact_logprobs, 2),
-                                     ("reverse_kl", our_reverse_kl, exact_reverse_kl, 4)):
+                                     ("kl_estimate", our_reverse_kl, exact_reverse_kl, 4)):
         found, true = (value_and_gradients(function, inputs[:count], kind, targets, g, device)
                        for function, kind, device in ((ours, dtype, sizes.device),
                                                       (exact, torch.float64, "cpu")))
@@ -222,7 +222,7 @@ def on_device(sizes, **changes):
 
 def same_rollouts(sizes):
     agent = sod.load_agent(small(**on_device(sizes, dtype="float32")))
-    prompts = [p for p in agent.practice[:sizes.rollouts // 4] for _ in range(4)]
+    prompts = [p for p in agent.train_set[:sizes.rollouts // 4] for _ in range(4)]
     found, on_gpu = [], sizes.device == "cuda"
     with mock.patch.object(sod, "record", wraps=sod.record) as record:
         for agent.config.rollout_engine in sod.ENGINES:
@@ -239,7 +239,7 @@ def same_gradient(sizes):
     agent, batch = scored_batch(**on_device(sizes, dtype="float32"))
     whole, one_by_one = (gradient(agent, batch, tokens) for tokens in (10 ** 6, 1))
     rounded = copy.deepcopy(agent.student).bfloat16()
-    gap = (sod.score(agent, rounded, batch)[0] - batch.logp_s)[batch.step_id >= 0].abs()
+    gap = (sod.score(agent, rounded, batch)[0] - batch.logp_s)[batch.step_id > 0].abs()
     return judged({"gradient_apart": apart(one_by_one, whole), "bf16_mean_nats": float(gap.mean()),
                    "bf16_most_nats": float(gap.max())},
                   {"gradient_apart": ("<=", 1e-4), "bf16_mean_nats": ("<=", 0.03)})
@@ -267,7 +267,7 @@ def middle_agent(sizes, **changes):
     tokenizer = sod.load_tokenizer(str(WORLD / "student"))
     with torch.device(sizes.device):
         model = random_qwen3(sizes.middle, torch.float32, vocab_size=len(tokenizer))
-    config = sod.Config(max_response=32, overlong=0, **changes)
+    config = sod.Config(max_response=32, overlong_buffer=0, **changes)
     agent = sod.Agent(config, model, None, tokenizer, Echo())
     agent.optimizer = sod.make_optimizer(agent)
     return agent, replace(sizes, rows=len(tokenizer))
@@ -334,7 +334,7 @@ def trl_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _):
 
 
 HEADS = {"token_logprobs": (sod.token_logprobs, naive_logprobs, trl_logprobs),
-         "reverse_kl": (our_reverse_kl, naive_reverse_kl, trl_reverse_kl)}
+         "kl_estimate": (our_reverse_kl, naive_reverse_kl, trl_reverse_kl)}
 
 
 def head(sizes):
@@ -349,7 +349,7 @@ def head_inputs(sizes, name, tokens):
     """[hidden states, head, of the student, and for reverse_kl of the teacher; targets]."""
     torch.manual_seed(0)
     shapes = [(n, D) for D in sizes.widths for n in (tokens, sizes.rows)]
-    chosen = shapes if name == "reverse_kl" else shapes[:2]
+    chosen = shapes if name == "kl_estimate" else shapes[:2]
     inputs = [torch.randn(shape, device=sizes.device, dtype=sizes.dtype).div_(shape[1] ** 0.25)
               .requires_grad_() for shape in chosen]
     return [*inputs, torch.randint(0, sizes.rows, (tokens,), device=sizes.device)]
@@ -446,13 +446,13 @@ def engines(sizes, name):
     turns = [rng.integers(*sizes.words, rng.integers(1, 7)).tolist() for _ in range(sizes.rollouts)]
     script, first = (Script(tokenizer, t, sizes.rows) for t in (turns, [[1, 1]] * sizes.rollouts))
     speed = {}
-    for engine in ("slots", "generate"):
+    for engine in ("continuous", "generate"):
         first.play(model, engine)  # warms up
         started = time.perf_counter()
         found = script.play(model, engine)
         speed[engine] = script.tokens / (time.perf_counter() - started)
-        assert sum(k >= 0 for r in found for k in r.step_id) == script.tokens, "not as scripted"
-    return judged({"tokens": script.tokens, "over_generate": speed["slots"] / speed["generate"],
+        assert sum(k > 0 for r in found for k in r.step_id) == script.tokens, "not as scripted"
+    return judged({"tokens": script.tokens, "over_generate": speed["continuous"] / speed["generate"],
                    **{f"{engine}_tokens_per_s": each for engine, each in speed.items()}},
                   {"over_generate": (">=", 10)})
 
@@ -461,18 +461,18 @@ def engines(sizes, name):
 def decode_pass(sizes, name, length):
     """Seconds of a pass, beside those in which its bytes can be read: weights, keys and values."""
     model, tokens = make_model(sizes, name), sod.Config.look
-    slots, n = sod.Slots(model, sizes.rollouts), sizes.rollouts
+    slots, n = sod.ContinuousBatch(model, sizes.rollouts), sizes.rollouts
     slots.rollouts = [sod.Rollout(None, random_ids(sizes, length, i), [sod.Turn()],
                                   noise=np.full(tokens, 0.5)) for i in range(n)]
     slots.catch_up(n, 0)
-    look = lambda: slots.sample(n, tokens, sod.pick_tokens)
+    look = lambda: slots.sample(n, tokens, sod.sample_next_token)
     pass_s = lambda: float(np.median(take_turns({"": look}, sizes.rounds, clock)[""])) / tokens
     found = {"pass_s": pass_s()}
     slots.graphs = None  # as on a CPU: kernel by kernel
     found["without_graphs_s"] = pass_s()
     cells = sum(x.shape[1] * x.shape[3] for layer in slots.cache.layers
                 for x in (layer.keys, layer.values))  # numbers for one token of one rollout
-    read = (sod.count_weights(model) + cells * n * length) * sizes.dtype.itemsize
+    read = (sod.count_parameters(model) + cells * n * length) * sizes.dtype.itemsize
     found |= {"read_GB": read / 1e9, "bandwidth_GB_per_s": bandwidth(sizes) / 1e9}
     floor = found["read_GB"] / found["bandwidth_GB_per_s"]
     return judged({**found, "floor_s": floor, "over_floor": found["pass_s"] / floor},
@@ -533,14 +533,14 @@ def one_iteration(sizes, student, offload, count):
     let_go()
     rest = torch.cuda.memory_allocated() / GIB if sizes.device == "cuda" else None
     with watching(sizes, agent, made_rollouts(sizes, count)) as seen:
-        (m, _), whole, _ = with_costs(sizes, lambda: sod.distil(agent, 1))
+        (m, _), whole, _ = with_costs(sizes, lambda: sod.train_step(agent, 1))
     config = agent.config
     return {**seen, "whole_s": whole, "at_rest_GiB": rest, "rollouts_learnt": count,
             "tokens_each": sizes.prompt + sizes.response, "sampled_each": sizes.sampled,
             "sampled_of": sizes.response, "held_each": sizes.held, "halvings": agent.halvings,
             "rollout_batch": config.rollout_batch or sizes.rollouts,
             "micro_batch_tokens": config.micro_batch_tokens or 2 ** 16,
-            "updates_not_taken": m["not_taken"]}
+            "updates_not_taken": m["skipped_updates"]}
 
 
 def iteration(sizes):
@@ -571,7 +571,7 @@ def sod_over_opd(sizes):
     def learn(method):
         agent.config.method = method
         with mock.patch.object(sod, "sample_rollouts", lambda *_: found):
-            sod.distil(agent, 1)
+            sod.train_step(agent, 1)
     seconds = take_turns({m: partial(learn, m) for m in ("sod", "opd")}, 3, clock)
     return judged({"rollouts": len(found), "over_opd": ratio(seconds["sod"], seconds["opd"]),
                    **{f"{m}_s": float(np.median(times)) for m, times in seconds.items()}},
@@ -661,7 +661,7 @@ def measure_all(names, sizes, budget, file):
             failed |= "error" in line or name == "suite" and not all(line.get("met", {}).values())
             write_line(file, {"section": name, "what": what, **line, **machine})
     if left_out:
-        write_line(file, {"section": "budget", "what": f"left out after {budget:g} s",
+        write_line(file, {"section": "length", "what": f"left out after {budget:g} s",
                           "left_out": left_out, **machine})
     return int(failed)
 

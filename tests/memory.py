@@ -138,7 +138,7 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
 
     With --offload teacher or all a teacher is there only while it scores.
     """
-    settings = dict(vars(config), prompts=rollouts, group_size=1, updates=1, iterations=1,
+    settings = dict(vars(config), prompts=rollouts, group_size=1, num_minibatches=1, iterations=1,
                     gradient_checkpointing=True)
     with without_data(response / (prompt + response)) as memory:
         agent = agent_without_data(memory, sod.Config(**settings), student, teacher)
@@ -188,6 +188,6 @@ def agent_without_data(memory, config, student, teacher):
         for master in agent.optimizer.masters:
             master.grad = torch.zeros_like(master)
     agent.optimizer.step(1.0)
-    if config.offload == "none" and sod.METHODS[config.method].view:
+    if config.offload == "none" and sod.METHODS[config.method].scorer:
         agent.teacher = random_qwen3(teacher).requires_grad_(False)
     return agent

@@ -66,18 +66,18 @@ PROMPTS = [[n * 7 + i for i in range(3 + n * 5 % 31)] for n in range(9)]  # 3 to
 
 
 def play(model, tokenizer, tool=None, temperature=1.0, **changes):
-    changes = {"max_response": 90, "max_turns": 6, "overlong": 0} | changes
+    changes = {"max_response": 90, "max_turns": 6, "overlong_buffer": 0} | changes
     agent = sod.Agent(sod.Config(**changes), model, None, tokenizer, tool or Answers())
     prompts = [(tools.Problem("q", "1"), ids) for ids in PROMPTS]
     return sod.sample_rollouts(agent, model, prompts, (0, "test", 3), temperature=temperature)
 
 
 def record(rollouts):
-    return [(r.ids, r.finish, [dataclasses.astuple(turn) for turn in r.turns]) for r in rollouts]
+    return [(r.ids, r.finish_reason, [dataclasses.astuple(turn) for turn in r.turns]) for r in rollouts]
 
 
-FAST = {"all at once": {}, "refilled": dict(rollout_batch=4, look=3),
-        "one read at a time": dict(micro_batch_tokens=1), "look of 1": dict(look=1)}
+FAST = {"all at once": {}, "refilled": dict(rollout_batch=4, decode_chunk=3),
+        "one read at a time": dict(micro_batch_tokens=1), "look of 1": dict(decode_chunk=1)}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1e-12], ids=["sampled", "greedy"])
@@ -89,7 +89,7 @@ def test_the_fast_engine_gives_the_rollouts_of_the_plain_one_token_for_token(
     for name in FAST if kind == "qwen3" and temperature == 1.0 else ["refilled"]:
         changes = FAST[name]
         assert record(play(model, tokenizer, temperature=temperature, **changes)) == plain, name
-    late = play(model, tokenizer, Answers(0.02), temperature, tool_wait=0.0, look=2)
+    late = play(model, tokenizer, Answers(0.02), temperature, tool_poll_timeout=0.0, decode_chunk=2)
     assert record(late) == plain  # waiting rows take no part, and come back where they left
     if temperature == 1.0:  # and they were all kinds of rollouts
         assert len({len(turn[4]) for _, _, turns in plain for turn in turns}) > 5
@@ -104,7 +104,7 @@ def test_positions_behind_the_window_of_a_model_are_never_asked_for(tokenizer):
     window = max(len(r.ids) for r in plain)
     model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:window]
     model.config.n_positions = window
-    assert record(play(model, tokenizer, look=16, **settings)) == record(plain)
+    assert record(play(model, tokenizer, decode_chunk=16, **settings)) == record(plain)
 
 
 def test_rollouts_do_not_wait_for_the_slow_tool_of_another_one(tokenizer):
@@ -128,21 +128,21 @@ def test_rollouts_do_not_wait_for_the_slow_tool_of_another_one(tokenizer):
     model = make_model("llama", MODELS["llama"])
     plain = play(model, tokenizer, rollout_engine="generate")
     calls = [sum(turn.outcome == "ok" for turn in r.turns) for r in plain]
-    first = play(model, tokenizer, look=1)
+    first = play(model, tokenizer, decode_chunk=1)
     tool = Stuck(others=sum(calls) - max(calls))
-    assert record(play(model, tokenizer, tool, tool_wait=0.0)) == record(first) == record(plain)
+    assert record(play(model, tokenizer, tool, tool_poll_timeout=0.0)) == record(first) == record(plain)
     assert tool.others <= 0
 
 
 def test_tokens_of_a_look_are_sampled_without_waiting_for_the_device():
     """On the meta device, where there are no numbers, every read of one is an error."""
-    slots = sod.Slots(make_model("qwen3", MODELS["qwen3"]).to("meta"), 3)
+    slots = sod.ContinuousBatch(make_model("qwen3", MODELS["qwen3"]).to("meta"), 3)
     slots.rollouts = [sod.Rollout(None, ids, [sod.Turn()], noise=np.full(9, 0.5))
                       for ids in PROMPTS[:3]]
     picked = []
 
     def pick(logits, noise):
-        picked.append(sod.pick_tokens(logits, noise, top_p=0.9))
+        picked.append(sod.sample_next_token(logits, noise, top_p=0.9))
         return picked[-1]
     slots.catch_up(3, 100)
     with pytest.raises(NotImplementedError, match="meta"):
@@ -152,12 +152,12 @@ def test_tokens_of_a_look_are_sampled_without_waiting_for_the_device():
 
 def recording(monkeypatch, record):
     """Let slots go the way of a GPU, with a `record` of our own."""
-    start = sod.Slots.__init__
+    start = sod.ContinuousBatch.__init__
 
     def begin(slots, *args):
         start(slots, *args)
         slots.graphs = {}
-    monkeypatch.setattr(sod.Slots, "__init__", begin)
+    monkeypatch.setattr(sod.ContinuousBatch, "__init__", begin)
     monkeypatch.setattr(sod, "record", record)
 
 
@@ -179,7 +179,7 @@ def test_passes_that_are_recorded_and_replayed_at_fixed_addresses_give_the_same_
         return SimpleNamespace(replay=replay)
     recording(monkeypatch, pretend)
     assert record(play(model, tokenizer, rollout_batch=5)) == plain
-    assert record(play(model, tokenizer, Answers(0.02), tool_wait=0.0, look=2)) == plain
+    assert record(play(model, tokenizer, Answers(0.02), tool_poll_timeout=0.0, decode_chunk=2)) == plain
     assert counts["replayed"] > 20 * counts["recorded"] > 0
 
 
@@ -190,12 +190,12 @@ def addresses(slots):
 
 def test_the_cache_is_gone_with_the_last_turn(tokenizer, monkeypatch):
     """Scoring needs its room, at once and not when the garbage collector comes by."""
-    caches, start = [], sod.Slots.__init__
+    caches, start = [], sod.ContinuousBatch.__init__
 
     def begin(slots, *args):
         start(slots, *args)
         caches.append(weakref.ref(slots.cache))
-    monkeypatch.setattr(sod.Slots, "__init__", begin)
+    monkeypatch.setattr(sod.ContinuousBatch, "__init__", begin)
     gc.disable()
     try:
         play(make_model("qwen3", MODELS["qwen3"]), tokenizer)
@@ -218,7 +218,7 @@ def test_where_recording_fails_sampling_goes_on_with_a_sentence(tokenizer, monke
 
 def test_sampling_from_a_model_in_training_mode_is_refused():
     with pytest.raises(AssertionError, match="eval"):
-        sod.Slots(make_model("llama", SMALL).train(), 1)
+        sod.ContinuousBatch(make_model("llama", SMALL).train(), 1)
 
 
 def skeleton(kind, settings):
@@ -241,13 +241,13 @@ REFUSED = {
 def test_a_model_that_is_not_known_to_be_served_is_refused_with_a_sentence(name):
     kind, settings = REFUSED[name]
     with pytest.raises(ValueError, match=f"not this {kind} model; use --rollout_engine generate"):
-        sod.check_slots(skeleton(kind, settings))
+        sod.check_continuous(skeleton(kind, settings))
 
 
 @pytest.mark.parametrize("kind, settings", [*MODELS.items(), (
     "llama", dict(SMALL, rope_parameters=dict(ROPE, rope_type="yarn", factor=4.0)))])
 def test_a_model_with_full_attention_in_all_layers_is_accepted_before_its_weights(kind, settings):
-    sod.check_slots(skeleton(kind, settings))
+    sod.check_continuous(skeleton(kind, settings))
 
 
 # --- Picking tokens under rounding --------------------------------------------------------------
@@ -257,7 +257,7 @@ def ranked_pick(logits, noise, top_p):
     """As pick_tokens would be with the nucleus in the order of its probabilities."""
     p, order = logits.float().softmax(-1).sort(-1, descending=True)
     edges = torch.where(p.cumsum(-1) - p < top_p, p, 0.0).cumsum(-1, dtype=torch.float64)
-    chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
+    chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], correct=True)
     return order.gather(1, chosen.clamp(max=p.shape[1] - 1))[:, 0]
 
 
@@ -267,5 +267,5 @@ def test_rounding_changes_fewer_tokens_when_the_nucleus_keeps_the_order_of_the_v
     noise = torch.rand(2000, dtype=torch.float64, generator=generator)
     rounded = logits.bfloat16()  # what another engine's order of sums may do to bf16 logits
     ours, ranked = ((pick(logits, noise, top_p=0.6) != pick(rounded, noise, top_p=0.6)).sum()
-                    for pick in (sod.pick_tokens, ranked_pick))
+                    for pick in (sod.sample_next_token, ranked_pick))
     assert ours < 0.3 * ranked

@@ -45,7 +45,7 @@ def naive_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _):
 @pytest.mark.parametrize("ours, most, naive, least, shapes", [
     (sod.token_logprobs, 0.5, naive_logprobs, 34, [(N, D_S), (V, D_S)]),
     (our_reverse_kl, 0.6, naive_reverse_kl, 57, [(N, D_S), (V, D_S), (N, D_T), (V, D_T)])],
-    ids=["token_logprobs", "reverse_kl"])
+    ids=["token_logprobs", "kl_estimate"])
 def test_the_head_takes_half_a_gibibyte_where_logits_take_thirty_five_or_more(
         ours, most, naive, least, shapes):
     assert FLOOR < peak(ours, *shapes) < most and peak(naive, *shapes) > least
@@ -97,7 +97,7 @@ def method_on(device, num_steps=16, B=4, T=50, D=8, vocabulary=600):
     d = sod.step_divergence(old, other, step_id, num_steps)
     w = sod.step_weights(d)
     advantages = sod.token_advantages("sod", A, old, other, step_id, w)
-    loss = sod.policy_loss(logp, old, advantages, step_id >= 0, num_tokens=B * T)
+    loss = sod.policy_loss(logp, old, advantages, step_id > 0, num_tokens=B * T)
     kl = sod.reverse_kl(hidden, weight, empty(B, T, D), empty(vocabulary, D))
     (loss + kl.mean()).backward()
     return hidden.grad, weight.grad

@@ -5,10 +5,10 @@ import torch
 import sod_mini as sod
 import tools
 
-SOUND = dict(reward=0.1, right=0.5, groups_agree=0.2, reverse_kl=0.5, entropy=0.4, d=0.3, w=0.9,
+SOUND = dict(reward=0.1, right=0.5, frac_zero_std_groups=0.2, reverse_kl=0.5, entropy=0.4, d=0.3, w=0.9,
              teacher_entropy=0.3, w_capped=0.1, d1_near_0=0.1, turns=3.0, tool_calls=2.0,
-             tool_fail=0.1, outcomes={"ok": 90, "error": 10}, cut_budget=0.02, cut_turns=0.0,
-             loss=0.1, clipped=0.01, grad_norm=1.0, not_taken=0, infrastructure=0)
+             tool_fail=0.1, outcomes={"ok": 90, "error": 10}, cut_length=0.02, cut_turns=0.0,
+             loss=0.1, clipped=0.01, grad_norm=1.0, skipped_updates=0, infrastructure=0)
 
 
 def test_a_sound_iteration_is_not_talked_about():
@@ -16,20 +16,20 @@ def test_a_sound_iteration_is_not_talked_about():
 
 
 TROUBLES = [  # metric, value, sentence
-    ("cut_budget", 0.62, "62% of rollouts were cut at the token budget"),
+    ("cut_length", 0.62, "62% of rollouts were cut at the token budget"),
     ("cut_turns", 0.5, "50% of rollouts ran out of turns: raise --max_turns"),
-    ("groups_agree", 1.0, "100% of groups agree, so GRPO learns nothing from them"),
+    ("frac_zero_std_groups", 1.0, "100% of groups agree, so GRPO learns nothing from them"),
     ("w_capped", 0.405, "w is at its cap in 40% of steps"),
     ("d1_near_0", 0.31, "d_1 is near 0 in 31% of rollouts: distillation is off after their first"),
     ("tool_fail", 0.31, "31% of tool calls fail"),
     ("entropy", 0.07, "entropy fell to 0.07 nats"),
     ("teacher_entropy", 2.38, "the teacher is lost, its entropy is 2.4 nats"),
-    ("clipped", 0.3, "30% of tokens left the clip range: lower --lr"),
-    ("not_taken", 2, "2 updates were not taken"),
+    ("clip_frac", 0.3, "30% of tokens left the clip range: lower --lr"),
+    ("skipped_updates", 2, "2 updates were not taken"),
     ("tool_calls", 0.02, "the tool is called 0.02 times a rollout"),
     ("infrastructure", 3, "the sandbox failed in 3 rollouts, which are left out"),
     ("grader_errors", 2, "the grader broke down on 2 answers, which count as wrong"),
-    ("right", 0.0, "no rollout was right for 10 iterations"),
+    ("correct", 0.0, "no rollout was right for 10 iterations"),
 ]
 
 
@@ -37,7 +37,7 @@ TROUBLES = [  # metric, value, sentence
 def test_each_trouble_has_one_sentence(metric, value, sentence):
     history = [{**SOUND, metric: value}] * 10
     assert list(sod.health(history)) == [metric] and sentence in sod.health(history)[metric]
-    assert metric != "right" or sod.health(history[1:]) == {}
+    assert metric != "correct" or sod.health(history[1:]) == {}
 
 
 def test_tool_calls_that_are_halved_within_ten_iterations_are_told():
@@ -48,30 +48,30 @@ def test_tool_calls_that_are_halved_within_ten_iterations_are_told():
 
 
 def test_every_metric_of_the_table_has_a_trouble_here_that_earns_it():
-    assert {metric for metric, *_ in TROUBLES} == {*sod.HEALTH, "right"}
+    assert {metric for metric, *_ in TROUBLES} == {*sod.HEALTH, "correct"}
 
 
 def test_a_sentence_is_not_repeated_while_it_holds():
     history, said = [], []
     for cut, turns in [(0.9, 0), (0.9, 0), (0, 0.9), (0.9, 0.9)]:
-        history.append({**SOUND, "cut_budget": cut, "cut_turns": turns})
+        history.append({**SOUND, "cut_length": cut, "cut_turns": turns})
         said.append([sentence.split(":")[0] for sentence in sod.news(history)])
     cut, turns = "90% of rollouts were cut at the token budget", "90% of rollouts ran out of turns"
     assert said == [[cut], [], [turns], [cut]]
 
 
 def test_demonstrations_have_few_metrics_and_no_false_alarm():
-    assert sod.health([{"iteration": 9, "loss": 1.0, "grad_norm": 1.0, "not_taken": 0}] * 20) == {}
+    assert sod.health([{"iteration": 9, "loss": 1.0, "grad_norm": 1.0, "skipped_updates": 0}] * 20) == {}
 
 
 # --- From rollouts ------------------------------------------------------------------------------
 
 
-def rollout(calls, finish="answer", right=False):
+def rollout(calls, finish_reason="answer", correct=False):
     """A rollout of one-token turns that made these (outcome, tool text) calls and ended."""
     turns = [sod.Turn([5], "t", outcome, text) for outcome, text in calls]
     turns += [sod.Turn([5], "t")] * (finish == "answer")
-    return sod.Rollout(tools.Problem("q", "1"), [5], turns, finish=finish, right=right,
+    return sod.Rollout(tools.Problem("q", "1"), [5], turns, finish_reason=finish, correct=right,
                        reward=1.0 if right else -1.0)
 
 
@@ -79,9 +79,9 @@ def metrics(rollouts, d, **options):
     """The metrics of rollouts whose teacher is d[i][k] nats away at step k."""
     config = sod.Config(**{"group_size": 2, **options})
     batch, method = sod.collate(rollouts, "cpu"), sod.METHODS[config.method]
-    batch.logp_s = torch.where(batch.step_id >= 0, -1.0, 0.0)
+    batch.logp_s = torch.where(batch.step_id > 0, -1.0, 0.0)
     batch.entropy_s = batch.entropy_t = torch.full(batch.ids.shape, 0.5)
-    if method.view:
+    if method.scorer:
         batch.logp_t = batch.logp_s + sod.pad([[0.0, *row] for row in d], 0.0, "cpu")
         batch.d = sod.step_divergence(batch.logp_s, batch.logp_t, batch.step_id)
         scheme = config.weights if method.weights == "sod" else method.weights
@@ -103,18 +103,18 @@ def test_a_batch_whose_first_steps_are_known_by_heart_is_named_with_its_share():
 def test_calls_are_counted_by_outcome_and_failures_and_cuts_have_their_shares():
     calls = [("error", "SyntaxError"), ("timeout", "[no answer in time]")]
     batch = [rollout(calls, right=i % 2 == 0) for i in range(4)] + [
-        rollout([("ok", "7"), calls[0]], finish="budget", right=i == 0) for i in range(2)]
+        rollout([("ok", "7"), calls[0]], finish_reason="length", right=i == 0) for i in range(2)]
     m = metrics(batch, [[0.3, 0.3, 0.3]] * 4 + [[0.3, 0.3]] * 2)
     assert m["outcomes"] == {"error": 6, "timeout": 4, "ok": 2} and m["tool_calls"] == 2
-    assert m["tool_fail"] == 10 / 12 and m["cut_budget"] == 2 / 6
-    assert set(sod.health([m])) == {"tool_fail", "cut_budget"}
+    assert m["tool_fail"] == 10 / 12 and m["cut_length"] == 2 / 6
+    assert set(sod.health([m])) == {"tool_fail", "cut_length"}
 
 
 @pytest.mark.parametrize("options, topics", [
-    (dict(), {"groups_agree", "w_capped"}), (dict(group_size=1), {"groups_agree", "w_capped"}),
-    (dict(method="sod_only"), {"w_capped"}), (dict(weights="uniform"), {"groups_agree"}),
-    (dict(method="opd"), {"groups_agree"}), (dict(method="opd_only"), set()),
-    (dict(method="grpo"), {"groups_agree"}), (dict(weights="unclipped"), {"groups_agree"}),
+    (dict(), {"frac_zero_std_groups", "w_capped"}), (dict(group_size=1), {"frac_zero_std_groups", "w_capped"}),
+    (dict(method="sod_only"), {"w_capped"}), (dict(weights="uniform"), {"frac_zero_std_groups"}),
+    (dict(method="opd"), {"frac_zero_std_groups"}), (dict(method="opd_only"), set()),
+    (dict(method="grpo"), {"frac_zero_std_groups"}), (dict(weights="unclipped"), {"frac_zero_std_groups"}),
 ])
 def test_what_means_nothing_to_a_method_is_not_said(options, topics):
     """Groups that agree, and weights at their cap: two of three steps come after a larger d."""

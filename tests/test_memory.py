@@ -60,12 +60,12 @@ def failing(work, fails, error=NO_MEMORY):
 
 
 @pytest.mark.parametrize("engine, seam, rows", [("generate", "sample_tokens", 2),
-                                                ("slots", "sample_a_look", 1)])
+                                                ("continuous", "sample_a_look", 1)])
 def test_sampling_that_runs_out_of_memory_goes_on_with_half_and_gives_the_same_rollouts(
         monkeypatch, scored, engine, seam, rows):
     agent, _ = scored
     agent.config.rollout_batch, agent.config.rollout_engine = 0, engine
-    prompts = agent.practice[:6]
+    prompts = agent.train_set[:6]
 
     def play():
         found = sod.sample_rollouts(agent, agent.student, prompts, (0, "test", 1))
@@ -107,7 +107,7 @@ def test_what_does_not_fit_at_its_least_ends_with_a_sentence(monkeypatch, scored
     for name in ("sample_tokens", "hidden_states"):
         monkeypatch.setattr(sod, name, failing(None, lambda *_: True))
     work = {"sample_rollouts": lambda: sod.sample_rollouts(
-                agent, agent.student, agent.practice[:3], (0, "test", 1)),
+                agent, agent.student, agent.train_set[:3], (0, "test", 1)),
             "score": lambda: sod.score(agent, agent.student, batch),
             "backpropagate": lambda: sod.backpropagate(agent, batch)}[phase]
     with pytest.raises(ValueError, match="out of memory with one rollout at a time; lower --max_r"):

@@ -86,8 +86,8 @@ def a_turn(text="1 ", outcome="ok", tool="2", **changes):
 
 
 def a_row(iteration, turns=(), **changes):
-    return {"iteration": iteration, "question": "1 + 1", "truth": "2", "right": True,
-            "reason": "right", "reward": 1.0, "advantage": 0.707, "finish": "answer",
+    return {"iteration": iteration, "question": "1 + 1", "answer": "2", "correct": True,
+            "reason": "correct", "reward": 1.0, "advantage": 0.707, "finish_reason": "answer",
             "turns": list(turns) or [a_turn(), a_turn("2", "", None)]} | changes
 
 
@@ -155,7 +155,7 @@ def test_no_request_can_leave_the_page_and_its_policy_allows_one_script_and_styl
 def test_markup_in_model_text_and_in_names_is_inert(tmp_path):
     turn = a_turn(HOSTILE, HOSTILE, HOSTILE)
     plain, _, _ = page_of(a_run(tmp_path / "r", [a_row(1)]))
-    row = a_row(1, [turn], question=HOSTILE, truth="@DATA@", finish=HOSTILE)
+    row = a_row(1, [turn], question=HOSTILE, truth="@DATA@", finish_reason=HOSTILE)
     folder = tmp_path / "<img src=x onerror=alert(1)>&amp;@DATA@\udcff"
     reader, data, _ = page_of(a_run(folder, [row], name=""))
     assert [tag for tag, _, _ in reader.found] == [tag for tag, _, _ in plain.found]

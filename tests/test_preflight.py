@@ -23,7 +23,7 @@ def test_a_sound_world_passes_before_its_weights_and_says_what_was_found(world, 
     said = capsys.readouterr().out
     assert "same ids on 7 probes, same template, 2,000 rows to learn from, tool answers" in said
     assert "seed 0" in said and "0.008 GiB on cpu for weights, AdamW and gradient" in said
-    assert "NOTE" not in said and len(agent.practice) == 2000 and len(agent.held_out) == 4
+    assert "NOTE" not in said and len(agent.train_set) == 2000 and len(agent.eval_set) == 4
 
 
 @pytest.mark.parametrize("options, dtype, need", [
@@ -39,7 +39,7 @@ def test_a_sound_world_passes_before_its_weights_and_says_what_was_found(world, 
 def test_the_memory_that_a_run_holds_for_certain_by_hand(world, monkeypatch, options, dtype, need):
     config = replace(world, **options)
     teacher = {"teacher": world.teacher, "answer": world.student}.get(
-        sod.METHODS[config.method].view)
+        sod.METHODS[config.method].scorer)
     arguments = (config, sod.skeleton(world.student), teacher and sod.skeleton(teacher),
                  torch.device("cuda"), dtype)
     monkeypatch.setattr(sod, "GIB", 1)

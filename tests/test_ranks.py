@@ -31,7 +31,7 @@ QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def iterate(case):
     """(gradient, texts, right of an evaluation) of an iteration; rank 0's are those of all ranks."""
-    config = small(prompts=6, group_size=2, updates=1, micro_batch_tokens=500, max_response=100,
+    config = small(prompts=6, group_size=2, num_minibatches=1, micro_batch_tokens=500, max_response=100,
                    eval_problems=3, **CASES[case])
     agent, seen, sample = sod.load_agent(config), [], sod.sample_rollouts
     agent.optimizer = sod.make_optimizer(agent)
@@ -41,7 +41,7 @@ def iterate(case):
         rollouts = sample(*args)
         for r in rollouts if "lost" in case else []:
             if r.key[-1] // config.group_size % int(case.split()[1]) == 0:
-                r.finish = "infrastructure"
+                r.finish_reason = "infrastructure"
         return rollouts
 
     def no_step(loss):
@@ -51,7 +51,7 @@ def iterate(case):
     m, batch = next(sod.train(agent))
     sod.sample_rollouts = sample
     texts = [[turn.text for turn in r.turns] for r in batch.rollouts] if batch else []
-    right = sod.evaluate(agent, agent.student, agent.held_out).tolist() if case == "sod" else []
+    right = sod.evaluate(agent, agent.student, agent.eval_set).tolist() if case == "sod" else []
     return seen[0], texts, right, m.get("reward"), m["loss"]
 
 
@@ -130,7 +130,7 @@ def wait_for(path, seconds=120):
     assert path.exists()
 
 
-OPTIONS = ["--prompts", "6", "--updates", "1", "--group_size", "2", "--eval_data", "",
+OPTIONS = ["--prompts", "6", "--num_minibatches", "1", "--group_size", "2", "--eval_data", "",
            "--show_every", "0", "--save_every", "2", "--name", "run"]
 
 

@@ -95,7 +95,7 @@ def test_a_run_that_stopped_after_some_iterations_ends_as_if_left_alone(undistur
 
 
 @pytest.mark.parametrize("changes", [
-    dict(method="opsd_gt", init="random"), dict(student="dropout", updates=1),
+    dict(method="opsd_gt", init="random"), dict(student="dropout", num_minibatches=1),
     dict(kl="full"), dict(method="grpo", offload="all"),
 ])
 def test_every_kind_of_state_is_taken_over(folder, monkeypatch, changes):

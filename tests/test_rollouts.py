@@ -42,9 +42,9 @@ def test_trained_ids_are_the_ids_the_model_saw_and_wrote(tokenizer, name):
         place = slice(len(prefix), len(prefix) + len(ids))
         assert rollout.ids[:len(prefix)] == prefix            # nothing was rewritten afterwards
         assert rollout.ids[place] == ids and rollout.step_id[place] == [k] * len(ids)
-    assert sum(k >= 0 for k in rollout.step_id) == sum(map(len, wrote))
+    assert sum(k > 0 for k in rollout.step_id) == sum(map(len, wrote))
     assert len(rollout.ids) == len(rollout.step_id) == len(rollout.prompt) + rollout.response_len
-    assert rollout.finish == "answer" and rollout.right
+    assert rollout.finish_reason == "answer" and rollout.correct
 
 
 def test_the_conversation_reads_as_the_template_of_the_family_writes_it(tokenizer):
@@ -62,7 +62,7 @@ def test_a_template_that_is_given_structured_calls_writes_the_ids_of_our_rollout
     messages = [{"role": "user", "content": rollout.problem.question},
                 {"role": "assistant", "content": "",
                  "tool_calls": [{"type": "function", "function": asked}]},
-                {"role": "tool", "content": rollout.turns[0].answer}]
+                {"role": "tool", "content": rollout.turns[0].tool_text}]
     before_last = rollout.ids[:len(rollout.ids) - len(rollout.turns[1].ids)]
     text = tokenizer.apply_chat_template(messages, tools=[tools.TOOL_SCHEMA], tokenize=False,
                                          add_generation_prompt=True)
@@ -103,7 +103,7 @@ def test_a_demonstration_is_the_rollout_that_would_have_written_it(tokenizer):
     _, (rollout,) = play(tokenizer, CASES["thoughts"])
     shown = sod.encode_demonstration(tokenizer, rollout.problem, [
         {"role": "assistant", "content": CASES["thoughts"][0]},
-        {"role": "tool", "content": rollout.turns[0].answer},
+        {"role": "tool", "content": rollout.turns[0].tool_text},
         {"role": "assistant", "content": CASES["thoughts"][1]}])
     assert isinstance(shown, sod.Rollout) and shown.prompt == rollout.prompt
     assert shown.ids == rollout.ids and shown.step_id == rollout.step_id
@@ -119,7 +119,7 @@ def outcomes(rollout):
 def test_each_fault_of_a_call_is_named_and_told_to_the_model(tokenizer):
     _, (rollout,) = play(tokenizer, CASES["malformed"])
     assert outcomes(rollout) == ["unclosed", "unopened", "unknown_tool", "not_json", ""]
-    assert all("Tool call not run" in turn.answer for turn in rollout.turns[:-1])
+    assert all("Tool call not run" in turn.tool_text for turn in rollout.turns[:-1])
     assert [turn.failed for turn in rollout.turns] == [True] * 4 + [False]
 
 
@@ -131,30 +131,30 @@ def test_a_failed_call_is_one_that_did_not_do_what_was_asked():
 
 def test_only_the_first_of_several_calls_runs_and_the_model_is_told(tokenizer):
     _, (rollout,) = play(tokenizer, CASES["several calls"])
-    assert rollout.turns[0].answer == "1\n(Only the first call of this turn ran; 2 did not.)"
+    assert rollout.turns[0].tool_text == "1\n(Only the first call of this turn ran; 2 did not.)"
 
 
 def test_call_in_the_last_allowed_turn_does_not_run(tokenizer):
     _, (rollout,) = play(tokenizer, [call("1"), call("2")], max_turns=2)
-    assert outcomes(rollout) == ["ok", "not_run"] and rollout.finish == "turns"
-    assert not rollout.right and rollout.step_id[-1] == 1  # no tool text after the last turn
+    assert outcomes(rollout) == ["ok", "not_run"] and rollout.finish_reason == "turns"
+    assert not rollout.correct and rollout.step_id[-1] == 1  # no tool text after the last turn
 
 
 def test_truncated_turn_ends_the_rollout_at_the_budget(tokenizer):
     _, (rollout,) = play(tokenizer, [" word" * 60 + "CUT OFF"], max_response=20)
-    assert rollout.finish == "budget" and rollout.response_len == 20 and outcomes(rollout) == [""]
+    assert rollout.finish_reason == "length" and rollout.response_len == 20 and outcomes(rollout) == [""]
     assert rollout.step_id[len(rollout.prompt):] == [0] * 20
 
 
-@pytest.mark.parametrize("more, finish", [(0, "budget"), (1, "answer")])
+@pytest.mark.parametrize("more, finish", [(0, "length"), (1, "answer")])
 def test_tool_text_counts_against_the_budget_and_is_not_cut(tokenizer, more, finish):
     turns = [call("x" * 300), "\\boxed{42}"]
     room = sum(len(ids) for ids in (sod.encode(tokenizer, turns[0] + "<|im_end|>"),
                                     sod.encode_tool_turn(tokenizer, "x" * 300)))
     room += more * len(sod.encode(tokenizer, turns[1] + "<|im_end|>"))
     _, (rollout,) = play(tokenizer, turns, max_response=room)
-    assert rollout.finish == finish and rollout.turns[0].outcome == "ok"
-    assert rollout.turns[0].answer == "x" * 300 and len(rollout.turns) == 1 + more
+    assert rollout.finish_reason == finish and rollout.turns[0].outcome == "ok"
+    assert rollout.turns[0].tool_text == "x" * 300 and len(rollout.turns) == 1 + more
     assert rollout.step_id[-1] == more  # the last id is the student's
 
 
@@ -163,14 +163,14 @@ def test_rows_of_unequal_length_do_not_disturb_each_other(tokenizer):
     names = ("plain", "thoughts", "several calls", "malformed")
     for size in (256, 3, 1):
         _, together = play(tokenizer, *(CASES[name] for name in names), rollout_batch=size)
-        assert together[0].ids == alone.ids and all(r.right for r in together)
+        assert together[0].ids == alone.ids and all(r.correct for r in together)
         assert [len(r.turns) for r in together] == [2, 2, 2, 5]
 
 
 def test_other_end_token_of_the_model_ends_a_turn_too(tokenizer):
     _, (rollout,) = play(tokenizer, ["\\boxed{42}"], end="<|endoftext|>",
                          ends=[tokenizer.pad_token_id])
-    assert rollout.finish == "answer" and rollout.ids[-1] == tokenizer.pad_token_id
+    assert rollout.finish_reason == "answer" and rollout.ids[-1] == tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("calls, right, length, reward", [
@@ -180,9 +180,9 @@ def test_other_end_token_of_the_model_ends_a_turn_too(tokenizer):
 def test_rewards_are_shaped_by_calls_and_by_length(calls, right, length, reward):
     turns = [sod.Turn(outcome="ok") for _ in range(calls)] + [sod.Turn([0] * length)]
     rollout = sod.Rollout(tools.Problem("q", "1"), [5], turns)
-    verdict, config = tools.Verdict(right, "", float(right)), small(max_response=300, overlong=100)
+    verdict, config = tools.Verdict(right, "", float(right)), small(max_response=300, overlong_buffer=100)
     assert sod.outcome_reward(rollout, verdict, config) == pytest.approx(reward)
-    plain = dataclasses.replace(config, tool_shaping=False, overlong=0)
+    plain = dataclasses.replace(config, tool_shaping=False, overlong_buffer=0)
     assert sod.outcome_reward(rollout, verdict, plain) == (1 if right else -1)
 
 
@@ -203,8 +203,8 @@ def turn_after(model, prefixes, room, tokenizer=Ends, temperature=1.0):
     """The next turn after each prefix, from generate, with numbers of its own for each."""
     noise = sod.random_numbers(0, "test", 0).random((len(prefixes), room))
     rollouts = [sod.Rollout(None, list(p), [sod.Turn()], noise=n) for p, n in zip(prefixes, noise)]
-    return sod.sample_tokens(model, tokenizer, rollouts, room,
-                             partial(sod.pick_tokens, temperature=temperature))
+    return sod.generate(model, tokenizer, rollouts, room,
+                             partial(sod.sample_next_token, temperature=temperature))
 
 
 def test_shipped_sampling_settings_do_not_leak_into_rollouts(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_shipped_sampling_settings_do_not_leak_into_rollouts(tmp_path, monkeypat
     monkeypatch.setattr(model, "_get_logits_processor",
                         lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     turns = turn_after(model, [[5, 6]] * 4000, 1)
-    assert [type(one) for one in seen[0]] == [sod.OwnNoise]  # no warper, no penalty
+    assert [type(one) for one in seen[0]] == [sod.InverseCDFProcessor]  # no warper, no penalty
     with torch.no_grad():
         probability = model(torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
     counts = torch.bincount(torch.tensor(turns)[:, 0], minlength=64) / 4000
@@ -241,7 +241,7 @@ def test_each_token_of_a_turn_is_picked_by_its_own_number():
     for t, token in enumerate(turn_after(model, [[5, 6]], 6)[0]):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[:, -1]
-        assert token == sod.pick_tokens(logits, noise[:, t])
+        assert token == sod.sample_next_token(logits, noise[:, t])
         ids.append(token)
 
 
@@ -262,9 +262,9 @@ def test_sampled_turns_stop_at_the_first_end_id_or_at_the_budget(monkeypatch):
 
 
 def test_a_rollout_has_a_random_number_for_each_place_and_none_beyond_its_budget():
-    rollout = sod.Rollout(None, [9], [sod.Turn([1, 2], answer_ids=[3]), sod.Turn([4])],
+    rollout = sod.Rollout(None, [9], [sod.Turn([1, 2], tool_ids=[3]), sod.Turn([4])],
                           noise=torch.arange(6.0).numpy())
-    assert rollout.next_noise(2).tolist() == [4, 5] and rollout.next_noise(3).tolist() == [4, 5, 0]
+    assert rollout.next_uniforms(2).tolist() == [4, 5] and rollout.next_uniforms(3).tolist() == [4, 5, 0]
     places = [(0, "rollouts", 1, 2), (0, "rollouts", 2, 1), (1, "rollouts", 1, 2),
               (0, "evaluation", 1, 2), (0, "rollouts", 1)]
     first = [sod.random_numbers(*place).random() for place in places]
@@ -273,13 +273,13 @@ def test_a_rollout_has_a_random_number_for_each_place_and_none_beyond_its_budget
 
 def test_a_rollout_does_not_depend_on_who_is_beside_it_nor_on_the_size_of_a_batch():
     agent = sod.load_agent(small(max_response=120))
-    prompts = [p for p in agent.practice[:6] for _ in range(2)]
+    prompts = [p for p in agent.train_set[:6] for _ in range(2)]
 
     def texts(rows, first, **changes):
         agent.config = small(max_response=120, **changes)
         found = sod.sample_rollouts(agent, agent.student, rows, (0, "test", 1),
                                     range(first, first + len(rows)))
-        return [(r.ids, r.step_id, r.turns, r.finish, r.reward) for r in found]
+        return [(r.ids, r.step_id, r.turns, r.finish_reason, r.reward) for r in found]
     whole = texts(prompts, 0)
     assert whole == texts(prompts, 0, rollout_batch=5)
     assert whole[4:7] == texts(prompts[4:7], 4) and whole[:3] != texts(prompts[:3], 1)
@@ -298,28 +298,28 @@ def test_a_rollout_does_not_depend_on_who_is_beside_it_nor_on_the_size_of_a_batc
 def test_a_uniform_number_picks_the_token_under_which_it_falls(changes, picked):
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(6, 3)
     noise = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2 ** -53], dtype=torch.float64)
-    assert sod.pick_tokens(logits, noise, **changes).tolist() == picked
+    assert sod.sample_next_token(logits, noise, **changes).tolist() == picked
 
 
 def test_the_nucleus_keeps_the_order_of_the_vocabulary_whatever_the_ranks():
     noise = torch.tensor([0.0, 0.37, 0.38, 0.99], dtype=torch.float64)  # .3 / .8 = .375
     logits = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(4, 3)
-    assert sod.pick_tokens(logits, noise, top_p=0.7).tolist() == [1, 1, 2, 2]
+    assert sod.sample_next_token(logits, noise, top_p=0.7).tolist() == [1, 1, 2, 2]
     nearly = torch.tensor([[0.4, 0.4001, 0.1999]]).log().expand(4, 3)  # rounding swaps the first
     equal = torch.tensor([[0.4001, 0.4, 0.1999]]).log().expand(4, 3)
-    assert (sod.pick_tokens(nearly, noise, top_p=0.7).tolist()
-            == sod.pick_tokens(equal, noise, top_p=0.7).tolist() == [0, 0, 0, 1])
+    assert (sod.sample_next_token(nearly, noise, top_p=0.7).tolist()
+            == sod.sample_next_token(equal, noise, top_p=0.7).tolist() == [0, 0, 0, 1])
 
 
 def test_a_token_without_probability_is_never_picked():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, 5)
     noise = torch.tensor([0.0, 0.25, 0.5, 1 - 2 ** -53], dtype=torch.float64)
-    assert sod.pick_tokens(logits, noise).tolist() == [1, 1, 3, 3]
+    assert sod.sample_next_token(logits, noise).tolist() == [1, 1, 3, 3]
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
     V, noise = 150_000, torch.linspace(0, 1, 801, dtype=torch.float64)[:-1]
-    picked = torch.cat([sod.pick_tokens(torch.zeros(1, V).expand(len(part), V), part)
+    picked = torch.cat([sod.sample_next_token(torch.zeros(1, V).expand(len(part), V), part)
                         for part in noise.split(400)])
     assert (picked - (noise * V).floor()).abs().max() <= 1
 

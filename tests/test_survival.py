@@ -89,10 +89,10 @@ def spoil(patch, who, value, iterations=(1,)):
                                         ("student", math.nan)])
 def test_scores_that_are_not_finite_move_no_weight(folder, monkeypatch, capsys, who, value):
     spoil(monkeypatch, who, value, iterations=(2,))
-    assert command({**RUN, "iterations": 3, "updates": 1}) == 0
+    assert command({**RUN, "iterations": 3, "num_minibatches": 1}) == 0
     rows, rollouts = (json_lines(folder / f"runs/a/{name}.jsonl")
                       for name in ("metrics", "rollouts"))
-    assert [row["not_taken"] for row in rows] == [0, 1, 0] and rows[1]["loss"] is None
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 0] and rows[1]["loss"] is None
     assert "health: 1 updates were not taken" in capsys.readouterr().out and len(rollouts) == 18
 
 
@@ -133,10 +133,10 @@ class Broken:
 @pytest.mark.parametrize("engine", sod.ENGINES)
 @pytest.mark.parametrize("kl", ["sampled", "full"])
 def test_nothing_is_learnt_from_a_rollout_that_the_machine_failed(engine, kl):
-    agent = agent_of(iterations=1, rollout_engine=engine, silent_rate=0.0, kl=kl, updates=1)
+    agent = agent_of(iterations=1, rollout_engine=engine, silent_rate=0.0, kl=kl, num_minibatches=1)
     agent.tool = Broken(agent.tool, lambda n: n == 2)
     (row, batch), = sod.train(agent)
-    lost = [i for i, r in enumerate(batch.rollouts) if r.finish == "infrastructure"]
+    lost = [i for i, r in enumerate(batch.rollouts) if r.finish_reason == "infrastructure"]
     kept = [i for i in range(6) if i not in lost]
     assert lost and row["infrastructure"] == len(lost) and batch.reward[lost].isnan().all()
     assert batch.A[lost].eq(0).all() and batch.advantages[lost].eq(0).all()
@@ -144,9 +144,9 @@ def test_nothing_is_learnt_from_a_rollout_that_the_machine_failed(engine, kl):
     assert "sandbox_error" not in row["outcomes"]
     rollouts = [batch.rollouts[i] for i in kept]
     assert row["reward"] == pytest.approx(sum(r.reward for r in rollouts) / len(rollouts))
-    assert row["tokens"] == sum(k >= 0 for r in rollouts for k in r.step_id)
+    assert row["tokens"] == sum(k > 0 for r in rollouts for k in r.step_id)
     # The gradient is that of the batch without it.
-    whole, without = (gradient(agent, batch.rows(list(rows)), 1) for rows in (range(6), kept))
+    whole, without = (gradient(agent, batch.select(list(rows)), 1) for rows in (range(6), kept))
     assert whole.norm() > 0 and (whole - without).norm() < 1e-4 * whole.norm()
 
 
@@ -165,11 +165,11 @@ def test_a_program_that_could_not_be_judged_is_the_machines_fault():
                             tests=[{"input": "", "output": "3", "type": "stdin"}])
     with tools.PythonTool(workers=1, modules=()) as real:
         for broken, finish, reason in ((True, "infrastructure", "failed tests: sandbox_error"),
-                                       (False, "answer", "right")):
+                                       (False, "answer", "correct")):
             r = sod.Rollout(problem, [1, 2], [sod.Turn([0], "```python\nprint(3)\n```")],
-                            finish="answer")
+                            finish_reason="answer")
             sod.grade_rollout(r, Broken(real, lambda n: broken), sod.Config(**SMALL))
-            assert (r.finish, r.reason) == (finish, reason)
+            assert (r.finish_reason, r.reason) == (finish, reason)
 
 
 def test_a_tool_that_dies_in_the_middle_of_a_batch_costs_nothing(monkeypatch):

@@ -51,9 +51,9 @@ def test_scores_are_those_of_the_plain_forward_pass_where_the_student_sampled(me
 
 
 def test_a_batch_holds_what_was_sampled_and_cuts_to_some_of_its_rows():
-    turns = [sod.Turn([1, 2], outcome="error", answer_ids=[3]), sod.Turn([4])]
+    turns = [sod.Turn([1, 2], outcome="error", tool_ids=[3]), sod.Turn([4])]
     long = sod.Rollout(None, [9], turns, reward=0.5)
-    short, lost = (sod.Rollout(None, [8], [sod.Turn([5])], finish=f, reward=-1.0)
+    short, lost = (sod.Rollout(None, [8], [sod.Turn([5])], finish_reason=f, reward=-1.0)
                    for f in ("answer", "infrastructure"))
     batch = sod.collate([short, long, lost], "cpu")
     assert batch.ids.tolist() == [[8, 5, 0, 0, 0], [9, 1, 2, 3, 4], [8, 5, 0, 0, 0]]
@@ -61,7 +61,7 @@ def test_a_batch_holds_what_was_sampled_and_cuts_to_some_of_its_rows():
     assert batch.failed.tolist() == [[False, False], [True, False], [False, False]]
     assert batch.reward.tolist()[:2] == [-1.0, 0.5] and math.isnan(batch.reward[2])
     batch.d = torch.tensor([[1.0, 0], [2, 3], [0, 0]])
-    cut = batch.rows([2, 0])
+    cut = batch.select([2, 0])
     assert cut.ids.tolist() == [[8, 5], [8, 5]] and cut.step_id.tolist() == [[-1, -1], [-1, 0]]
     assert cut.rollouts == [lost, short] and cut.lengths == [2, 2] and cut.logp_s is None
     assert cut.d.tolist() == [[0, 0], [1, 0]]
@@ -121,20 +121,20 @@ def test_full_kl_of_the_loss_is_the_weighted_token_mean():
 
 def test_loss_of_demonstrations_is_the_cross_entropy_of_assistant_tokens():
     agent = sod.load_agent(small(method="sft", temperature=2.0))  # that is for rollouts only
-    shown = agent.practice[:3]
+    shown = agent.train_set[:3]
     own = torch.cat([plain_logprobs(agent.student, r.prompt, r)[torch.tensor(
         r.step_id[len(r.prompt):]) >= 0] for r in shown])
     loss, clipped = sod.backpropagate(agent, sod.collate(shown, "cpu"))
     assert loss == pytest.approx(-float(own.mean()), rel=1e-4) and clipped == 0
     _, turns = tools.load_demonstrations(WORLD / "demonstrations.jsonl")[0]
-    wrote = [i for i, k in zip(shown[0].ids, shown[0].step_id) if k >= 0]
+    wrote = [i for i, k in zip(shown[0].ids, shown[0].step_id) if k > 0]
     assert agent.tokenizer.decode(wrote) == "".join(
         t["content"] + "<|im_end|>" for t in turns if t["role"] == "assistant")
 
 
 def test_nothing_is_learnt_from_rollouts_that_the_machine_failed(scored):
     agent, batch = scored
-    lost = [dataclasses.replace(r, finish="infrastructure") for r in batch.rollouts[:6]]
+    lost = [dataclasses.replace(r, finish_reason="infrastructure") for r in batch.rollouts[:6]]
     failed = sod.collate([*lost, *batch.rollouts[6:]], "cpu").rows(range(6))
     assert failed.step_id.eq(-1).all() and failed.reward.isnan().all()
     assert sod.backpropagate(agent, failed) == (0.0, 0.0)
@@ -153,7 +153,7 @@ def push(model, scale=1.0):
     (sum(p.float().sum() for p in model.parameters()) * scale).backward()
 
 
-def travelled(dtype, step, updates=40):
+def travelled(dtype, step, num_minibatches=40):
     """Mean way of weights under a constant gradient, as a share of lr * updates."""
     model = tiny(dtype=dtype, num_hidden_layers=1)
     start = [p.detach().double().clone() for p in model.parameters()]
@@ -295,7 +295,7 @@ def test_every_weight_scheme_trains(weights):
 
 
 def test_an_iteration_counts_its_updates_and_warms_up(monkeypatch):
-    agent = sod.load_agent(small(updates=4, warmup=4, max_response=120))
+    agent = sod.load_agent(small(num_minibatches=4, warmup=4, max_response=120))
     list(sod.train(agent))
     assert agent.optimizer.updates == 8 and agent.optimizer.adamw.param_groups[0]["lr"] == 1e-3
     assert [agent.optimizer.learning_rate(n) / 1e-3 for n in range(1, 7)] == pytest.approx(
@@ -319,13 +319,13 @@ def test_rollouts_learn_in_groups_of_their_problem(scored):
     torch.testing.assert_close(batch.A, sod.group_advantages(batch.reward, 3))
     gap = batch.w.gather(1, batch.step_id.clamp(min=0)) * (batch.logp_t - batch.logp_s)
     torch.testing.assert_close(batch.advantages,
-                               torch.where(batch.step_id >= 0, batch.A[:, None] + gap, 0.0))
+                               torch.where(batch.step_id > 0, batch.A[:, None] + gap, 0.0))
 
 
 def test_distillation_brings_the_student_closer_to_the_teacher():
     agent = sod.load_agent(small(method="opd_only", iterations=6, prompts=16, group_size=4,
                                  max_response=384, lr=1e-4))
-    kl = [m["reverse_kl"] for m, _ in sod.train(agent)]
+    kl = [m["kl_estimate"] for m, _ in sod.train(agent)]
     assert np.mean(kl[3:]) < 0.9 * np.mean(kl[:3])  # check digits hold what is left
 
 
@@ -334,7 +334,7 @@ def test_prompts_over_budget_are_counted_and_skipped(tmp_path, capsys):
             {"question": "Add 1. " * 400, "answer": "2"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     agent = sod.load_agent(small(train_data=str(tmp_path / "p.jsonl")))
-    assert len(agent.practice) == 1
+    assert len(agent.train_set) == 1
     assert "1 problems or demonstrations are too long and skipped" in capsys.readouterr().out
 
 
@@ -354,7 +354,7 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(tmp_path, capfd):
                 "on-policy-distillation", "| student after |", "Its licence"):
         assert key in card
     (m,) = json_lines(tmp_path / "a" / "metrics.jsonl")
-    assert m["iteration"] == 1 and 0 <= m["right"] <= 1
+    assert m["iteration"] == 1 and 0 <= m["correct"] <= 1
     rollouts = json_lines(tmp_path / "a" / "rollouts.jsonl")
     assert len(rollouts) == 4 and rollouts[0]["turns"][0]["w"] == 1
 
