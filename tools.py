@@ -10,8 +10,9 @@ The way of a call through the sandbox, three processes that all run this file:
 
     trainer   PythonTool sends the program as a line of JSON to an idle worker
     worker    imports numpy and sympy once, gives up every right it can; for each program it forks
-              a child, reads what it prints, stops it in time and judges (attempt)
-    child     enclose (limits, seccomp), perform: runs one program, once, and exits
+              a child, reads its output, counts its threads, stops it in time and judges (attempt)
+    child     enclose (limits, seccomp), perform: runs one program, once, and exits; no descriptor
+              but 0, 1 and 2 is open in it
 
 The program may rewrite any Python object it can reach in the child. So the worker judges by what
 the kernel says: exit status, CPU time, bytes on a pipe. Two locks hold it, and both are needed:
@@ -27,7 +28,8 @@ Outcomes
 
 Not covered: bugs of the kernel, side channels, anything but Linux 5.13 or newer on x86_64;
 names, sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory
-the kernel holds for a program; equal text from clocks, os.urandom, sets ordered by address.
+the kernel holds for a program; what earlier programs of a worker left in its memory, which C code
+can read; equal text from clocks, os.urandom, sets ordered by address.
 """
 from __future__ import annotations
 
@@ -1014,6 +1016,9 @@ def locked(folder):
 
 MEMORY_MB = 512        # address space of a program above what the interpreter itself holds
 MAX_OUTPUT = 1_000_000  # bytes; a program that prints more is stopped
+THREADS = 64           # a program that has so many starts no more; C code in a race, twice as many
+FILES = 64             # a worker and its programs have no descriptor of this number or above
+OUTCOMES = "ok error memory timeout crashed output_truncated sandbox_error".split()
 
 
 @dataclass(frozen=True)
@@ -1035,7 +1040,7 @@ class Limits:
 class Observation:
     """What one program did."""
     text: str       # what the model is shown
-    outcome: str    # one of the seven words at the top of this file, or a ToolCall's fault
+    outcome: str    # one of OUTCOMES (see the top of this file), or a ToolCall's fault
     seconds: float  # on the clock, without the wait for a free worker
 
 
@@ -1119,7 +1124,7 @@ class PythonTool:
         """One program; where the sandbox itself fails, again, and in the end it says so."""
         started = time.monotonic()
         for pause in (*PAUSES, None):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, RecursionError):  # the last: from JSON
                 seen = self._ask([code, stdin, raw])
                 if seen.outcome != "sandbox_error":
                     return seen
@@ -1140,8 +1145,8 @@ class PythonTool:
             worker = self._hire()
         try:
             seen = worker.ask(request)
-        except (OSError, ValueError):
-            worker.close()
+        except BaseException:
+            worker.close()  # else a late answer would be taken for that of another call
             self._workers.discard(worker)
             raise
         self._idle.append(worker)
@@ -1232,23 +1237,27 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             # A session of its own: Ctrl-C in the trainer's terminal does not reach it.
+            # The line becomes its descriptor 0, whose place a program's stdin takes.
             self.process = subprocess.Popen(
-                [*PYTHON, "--worker", str(theirs.fileno()), json.dumps(asdict(limits))],
-                env=ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], start_new_session=True)
-        self.line = Line(ours)
+                [*PYTHON, "--worker", json.dumps(asdict(limits))], env=ENVIRONMENT, cwd="/",
+                stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
+        self.line, self.asked = Line(ours), 0
         ours.settimeout(180)  # it imports; on a busy machine that may take its time
         try:
             self.line.receive()
-        except OSError:
+        except (OSError, ValueError):
             self.close()
             raise OSError("its process was not ready in time, or ended with status "
                           f"{self.process.returncode} and said why on stderr") from None
         ours.settimeout(limits.wall + 20)  # it keeps its own time; this is for a dead one
 
     def ask(self, request):
-        self.line.send(request)
-        return Observation(*self.line.receive())
+        self.asked += 1
+        self.line.send([self.asked, *request])
+        match self.line.receive():
+            case [self.asked, str(text), outcome, float(seconds)] if outcome in OUTCOMES:
+                return Observation(text, outcome, seconds)
+        raise UserError("its answer is malformed, or belongs to another request")
 
     def close(self):
         self.line.close()
@@ -1268,19 +1277,22 @@ WARM_UP = {  # the first use of a library is slow; every child inherits the seco
 FOREIGN = ("sqlite3", "ssl", "hashlib", "bz2", "lzma", "decimal", "ctypes", "uuid", "zoneinfo")
 
 
-def work(fd, limits):
+def work(limits):
     """A worker's life: import once, give up rights once, then one program after the other."""
-    line = Line(socket.socket(fileno=fd))
+    set_limit("NOFILE", FILES, FILES)  # while only 0, 1 and 2 are open
+    line = Line(socket.socket(fileno=0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, a program is killed and not the trainer
     import_what_programs_use(limits)
     give_up_rights(limits)
+    keeper = None if limits.unsafe else thread_keeper()
     gc.collect()
     gc.freeze()  # children neither see nor touch what was imported
     line.send("ready")
     with contextlib.suppress(ConnectionError):  # the trainer has let go of this worker, or ended
         while True:
-            line.send(attempt(line, *line.receive(), limits))
+            number, *request = line.receive()
+            line.send([number, *attempt(line, keeper, *request, limits)])
 
 
 def import_what_programs_use(limits):
@@ -1309,7 +1321,7 @@ def python_folders():
     return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
 
 
-def attempt(line, code, stdin, raw, limits):
+def attempt(line, keeper, code, stdin, raw, limits):
     """Fork a child for one program, watch it, reap it, and judge; an Observation's fields."""
     started = time.monotonic()
     given = os.memfd_create("stdin")
@@ -1322,7 +1334,7 @@ def attempt(line, code, stdin, raw, limits):
     os.setpgid(pid, pid)  # with all that it may start it is killed as one
     os.close(given)
     os.close(theirs)
-    output, stopped = watch(pid, out, line, limits)
+    output, stopped = watch(pid, out, line, keeper, limits)
     os.killpg(pid, signal.SIGKILL)  # dead or alive: until reaped, the id is no other's
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.close(out)
@@ -1336,13 +1348,15 @@ def attempt(line, code, stdin, raw, limits):
     return describe(output[1:], outcome, status, raw, limits), outcome, seconds
 
 
-def watch(pid, out, line, limits):
+def watch(pid, out, line, keeper, limits):
     """Read what the child prints until it ends; with it the reason, where it must be stopped."""
     output, poll, most = bytearray(), select.poll(), len(READY) + MAX_OUTPUT
     end = os.pidfd_open(pid)
     poll.register(out, select.POLLIN)
     poll.register(end, select.POLLIN)
     poll.register(line.sock, 0)  # only a hang-up
+    if keeper:
+        poll.register(keeper, select.POLLIN)
     deadline, cpu_clock = time.monotonic() + limits.wall, ~pid << 3 | 2
     with os.fdopen(end):
         while (left := min(deadline - time.monotonic(),
@@ -1350,6 +1364,8 @@ def watch(pid, out, line, limits):
             ready = dict(poll.poll(max(1, 1000 * left)))
             if line.sock.fileno() in ready:
                 break  # nobody waits any more; the answer will fail to send
+            if keeper in ready:
+                permit_thread(keeper)
             if out in ready:
                 chunk = os.read(out, 65536)
                 output += chunk
@@ -1407,7 +1423,7 @@ def child(worker, fds, code, raw, limits):
         os.dup2(1 if raw else theirs, 2)  # the worker's 1 is /dev/null
         os.dup2(theirs, 1)
         os.dup2(given, 0)
-        os.closerange(3, 64)
+        os.closerange(3, FILES)  # all there can be: see `work`
         enclose(limits)
         os.write(1, READY)
         status = perform(code, raw)
@@ -1420,6 +1436,7 @@ def child(worker, fds, code, raw, limits):
 def perform(code, raw):
     """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
     sys.modules["__main__"] = main = types.ModuleType("__main__")
+    sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", closefd=False)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
     random.seed(0)  # random takes a new seed after every fork
     run, raised, error = exec, sys.exc_info, None  # our own: the program may take them away
@@ -1542,8 +1559,8 @@ CONDITIONAL = """
 NUMBERS = {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", ALLOWED + CONDITIONAL)}
 YOUNG = 424  # from here on (clone3, openat2, io_uring...): not there, so libc takes the old ones
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP = 1, 15, 16, 22
-PR_SET_NO_NEW_PRIVS = 38
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_NO_NEW_PRIVS = 1, 15, 16, 38
+SECCOMP, SET_FILTER, NEW_LISTENER = 317, 1, 8
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -1569,7 +1586,8 @@ def missing_locks():
         return "Linux on x86_64"
     if libc.syscall(LANDLOCK_CREATE, None, ctypes.c_ulong(0), ctypes.c_ulong(1)) < 1:  # its version
         return "Landlock"
-    libc.prctl(PR_SET_SECCOMP, 2, None, 0, 0)  # a kernel with seccomp misses only the filter
+    # A kernel with all that we use of seccomp misses only the filter.
+    libc.syscall(SECCOMP, SET_FILTER, NEW_LISTENER, None)
     return "" if ctypes.get_errno() == errno.EFAULT else "seccomp"
 
 
@@ -1579,7 +1597,6 @@ def give_up_rights(limits):
         space = int(file.read().split()[0]) * resource.getpagesize() + (MEMORY_MB << 20)
     set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
     set_limit("STACK", 8 << 20, 8 << 20)
-    set_limit("NOFILE", 64, 64)
     set_limit("CORE", 0, 0)
     if limits.unsafe:
         return
@@ -1623,7 +1640,9 @@ def set_limit(name, soft, hard):
 # register; jumps count the instructions to skip if true, and if false.
 LOAD, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # REFUSE + the errno to answer with
-AUDIT_ARCH, ANY_BIT = 0xC000003E, 0xFFFFFFFF
+ASK = 0x7FC00000  # whoever holds the listener of this filter
+AUDIT_ARCH, ANY_BIT, CLONE_THREAD = 0xC000003E, 0xFFFFFFFF, 0x10000
+NOTIF_RECV, NOTIF_SEND = 0xC0502100, 0xC0182101  # ioctl on a listener
 
 
 def op(code, value, if_true=0, if_false=0):
@@ -1653,14 +1672,14 @@ def seccomp_filter(own):
 
 def rules_on_arguments(own):
     write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    thread, namespaces = 0x10000, 0x7E020080
+    namespaces = 0x7E020080
     pair = ANY_BIT ^ socket.SOCK_CLOEXEC ^ socket.SOCK_NONBLOCK
     itself = only_if((0, ANY_BIT, [own]))  # an abort, an alarm of its own
     return {
         "open": only_if((1, write, [0])), "openat": only_if((2, write, [0])),  # to read
         "kill": itself, "tkill": itself, "tgkill": itself,
         "prlimit64": only_if((0, ANY_BIT, [0, own])),
-        "clone": only_if((0, thread | namespaces, [thread])),  # threads yes, processes no
+        "clone": only_if((0, CLONE_THREAD | namespaces, [CLONE_THREAD])),  # threads alone
         "prctl": only_if((0, ANY_BIT, [PR_SET_NAME, PR_GET_NAME])),
         # asyncio wants a pair; datagram pairs could send to any other socket of the machine.
         "socketpair": only_if((0, ANY_BIT, [socket.AF_UNIX]), (1, pair, [socket.SOCK_STREAM])),
@@ -1672,10 +1691,34 @@ def rules_on_arguments(own):
     }
 
 
-def install(program):
+def install(program, flags=0):
     code = ctypes.create_string_buffer(program, len(program))
     head = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
-    call(libc.prctl, PR_SET_SECCOMP, 2, head, 0, 0)
+    return call(libc.syscall, SECCOMP, SET_FILTER, flags, head)
+
+
+def thread_keeper():
+    """A descriptor on which the kernel asks this worker before a child of it starts a thread.
+
+    RLIMIT_NPROC is of no use: it does not bind root, and for others counts the whole user.
+    """
+    return install(op(LOAD, 0) + op(EQUAL, NUMBERS["clone"], 0, 4) + op(LOAD, 16)
+                   + op(AND, CLONE_THREAD) + op(EQUAL, CLONE_THREAD, 0, 1)
+                   + op(RETURN, ASK) + op(RETURN, ALLOW), NEW_LISTENER)
+
+
+def permit_thread(keeper):
+    """Answer one such question: yes, or EAGAIN where the child has THREADS threads already.
+
+    Started but not yet counted are at most as many as have asked, hence twice THREADS in a race.
+    """
+    asked = bytearray(80)
+    with contextlib.suppress(FileNotFoundError):  # the child that asked is gone
+        fcntl.ioctl(keeper, NOTIF_RECV, asked)
+        number, thread = struct.unpack_from("QI", asked)
+        few = os.stat(f"/proc/{thread}/task").st_nlink - 2 < THREADS  # . and .. and the threads
+        answer = struct.pack("QqiI", number, 0, 0 if few else -errno.EAGAIN, few)
+        fcntl.ioctl(keeper, NOTIF_SEND, answer)
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -1688,13 +1731,16 @@ ATTEMPTS = {  # guarantee: what must not succeed
     "no new process": "import os; os.fork() or os._exit(0)",
     "no signal to others": "import os; os.kill(os.getppid(), 0)",
     "bounded memory": f"bytearray({2 * MEMORY_MB} << 20)",
+    f"at most {2 * THREADS} threads": "import threading; threading.stack_size(1 << 18); "
+        "wait = threading.Event().wait; "
+        f"[threading.Thread(target=wait, daemon=True).start() for _ in range({THREADS})]",
 }
 PROBE = f"""
 for name, attempt in {ATTEMPTS}.items():
     try:
         exec(attempt)
     except Exception as error:
-        print(name * isinstance(error, (PermissionError, MemoryError)))
+        print(name * isinstance(error, (PermissionError, MemoryError, RuntimeError)))
 """
 
 
@@ -1707,7 +1753,7 @@ def guarantees():
 
 def main(arguments):
     if arguments[:1] == ["--worker"]:
-        work(int(arguments[1]), Limits(**json.loads(arguments[2])))
+        work(Limits(**json.loads(arguments[1])))
     elif arguments:
         sys.exit(__doc__)
     else:

@@ -1,16 +1,18 @@
 """The sandbox of tools.py, claim by claim.
 
-    pytest tests/test_sandbox.py           about half a minute
+    pytest tests/test_sandbox.py           less than a minute
     pytest tests/test_sandbox.py -m slow   the whole hostile corpus, as two users, and the load
     python tests/test_sandbox.py           the corpus alone
 
 Canaries (files, listeners on loopback, a secret in the environment) stand in a temporary folder.
 """
 import contextlib
+import io
 import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -205,7 +207,7 @@ def test_numbers_of_calls_are_those_of_the_kernel_headers():
 
 
 def test_every_guarantee_holds_here():
-    assert len(tools.guarantees()) == 6 and all(tools.guarantees().values())
+    assert len(tools.guarantees()) == 7 and all(tools.guarantees().values())
 
 
 def test_another_machine_lacks_the_locks(monkeypatch):
@@ -232,6 +234,136 @@ def test_a_worker_that_does_not_start_is_named_and_unsafe_is_no_advice(monkeypat
     with PythonTool() as tool, pytest.raises(RuntimeError, match="ended with status 3") as refused:
         tool.run(["1"])
     assert "unsafe" not in str(refused.value)
+
+
+# --- Descriptors and answers ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_files(number):
+    """While the body runs, this process has so many files open beside its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number + 500), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(number)]
+    try:
+        yield
+    finally:
+        [os.close(file) for file in files]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+OPEN = """
+import os, time
+def is_open(fd):
+    try: return bool(os.fstat(fd))
+    except OSError: return False
+time.sleep(0.5)
+[fd for fd in range(4097) if is_open(fd)]
+"""
+
+
+@pytest.mark.parametrize("files, programs", [(0, 2), (100, 2), (1100, 2), (0, 32)])
+def test_a_program_holds_stdin_stdout_stderr_and_no_other_descriptor(files, programs):
+    with open_files(files), PythonTool(workers=programs, modules=()) as tool:
+        assert {one.text for one in tool.run([OPEN] * programs)} == {"[0, 1, 2]"}
+        assert len(tool._workers) == programs
+
+
+@pytest.mark.parametrize("forged", ["5", '["forged", "ok", 0.1]', '[1, "forged", "ok", 0.1]'])
+def test_a_program_that_writes_to_every_descriptor_keeps_its_outcome(forged):
+    code = f"""
+        import os
+        for fd in range(3, 4097):
+            try: os.write(fd, b'{forged}\\n')
+            except OSError: pass
+        os._exit(7)
+    """
+    with open_files(100), PythonTool(workers=1, modules=()) as tool:
+        seen = tool.run([textwrap.dedent(code), "6 * 7", "7 * 7"])
+    assert [one.text for one in seen] == ["[exit status 7]", "42", "49"]
+
+
+MALFORMED = ["5", "null", "no JSON", "[" * 100_000, "[]", '["forged", "ok", 0.1]',
+             '[1, "forged", "ok"]', '[1, "forged", "ok", 0.1, 0]', '[1, 5, "ok", 0.1]',
+             '[1, "forged", "fine", 0.1]', '[1, "forged", ["ok"], 0.1]',
+             '[1, "forged", "ok", "soon"]', '[0, "of the request before", "ok", 0.1]']
+
+
+def test_a_worker_with_a_malformed_or_late_answer_is_replaced_and_the_call_tried_again():
+    with PythonTool(workers=1, modules=()) as tool:
+        tool.run(["1"])
+        for number, answer in enumerate(MALFORMED, 1):
+            worker, = tool._workers
+            worker.asked, worker.line.file = 0, io.BytesIO(f"{answer}\n".encode())
+            assert (run(tool, "6 * 7").text, tool.retried) == ("42", number), answer
+            assert worker.process.returncode and worker not in tool._workers, answer
+
+
+def test_malformed_answers_at_every_attempt_are_a_sandbox_error(monkeypatch):
+    monkeypatch.setattr(tools, "PAUSES", (0,))
+    monkeypatch.setattr(tools.Line, "receive", lambda line: "ready")
+    with PythonTool(workers=1, modules=()) as tool:
+        assert run(tool, "1").outcome == "sandbox_error" and not tool._workers
+
+
+# --- Threads --------------------------------------------------------------------------------
+
+
+def test_3000_threads_end_in_an_error_at_once(tool):
+    seen = run(tool, """
+        import threading
+        threading.stack_size(32768)
+        for n in range(3000):
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+    """)
+    assert (seen.outcome, "can't start new thread" in seen.text) == ("error", True)
+    assert seen.seconds < 2
+
+
+CLONES = """
+    import ctypes, mmap, os, threading
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    # long clone(flags, stack); the new thread calls pause for ever
+    page.write(bytes.fromhex("b838000000 0f05 85c0 7509 b822000000 0f05 ebf7 c3"))
+    start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    clone = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long)(start)
+    threading.stack_size(1 << 18)
+    def bomb():
+        ready.wait()
+        for _ in range(200): clone(0x50f00, start + 4000)
+    ready = threading.Barrier({bombers})
+    bombers = [threading.Thread(target=bomb) for _ in range({bombers})]
+    [bomber.start() for bomber in bombers]
+    [bomber.join() for bomber in bombers]
+    print(os.stat("/proc/self/task").st_nlink - 2)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("bombers, most", [(1, 64), (60, 128)])
+def test_threads_that_c_code_starts_are_counted_too(bombers, most):
+    with PythonTool(workers=1, modules=()) as tool:
+        seen = run(tool, CLONES.replace("{bombers}", str(bombers)))
+    assert seen.outcome == "ok" and 1 < int(seen.text) <= most
+
+
+def test_32_threads_at_once_do_their_work_and_a_thousand_in_turn(tool):
+    pool = """
+        from concurrent.futures import ThreadPoolExecutor
+        import threading
+        all_there = threading.Barrier(32)
+        with ThreadPoolExecutor(32) as pool:
+            print(sum(pool.map(lambda n: all_there.wait() * 0 + n, range(64))))
+    """
+    turns = """
+        import threading
+        for _ in range(1000):
+            one = threading.Thread(target=int)
+            one.start()
+            one.join()
+        print("done")
+    """
+    assert (run(tool, pool).text, run(tool, turns).text) == ("2016", "done")
 
 
 # --- Calls ----------------------------------------------------------------------------------
@@ -469,17 +601,24 @@ def corpus():
     return [json.loads(line) for line in CORPUS.read_text().splitlines()]
 
 
-def test_hostile_corpus_quick_part():
+def test_hostile_corpus_quick_part(workers=0):
     patient = ("time", "memory", "library")
     rows = [row for row in corpus() if row["category"] not in patient and row["expect"] != "timeout"
             and "timeout" not in row.get("also", []) and "sleep" not in row["code"]]
     assert len(rows) > 120
-    assert run_corpus(rows, timeout=3) == []
+    assert run_corpus(rows, timeout=3, workers=workers) == []
 
 
 @pytest.mark.slow
-def test_hostile_corpus():
-    assert run_corpus(corpus(), timeout=3) == []
+def test_hostile_corpus_quick_part_32_programs_at_once():
+    test_hostile_corpus_quick_part(workers=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [0, 100, 1100])
+def test_hostile_corpus(files):
+    with open_files(files):
+        assert run_corpus(corpus(), timeout=3) == []
 
 
 @pytest.mark.slow
