@@ -137,16 +137,16 @@ def test_rollouts_do_not_wait_for_the_slow_tool_of_another_one(tokenizer):
 def test_tokens_of_a_look_are_sampled_without_waiting_for_the_device():
     """On the meta device, where there are no numbers, every read of one is an error."""
     slots = sod.ContinuousBatch(make_model("qwen3", MODELS["qwen3"]).to("meta"), 3)
-    slots.rollouts = [sod.Rollout(None, ids, [sod.Turn()], noise=np.full(9, 0.5))
+    slots.rollouts = [sod.Rollout(None, ids, [sod.Turn()], uniforms=np.full(9, 0.5))
                       for ids in PROMPTS[:3]]
     picked = []
 
     def pick(logits, noise):
         picked.append(sod.sample_next_token(logits, noise, top_p=0.9))
         return picked[-1]
-    slots.catch_up(3, 100)
+    slots.prefill(3, 100)
     with pytest.raises(NotImplementedError, match="meta"):
-        slots.sample(3, 4, pick)
+        slots.decode(3, 4, pick)
     assert len(picked) == 4  # only the ids of the whole look were asked for
 
 
@@ -185,7 +185,7 @@ def test_passes_that_are_recorded_and_replayed_at_fixed_addresses_give_the_same_
 
 def addresses(slots):
     layers = [x.data_ptr() for layer in slots.cache.layers for x in (layer.keys, layer.values)]
-    return [*layers, *(x.data_ptr() for x in (slots.last, slots.start, slots.noise))]
+    return [*layers, *(x.data_ptr() for x in (slots.last, slots.start, slots.uniforms))]
 
 
 def test_the_cache_is_gone_with_the_last_turn(tokenizer, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a run holds is said before it begins, and a phase that runs out of memory shrinks."""
+"""What a run holds is said before it begins, and work that runs out of memory is done again in smaller pieces."""
 import pytest
 import torch
 
@@ -41,7 +41,7 @@ def test_the_counted_iteration_of_the_table_rests_on_what_was_said(monkeypatch, 
     assert seen["step"] * GIB == pytest.approx(rest + step, rel=0.02)
 
 
-# --- Phases that halve ------------------------------------------------------------------------
+# --- Half the size, and again ------------------------------------------------------------------
 
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -59,8 +59,8 @@ def failing(work, fails, error=NO_MEMORY):
     return run
 
 
-@pytest.mark.parametrize("engine, seam, rows", [("generate", "sample_tokens", 2),
-                                                ("continuous", "sample_a_look", 1)])
+@pytest.mark.parametrize("engine, seam, rows", [("generate", "generate", 2),
+                                                ("continuous", "decode_chunk", 1)])
 def test_sampling_that_runs_out_of_memory_goes_on_with_half_and_gives_the_same_rollouts(
         monkeypatch, scored, engine, seam, rows):
     agent, _ = scored
@@ -75,7 +75,7 @@ def test_sampling_that_runs_out_of_memory_goes_on_with_half_and_gives_the_same_r
     monkeypatch.setattr(sod, seam, failing(getattr(sod, seam),
                                            lambda n, *args: count(args[rows]) > 2))
     assert play() == plain
-    assert agent.config.rollout_batch == 1 and agent.halvings == 2  # 6, 3, 1
+    assert agent.sizes == {"rollout_batch": 1} and agent.halvings == 2  # 6, 3, 1
     assert play() == plain and agent.halvings == 2
 
 
@@ -90,31 +90,33 @@ def test_backpropagation_that_runs_out_of_memory_begins_anew_and_gives_the_same_
     # The second micro-batch fails, when the first has left its gradient.
     monkeypatch.setattr(sod, "hidden_states", failing(sod.hidden_states, lambda n, *_: n == 2))
     assert torch.equal(gradient(agent, batch, size), vector)
-    assert agent.config.micro_batch_tokens == size // 2 and agent.halvings == 1
+    assert agent.sizes == {"micro_batch_tokens": size // 2} and agent.halvings == 1
+    assert agent.config.micro_batch_tokens == size  # what the user has asked for stays
     assert sod.backpropagate(agent, batch) == loss
+    agent.sizes.clear()
     agent.config.micro_batch_tokens = 0  # all of them, then half, then a quarter
     too_much = lambda n, model, ids: ids.numel() > size // 2
     monkeypatch.setattr(sod, "hidden_states", failing(sod.hidden_states, too_much))
     assert torch.equal(sod.score(agent, agent.student, batch)[0], logp)
-    assert agent.config.micro_batch_tokens == size // 2 and agent.halvings == 3
+    assert agent.sizes == {"micro_batch_tokens": size // 2} and agent.halvings == 3
     assert agent.seconds["score"] > 0 and agent.seconds["backpropagate"] > 0
 
 
-@pytest.mark.parametrize("phase", ["sample_rollouts", "score", "backpropagate"])
-def test_what_does_not_fit_at_its_least_ends_with_a_sentence(monkeypatch, scored, phase):
+@pytest.mark.parametrize("name", ["sample_rollouts", "score", "backpropagate"])
+def test_what_does_not_fit_at_its_least_ends_with_a_sentence(monkeypatch, scored, name):
     agent, batch = scored
     agent.config.rollout_engine = "generate"
-    for name in ("sample_tokens", "hidden_states"):
-        monkeypatch.setattr(sod, name, failing(None, lambda *_: True))
+    for seam in ("generate", "hidden_states"):
+        monkeypatch.setattr(sod, seam, failing(None, lambda *_: True))
     work = {"sample_rollouts": lambda: sod.sample_rollouts(
                 agent, agent.student, agent.train_set[:3], (0, "test", 1)),
             "score": lambda: sod.score(agent, agent.student, batch),
-            "backpropagate": lambda: sod.backpropagate(agent, batch)}[phase]
+            "backpropagate": lambda: sod.backpropagate(agent, batch)}[name]
     with pytest.raises(ValueError, match="out of memory with one rollout at a time; lower --max_r"):
         work()
-    least = {"sample_rollouts": 1}.get(phase, batch.ids.shape[1])
-    option = "rollout_batch" if phase == "sample_rollouts" else "micro_batch_tokens"
-    assert getattr(agent.config, option) == least and agent.halvings >= 1
+    least = {"sample_rollouts": 1}.get(name, batch.ids.shape[1])
+    option = "rollout_batch" if name == "sample_rollouts" else "micro_batch_tokens"
+    assert agent.sizes.get(option, least) == least and agent.halvings >= 0
 
 
 @pytest.mark.parametrize("error, known", [

@@ -301,31 +301,31 @@ def test_a_rollout_does_not_depend_on_who_is_beside_it_nor_on_the_size_of_a_batc
     (dict(temperature=1e-12), [0] * 6)])
 def test_a_uniform_number_picks_the_token_under_which_it_falls(changes, picked):
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(6, 3)
-    noise = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2 ** -53], dtype=torch.float64)
-    assert sod.sample_next_token(logits, noise, **changes).tolist() == picked
+    uniforms = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2 ** -53], dtype=torch.float64)
+    assert sod.sample_next_token(logits, uniforms, **changes).tolist() == picked
 
 
 def test_the_nucleus_keeps_the_order_of_the_vocabulary_whatever_the_ranks():
-    noise = torch.tensor([0.0, 0.37, 0.38, 0.99], dtype=torch.float64)  # .3 / .8 = .375
+    uniforms = torch.tensor([0.0, 0.37, 0.38, 0.99], dtype=torch.float64)  # .3 / .8 = .375
     logits = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(4, 3)
-    assert sod.sample_next_token(logits, noise, top_p=0.7).tolist() == [1, 1, 2, 2]
+    assert sod.sample_next_token(logits, uniforms, top_p=0.7).tolist() == [1, 1, 2, 2]
     nearly = torch.tensor([[0.4, 0.4001, 0.1999]]).log().expand(4, 3)  # rounding swaps the first
     equal = torch.tensor([[0.4001, 0.4, 0.1999]]).log().expand(4, 3)
-    assert (sod.sample_next_token(nearly, noise, top_p=0.7).tolist()
-            == sod.sample_next_token(equal, noise, top_p=0.7).tolist() == [0, 0, 0, 1])
+    assert (sod.sample_next_token(nearly, uniforms, top_p=0.7).tolist()
+            == sod.sample_next_token(equal, uniforms, top_p=0.7).tolist() == [0, 0, 0, 1])
 
 
 def test_a_token_without_probability_is_never_picked():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, 5)
-    noise = torch.tensor([0.0, 0.25, 0.5, 1 - 2 ** -53], dtype=torch.float64)
-    assert sod.sample_next_token(logits, noise).tolist() == [1, 1, 3, 3]
+    uniforms = torch.tensor([0.0, 0.25, 0.5, 1 - 2 ** -53], dtype=torch.float64)
+    assert sod.sample_next_token(logits, uniforms).tolist() == [1, 1, 3, 3]
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
-    V, noise = 150_000, torch.linspace(0, 1, 801, dtype=torch.float64)[:-1]
+    V, uniforms = 150_000, torch.linspace(0, 1, 801, dtype=torch.float64)[:-1]
     picked = torch.cat([sod.sample_next_token(torch.zeros(1, V).expand(len(part), V), part)
-                        for part in noise.split(400)])
-    assert (picked - (noise * V).floor()).abs().max() <= 1
+                        for part in uniforms.split(400)])
+    assert (picked - (uniforms * V).floor()).abs().max() <= 1
 
 
 # --- Which models and templates ---------------------------------------------------------------
@@ -337,22 +337,45 @@ MORE = {"Gemma2": dict(final_logit_softcapping=0.5, sliding_window=64),
         "Granite": dict(logits_scaling=8.0), "Cohere": dict(logit_scale=0.25), "Phi": {}}
 
 
-def describe(family, **changes):
+def probe(family, **changes):
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "student")
     model = tiny(family, vocab_size=len(tokenizer), **changes)
     with torch.no_grad():
         for name, p in model.named_parameters():  # some start at 0, or so small that a cap is idle
             p.add_(torch.randn_like(p), alpha=0.3)
-    sod.describe("student", family, model, False, sod.Agent(small(), None, None, tokenizer, None))
+    return sod.check_plain_head(family, model, tokenizer)
 
 
 @pytest.mark.parametrize("family", PLAIN)
-def test_models_whose_logits_are_hidden_states_times_head_are_taken(family, capsys):
-    describe(family, **PLAIN[family])
-    assert f"student {family}" in capsys.readouterr().out
+def test_models_whose_logits_are_a_plain_product_are_taken(family):
+    ids, logp = probe(family, **PLAIN[family])
+    assert len(ids) == len(logp) > 10 and logp.max() < 0
+    sod.check_model(family, skeleton_of(family, PLAIN[family]), Ends512, small())
 
 
 @pytest.mark.parametrize("family", MORE)
 def test_models_that_do_more_to_their_logits_are_refused(family):
-    with pytest.raises(ValueError, match="does more to its logits than hidden states times head"):
-        describe(family, **MORE[family])
+    with pytest.raises(tools.UserError, match="does more to its logits than hidden states times"):
+        probe(family, **MORE[family])
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_they_are_refused_by_their_configuration_where_small_logits_hide_it(family):
+    with pytest.raises(tools.UserError, match=f"{family} does more to its logits than"):
+        sod.check_model(family, skeleton_of(family, MORE[family]), Ends512, small())
+
+
+def test_a_student_whose_logits_have_grown_into_a_cap_gets_no_checkpoint(tmp_path, monkeypatch):
+    agent = sod.load_agent(small(method="grpo", eval_data=""))
+    agent.student.lm_head.register_forward_hook(lambda module, args, z: 5 * (z / 5).tanh())
+    with pytest.raises(tools.UserError, match="does more to its logits than hidden states times"):
+        sod.save_checkpoint(agent, tmp_path, {})
+    assert not list(tmp_path.iterdir())
+
+
+def skeleton_of(family, changes):
+    return tiny(family, vocab_size=512, max_position_embeddings=1024, **changes)
+
+
+class Ends512:
+    get_vocab = staticmethod(lambda: {"a": 511})
