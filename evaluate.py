@@ -359,8 +359,8 @@ def compare(a, b, names=("A", "B")):
     if a.keys() != b.keys() or not a:
         raise ValueError(f"{names[0]} has {len(a.keys() - b.keys())} problems that {names[1]} "
                          f"lacks, {names[1]} has {len(b.keys() - a.keys())} that {names[0]} lacks; "
-                         "a paired comparison needs the same problems in both, at least one, in the "
-                         "same wording.")
+                         "a paired comparison needs the same problems, in the same words, in both, "
+                         "at least one.")
     differences = 100 * np.array([b[problem] - a[problem] for problem in a], dtype=float)
     differences = differences.round(9) + 0.0  # 0.1 + 0.2 - 0.3 is no difference, nor is -0.0
     mean, low, high = skew_interval(differences)
@@ -727,10 +727,14 @@ def page_data(folder, iterations):
 
 
 def rollout(where, line):
-    """One rollout, with the pattern of each step."""
+    """One rollout, with the pattern of each step. One that the machine failed has no numbers: nobody
+    scored it, and older versions stored d 0 and w 1."""
     row = parse_line(where, line)
     try:
         outcomes = [turn["outcome"] for turn in row["turns"]]
+        if row.get("finish") == "infrastructure":
+            row["turns"] = [{name: turn.get(name) for name in ("text", "outcome", "tool")}
+                            for turn in row["turns"]]
         return row | {"iteration": row["iteration"], "patterns": patterns(outcomes)}
     except (KeyError, TypeError):
         raise ValueError(f"{where}: found no rollout with iteration, turns and their outcomes; "

@@ -111,7 +111,7 @@ def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
     path = tmp_path / "rollouts.jsonl"
     rollouts = list(sod.rollout_rows(batch, 1, None, 0))
     path.write_text("".join(json.dumps(row) + "\n" for row in rollouts))
-    found = drift.by_pattern(drift.read(tmp_path))
+    found = drift.by_pattern(drift.read(tmp_path)[0])
     for name, (steps, d_k, w, entropy) in study.premises.drift(batch).items():
         assert found[name][0] == steps
         assert found[name][2:] == pytest.approx((d_k, w, entropy), abs=1e-4)
@@ -119,8 +119,24 @@ def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
     assert found["clean"][1] == pytest.approx(2 / 3)
     assert drift.main([str(tmp_path)]) == 0 and "| after more | 1 |" in capsys.readouterr().out
     assert (tmp_path / "drift.svg").read_text().startswith("<svg")
-    path.write_text(json.dumps({"turns": [{"outcome": "", "d": None, "w": None}]}) + "\n")
-    assert drift.main([str(tmp_path)]) == 1 and "with a teacher" in capsys.readouterr().err
+    shown = (tmp_path / "drift.svg").read_text()
+    unscored = [{"text": "", "outcome": "sandbox_error", "tool": "", "d": d, "w": w, "entropy_t": h}
+                for d, w, h in ((0.0, 1.0, 0.0), (None, None, None))]  # as it was, as it is stored
+    lost = [rollouts[0] | {"finish": "infrastructure", "turns": [turn]} for turn in unscored]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rollouts + lost))
+    assert drift.by_pattern(drift.read(tmp_path)[0]) == found
+    assert drift.main([str(tmp_path)]) == 0 and (tmp_path / "drift.svg").read_text() == shown
+    assert "3 rollouts" in (said := capsys.readouterr().out) and "without 2 that" in said
+    untaught = rollouts[0] | {"turns": [unscored[1]]}
+    for rows in ([untaught], [untaught, *lost], lost, []):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert drift.main([str(tmp_path)]) == 1 and "with a teacher" in capsys.readouterr().err
+
+
+def test_the_help_of_drift_is_its_docstring(capsys):
+    with pytest.raises(SystemExit) as caught:
+        drift.main(["--help"])
+    assert not caught.value.code and drift.__doc__.strip() in capsys.readouterr().out
 
 
 def test_the_law_of_w_separates_check_digits_from_everything_else():
