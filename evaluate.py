@@ -344,8 +344,8 @@ def compare(a, b, names=("A", "B")):
 
     Pairing takes out how hard the problems are: only the differences b_p - a_p count. Two equal
     models are called different in at most about one comparison of twenty, from 6 problems on. Where
-    they are equal on average alone, it hangs on the law of the differences, here over 8, 30 and 100
-    problems, and by Student's interval alone (tests/test_metrics.py simulates both):
+    they are equal on average alone, it hangs on the law of the differences: over 8, 30 and 100
+    problems (tests/test_metrics.py simulates it), and what it would be by Student's interval alone:
 
         normal                                        3%,  5%,  5%     5%,  5%,  5%
         exponential, less its mean                    6%,  4%,  4%    11%,  7%,  6%
@@ -727,8 +727,8 @@ def page_data(folder, iterations):
 
 
 def rollout(where, line):
-    """One rollout, with the pattern of each step. One that the machine failed has no numbers: nobody
-    scored it, and older versions stored d 0 and w 1."""
+    """One rollout, with the pattern of each step. One that the machine failed has no numbers, for
+    nobody scored it; older versions stored d 0 and w 1."""
     row = parse_line(where, line)
     try:
         outcomes = [turn["outcome"] for turn in row["turns"]]

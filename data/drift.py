@@ -3,8 +3,8 @@
     python data/drift.py runs/NAME [FIGURE.svg]
 
 A table of d, w and the teacher's entropy by what became of the calls before a step (the patterns of
-premises.py) and of its own call; and a figure of d and entropy by step, beside the paper's. Rollouts
-that the machine failed are left out: nobody scored them.
+premises.py) and of its own call; and a figure of d and entropy by step, beside the paper's.
+Rollouts that the machine failed are left out, for nobody scored them.
 """
 import argparse
 import sys
@@ -24,8 +24,8 @@ import study
 
 
 def read(folder):
-    """([(Rollout, [(d, w, entropy) of each step]), ...], number of those that the machine failed) of
-    a run; the turns of a Rollout know their outcomes."""
+    """([(Rollout, [(d, w, entropy) of each step]), ...], how many more the machine failed) of a run;
+    the turns of a Rollout know their outcomes."""
     path = folder / "rollouts.jsonl"
     rows = [evaluate.rollout(*line) for line in evaluate.lines_of(path)]
     found = [(sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"]) for turn in row["turns"]]),
@@ -76,8 +76,8 @@ def command(argv):
     given = parser.parse_args(argv)
     (rollouts, failed), path = read(given.folder), given.figure or given.folder / "drift.svg"
     path.write_text(figure(rollouts), encoding="utf-8")
-    print(f"{len(rollouts)} rollouts of {given.folder}, without {failed} that the machine failed\n\n"
-          f"{table(rollouts)}\n\nfigure  {path}")
+    print(f"{len(rollouts)} rollouts of {given.folder}, without {failed} that the machine failed\n"
+          f"\n{table(rollouts)}\n\nfigure  {path}")
 
 
 def main(argv=None):

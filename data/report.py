@@ -401,7 +401,7 @@ def legend(pens):
 
 
 def panel_of(heading, x_label, y_label, lines, pens, up=46):
-    """A grid that holds 0, and for each name a band, a line and, where it has one point only, a dot."""
+    """A grid that holds 0, and for each name a band and a line, or a dot where it has one point."""
     points = [point for line in lines.values() for point in line] or [(1, 0.0, 0.0, 0.0)]
     first, last = min(p[0] for p in points), max(p[0] for p in points)
     whole = all(p[0] % 1 == 0 for p in points)

@@ -415,7 +415,7 @@ def test_figures_are_whole_svg_with_title_and_description_and_escape_text(run, n
 
 
 def texts_of(root):
-    """(left, right, y, words) of each text of a figure; a letter is at most .6 of its height wide."""
+    """(left, right, y, words) of each text of a figure; a letter is .6 of its height wide."""
     for node in root.iter():
         moved = float(re.search(r" (\d+)", node.get("transform", " 0"))[1])
         for text in filter(lambda text: text.text, node.findall("{*}text")):
