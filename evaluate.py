@@ -117,14 +117,14 @@ def find_file(data, folder):
         return Path(WORLD.eval_data)
     if data not in BENCHMARKS:
         if not Path(data).exists():
-            raise ValueError(f"{data} is neither a file nor a benchmark; the benchmarks are world, "
+            raise UserError(f"{data} is neither a file nor a benchmark; the benchmarks are world, "
                              + ", ".join(BENCHMARKS))
         return Path(data)
     benchmark, place = BENCHMARKS[data], Path(folder) / data
     paths = [Path(f"{place}{suffix}") for suffix in SUFFIXES] + [place / benchmark.file]
     existing = [path for path in paths if path.exists()]
     if not existing:
-        raise ValueError(f"found no file {place} with an ending {', '.join(SUFFIXES)}; put it "
+        raise UserError(f"found no file {place} with an ending {', '.join(SUFFIXES)}; put it "
                          f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} "
                          f"--repo-type dataset --local-dir {place}")
     return existing[0]
@@ -135,7 +135,7 @@ def load_benchmark(data, config):
     path, benchmark = find_file(data, config.benchmarks), BENCHMARKS.get(data)
     rows = list(read_rows(path))
     if benchmark and len(rows) != benchmark.rows:
-        raise ValueError(f"{path}: found {len(rows)} of {benchmark.rows} problems; the file is "
+        raise UserError(f"{path}: found {len(rows)} of {benchmark.rows} problems; the file is "
                          "truncated or another one, fetch it again.")
     if benchmark and benchmark.months:
         first, last = benchmark.months
@@ -145,7 +145,7 @@ def load_benchmark(data, config):
     problems = tools.read_problems(path, rows, read_row)
     twice = [name for name, times in Counter(p.id for p in problems).items() if times > 1]
     if twice:
-        raise ValueError(f"{path}: the id {twice[0]} stands in several rows; ids tell problems "
+        raise UserError(f"{path}: the id {twice[0]} stands in several rows; ids tell problems "
                          "apart, so make them unique or delete the column.")
     return problems[:config.limit or None]
 
@@ -170,7 +170,7 @@ def read_csv(path, text):
                 raise csv.Error(f"the row has not the header's {len(reader.fieldnames)} cells")
             yield reader.line_num, row
     except csv.Error as fault:
-        raise ValueError(f"{path}, line {reader.line_num}: found broken CSV ({fault}); check the "
+        raise UserError(f"{path}, line {reader.line_num}: found broken CSV ({fault}); check the "
                          "quotes, or fetch the file again.") from fault
 
 
@@ -179,7 +179,7 @@ def read_parquet(path):
     try:
         from pyarrow import parquet
     except ImportError as fault:
-        raise ValueError(f"{path}: found parquet, and pyarrow is not installed; run `pip install "
+        raise UserError(f"{path}: found parquet, and pyarrow is not installed; run `pip install "
                          "pyarrow`, or convert the file to .jsonl elsewhere.") from fault
     return parquet.read_table(path).to_pylist()
 
@@ -197,7 +197,7 @@ def read_gpqa(row):
     options = [tools.first_text(row, name).strip() for name in names]
     question = tools.first_text(row, "question").strip()
     if not question or not all(options):
-        raise ValueError("found an empty cell; needed a question and four options; fetch it again.")
+        raise UserError("found an empty cell; needed a question and four options; fetch it again.")
     order = random.Random(question).sample(range(4), 4)
     listed = "\n".join(f"{letter}) {options[index]}" for letter, index in zip("ABCD", order))
     question += f"\n\n{listed}\n\nGive the letter of the right option in \\boxed{{}}."
@@ -211,7 +211,7 @@ def read_livecodebench(row):
     tests = [test for name in ("public_test_cases", "private_test_cases")
              for test in tools.read_tests(unpack(row.get(name)), function)]
     if not tests:
-        raise ValueError("found no test cases; needed public_test_cases or private_test_cases.")
+        raise UserError("found no test cases; needed public_test_cases or private_test_cases.")
     task = "Write a Python program that reads from standard input and prints the answer."
     if starter := tools.first_text(row, "starter_code"):
         task = f"Complete this code:\n```python\n{starter.rstrip()}\n```"
@@ -230,7 +230,7 @@ def unpack(packed):
         data = zlib.decompress(base64.b64decode(packed, validate=True))
         return json.loads(TextOnly(io.BytesIO(data)).load())
     except Exception as fault:  # a hostile pickle can raise anything; all of it means one thing
-        raise ValueError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
+        raise UserError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
                          "pickled JSON string in zlib in base64; fetch the file again.") from fault
 
 
@@ -254,7 +254,7 @@ def pass_at_k(n, c, k):
     0.5
     """
     if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"found n={n}, c={c}, k={k}; needed 0 <= c <= n and 1 <= k <= n, since "
+        raise UserError(f"found n={n}, c={c}, k={k}; needed 0 <= c <= n and 1 <= k <= n, since "
                          "n samples say nothing about more than n tries.")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
@@ -357,7 +357,7 @@ def compare(a, b, names=("A", "B")):
     The last two show what no interval mends: problems of a rare kind that the sample has not met.
     """
     if a.keys() != b.keys() or not a:
-        raise ValueError(f"{names[0]} has {len(a.keys() - b.keys())} problems that {names[1]} "
+        raise UserError(f"{names[0]} has {len(a.keys() - b.keys())} problems that {names[1]} "
                          f"lacks, {names[1]} has {len(b.keys() - a.keys())} that {names[0]} lacks; "
                          "a paired comparison needs the same problems, in the same words, in both, "
                          "at least one.")
@@ -418,17 +418,17 @@ class Evaluation:
 
     def correct(self):
         """(P, R k) of 0 and 1: all samples of a problem, its runs side by side."""
-        return np.concatenate(self.cells("right").astype(float), axis=1)
+        return np.concatenate(self.cells("correct").astype(float), axis=1)
 
     def scores(self):
         """{digest of a problem: share of right samples}; its id may hang on the file's name."""
         if not isinstance(self.questions, list):
-            raise ValueError(f"the samples of {self.model} on {self.data} were stored by an older "
+            raise UserError(f"the samples of {self.model} on {self.data} were stored by an older "
                              "version, without what was asked; use --rescore on their file first")
         return dict(zip(self.questions, self.correct().mean(1)))
 
 
-COLUMNS = {"run", "problem", "sample", "right", "reason", "vote", "final", "finish", "calls",
+COLUMNS = {"run", "problem", "sample", "correct", "reason", "vote", "final", "finish_reason", "calls",
            "tokens"}
 
 
@@ -443,9 +443,9 @@ def parse_line(where, line):
     try:
         row = json.loads(line, parse_constant=lambda name: None)
     except ValueError as fault:
-        raise ValueError(f"{where}: found broken JSON ({fault}); cut the file off there") from None
+        raise UserError(f"{where}: found broken JSON ({fault}); cut the file off there") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: found a {type(row).__name__}; needed a JSON object")
+        raise UserError(f"{where}: found a {type(row).__name__}; needed a JSON object")
     return row
 
 
@@ -457,14 +457,14 @@ def read_samples(path, finished=True):
         evaluation = Evaluation(**header, rows=rows)
         expected = evaluation.expected
     except (TypeError, KeyError):
-        raise ValueError(f"{path} is no file of samples of evaluate.py, or one of another version; "
+        raise UserError(f"{path} is no file of samples of evaluate.py, or one of another version; "
                          "its first line must hold model, data and all settings") from None
     for (where, _), row in zip(lines[1:], rows):
         if lacking := COLUMNS - row.keys():
-            raise ValueError(f"{where}: found no sample, for it lacks {', '.join(sorted(lacking))};"
+            raise UserError(f"{where}: found no sample, for it lacks {', '.join(sorted(lacking))};"
                              " cut the file off there")
     if finished and len(rows) != expected:
-        raise ValueError(f"{path} holds {len(rows)} of {expected} samples: the evaluation was "
+        raise UserError(f"{path} holds {len(rows)} of {expected} samples: the evaluation was "
                          "interrupted; give its command again and it continues.")
     return evaluation
 
@@ -518,7 +518,7 @@ def evaluate(name, data, problems, model, tokenizer, config):
     with sod.together():
         if sod.RANK == 0:
             resume(path, evaluation)
-    evaluation.rows = sod.told_by_ranks(evaluation.rows)[0]
+    evaluation.rows = sod.all_gather(evaluation.rows)[0]
     print(f"{data}  {sod.how_sampled(tokenizer, config, config.temperature, config.top_p)}")
     agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
@@ -562,7 +562,7 @@ def sample_the_rest(agent, evaluation, prompts):
                                            mine, config.temperature, config.top_p)
             rows = [sample_row(rollout, order[n][0], order[n][2])
                     for rollout, n in zip(rollouts, mine)]
-        seen = sod.told_by_ranks(rows)
+        seen = sod.all_gather(rows)
         yield [seen[i % sod.RANKS][i // sod.RANKS] for i in range(len(numbers))]
 
 
@@ -572,10 +572,10 @@ def sample_row(r, run, sample):
     A final turn that the sandbox failed to judge is stored all the same, to be judged later.
     """
     last = r.turns[-1]
-    final = last.text if r.finish in ("answer", "infrastructure") and not last.outcome else ""
-    return {"run": run, "problem": r.problem.id, "sample": sample, "right": r.right,
+    final = last.text if r.finish_reason in ("answer", "infrastructure") and not last.outcome else ""
+    return {"run": run, "problem": r.problem.id, "sample": sample, "correct": r.correct,
             "reason": r.reason, "vote": tools.voted_answer(r.problem, final), "final": final,
-            "finish": r.finish, "calls": [turn.outcome for turn in r.turns if turn.outcome],
+            "finish_reason": r.finish_reason, "calls": [turn.outcome for turn in r.turns if turn.outcome],
             "tokens": sum(len(turn.ids) for turn in r.turns)}
 
 
@@ -585,12 +585,12 @@ def rescore(path, given):
     config = Config(**{**known_settings(Config, old.settings), **given})
     problems = {problem.id: problem for problem in load_benchmark(old.data, config)}
     if missing := {row["problem"] for row in old.rows} - problems.keys():
-        raise ValueError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
+        raise UserError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
                          "...); rescoring needs the file that was evaluated")
     with sod.load_tool(config)[0] as tool:
         rows = [graded_again(row, problems[row["problem"]], tool)
                 for row in tqdm(old.rows, disable=None)]
-    changed = sum(a["right"] != b["right"] for a, b in zip(old.rows, rows))
+    changed = sum(a["correct"] != b["correct"] for a, b in zip(old.rows, rows))
     asked = [problems[name] for name in old.cells("problem")[0, :, 0]]
     new = replace(old, settings=stored_settings(config), questions=digests_of(asked), rows=rows)
     rescored = Path(path).with_suffix(".rescored.jsonl")
@@ -604,7 +604,7 @@ def graded_again(row, problem, tool):
         return row
     seen = tools.grade(problem, row["final"], tool)
     finish = "infrastructure" if "sandbox_error" in seen.reason else "answer"
-    return row | {"right": seen.right, "reason": seen.reason, "finish": finish,
+    return row | {"correct": seen.correct, "reason": seen.reason, "finish_reason": finish,
                   "vote": tools.voted_answer(problem, row["final"])}
 
 
@@ -646,14 +646,14 @@ def detail(one):
     """{what: text} of one model on one benchmark."""
     correct, P, samples = one.correct(), one.problems, len(one.rows)
     n, counts = correct.shape[1], correct.sum(1).astype(int).tolist()
-    mean, std = mean_and_std([100 * np.mean(run) for run in one.cells("right")])
-    finish = Counter(row["finish"] for row in one.rows)
-    wrong = Counter(row["reason"] for row in one.rows if not row["right"])
+    mean, std = mean_and_std([100 * np.mean(run) for run in one.cells("correct")])
+    finish = Counter(row["finish_reason"] for row in one.rows)
+    wrong = Counter(row["reason"] for row in one.rows if not row["correct"])
     calls = Counter(outcome for row in one.rows for outcome in row["calls"])
     # What the machine failed is no failure of the model's.
-    failed = {name: n for name, n in calls.items() if name not in (*sod.FINE, "sandbox_error")}
+    failed = {name: n for name, n in calls.items() if name not in (*sod.OK_OUTCOMES, "sandbox_error")}
     k_s = [2 ** e for e in range(n.bit_length()) if 2 ** e < n] + [n]
-    votes, right = (one.cells(name).reshape(-1, one.settings["k"]) for name in ("vote", "right"))
+    votes, right = (one.cells(name).reshape(-1, one.settings["k"]) for name in ("vote", "correct"))
     majorities = [majority(*cell) for cell in zip(votes.tolist(), right.tolist())]
     return {
         "problems left out, prompt too long": str(one.skipped),
@@ -663,7 +663,7 @@ def detail(one):
         f"maj@{one.settings['k']}": f"{100 * np.mean(majorities):.1f}" if votes.any() else "none",
         "tool calls a trajectory": f"{calls.total() / samples:.2f}",
         "failed calls": shares(failed, max(calls.total(), 1)),
-        "cut off, by": shares({"budget": finish["budget"], "turns": finish["turns"]}, samples),
+        "cut off, by": shares({"length": finish["length"], "turns": finish["turns"]}, samples),
         "sampled tokens a trajectory": f"{np.mean([row['tokens'] for row in one.rows]):,.0f}",
         "not right, because": shares(wrong, samples),
         "samples the sandbox failed, counted as not right": str(finish["infrastructure"]),
@@ -697,7 +697,7 @@ def patterns(outcomes):
     names = ["stable"]
     for outcome in outcomes:
         worked = outcome in ("ok", "output_truncated") and names[-1] != "stable"
-        names.append("erroneous" if outcome not in sod.FINE else
+        names.append("erroneous" if outcome not in sod.OK_OUTCOMES else
                      "recovery" if worked else names[-1])
     return names[1:]
 
@@ -721,7 +721,7 @@ def page_data(folder, iterations):
     chosen = choose_iterations(list(stored), iterations, folder)
     return {"name": config.name or folder.name, "curves": curves,
             "about": f"{about(config)} Shown: {len(chosen)} of {len(stored)} iterations.",
-            "scored": bool(sod.METHODS[config.method].view),
+            "scored": bool(sod.METHODS[config.method].scorer),
             "delta": config.delta, "worth": worth(config),
             "iterations": {n: [rollout(*line) for line in stored[n]] for n in chosen}}
 
@@ -732,19 +732,19 @@ def rollout(where, line):
     row = parse_line(where, line)
     try:
         outcomes = [turn["outcome"] for turn in row["turns"]]
-        if row.get("finish") == "infrastructure":
+        if row.get("finish_reason") == "infrastructure":
             row["turns"] = [{name: turn.get(name) for name in ("text", "outcome", "tool")}
                             for turn in row["turns"]]
         return row | {"iteration": row["iteration"], "patterns": patterns(outcomes)}
     except (KeyError, TypeError):
-        raise ValueError(f"{where}: found no rollout with iteration, turns and their outcomes; "
+        raise UserError(f"{where}: found no rollout with iteration, turns and their outcomes; "
                          "delete the line") from None
 
 
 def choose_iterations(known, asked, folder):
     """Those asked for, else the first, the middle and the last."""
     if unknown := [n for n in asked if n not in known]:
-        raise ValueError(f"iteration {unknown[0]} is not in {folder / 'rollouts.jsonl'}; choose "
+        raise UserError(f"iteration {unknown[0]} is not in {folder / 'rollouts.jsonl'}; choose "
                          f"from {', '.join(known) or 'none'}")
     places = {0, len(known) // 2, len(known) - 1}
     return [n for i, n in enumerate(known) if (n in asked if asked else i in places)]
@@ -753,7 +753,7 @@ def choose_iterations(known, asked, folder):
 def about(config):
     """Where the page's numbers come from, in a sentence."""
     method = sod.METHODS[config.method]
-    scorer = {"": "nobody", "teacher": config.teacher}.get(method.view, "its own frozen start")
+    scorer = {"": "nobody", "teacher": config.teacher}.get(method.scorer, "its own frozen start")
     weights = f" with the weights {config.weights}" * (method.weights == "sod")
     return f"Method {config.method}{weights}, student {config.student}, scored by {scorer}."
 
@@ -762,7 +762,7 @@ def worth(config):
     """The token advantage of this run as a formula; the template explains its words."""
     method = sod.METHODS[config.method]
     term = f"{config.opd_coef} · w · (log p teacher − log p student)"
-    distils = bool(method.view) and config.kl == "sampled"
+    distils = bool(method.scorer) and config.kl == "sampled"
     return (" + ".join(["advantage"] * method.outcome + [term] * distils)
             or "0, for the exact KL is a loss of its own")
 
@@ -866,7 +866,7 @@ def run(args, given):
 
 def main(argv=None):
     """The exit status: 0 done, 1 stopped with a sentence, 2 wrong options."""
-    return sod.ends_with_a_sentence(lambda: run(*parse(argv)),
+    return sod.run_command(lambda: run(*parse(argv)),
                                     "the same command continues where this one stopped")
 
 

@@ -30,9 +30,9 @@ def read(folder):
     rows = [evaluate.rollout(*line) for line in evaluate.lines_of(path)]
     found = [(sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"]) for turn in row["turns"]]),
               [tuple(map(turn.get, ("d", "w", "entropy_t"))) for turn in row["turns"]])
-             for row in rows if row.get("finish") != "infrastructure"]
+             for row in rows if row.get("finish_reason") != "infrastructure"]
     if not found or any(None in step for _, steps in found for step in steps):
-        raise ValueError(f"{path} holds no rollouts with d, w and entropy_t of each step; give the "
+        raise UserError(f"{path} holds no rollouts with d, w and entropy_t of each step; give the "
                          "folder of a run with a teacher")
     return found, len(rows) - len(found)
 
@@ -82,7 +82,7 @@ def command(argv):
 
 def main(argv=None):
     """The exit status, as in sod_mini.py."""
-    return sod.ends_with_a_sentence(partial(command, argv), "nothing was written")
+    return sod.run_command(partial(command, argv), "nothing was written")
 
 
 if __name__ == "__main__":

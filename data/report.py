@@ -42,7 +42,7 @@ from 3.7, in another run from 2.1, to .5, and AIME 2024 from 30.5 to 5.0. The co
 
 def score(run):
     """average@k of a run, in percent."""
-    return 100 * np.mean(run["right"])
+    return 100 * np.mean(run["correct"])
 
 
 def against(results, row, rival):
@@ -198,7 +198,7 @@ def collapse_lines(results):
         runs = [run for run in results.get(row, {}).values() if "tool_calls" in run["curve"][0]]
         if runs:
             cells = [path_of([[m[name] for m in run["curve"]] for run in runs], form)
-                     for name, form in (("tool_calls", ".1f"), ("right", ".0%"))]
+                     for name, form in (("tool_calls", ".1f"), ("correct", ".0%"))]
             lines.append(f"| {row} | {len(runs)} | {cells[0]} | {cells[1]} | "
                          f"{average(results, row)} | {against(results, row, 'sod')} |")
     return lines if len(lines) > 5 else []
@@ -223,7 +223,7 @@ def signal_lines(runs):
                                        form)
     for name in next(iter(runs.values()))["signal"]:
         ones = [run["signal"][name] for run in runs.values()]
-        mean, low, high = t_interval([100 * (one["right"] - np.mean(run["right"]))
+        mean, low, high = t_interval([100 * (one["correct"] - np.mean(run["correct"]))
                                       for one, run in zip(ones, runs.values())])
         share = cell([o["tokens"] / run["tokens"] for o, run in zip(ones, runs.values())], ".0%")
         both, right, wrong = (cell([one[part] for one in ones], "+.2f")
@@ -249,7 +249,7 @@ def figures(results, dials):
     if shown:
         drawn["learning.svg"] = line_chart(
             "Learning curves", "Right rollouts by iteration; mean and std over seeds.",
-            [curve_panel(results, shown, "Right rollouts", "right", 100, "%")])
+            [curve_panel(results, shown, "Right rollouts", "correct", 100, "%")])
     if runs := list(results.get("sod", {}).values()):
         drawn["drift.svg"] = drift_chart(runs)
         drawn["patterns.svg"] = patterns_chart(results)
@@ -272,7 +272,7 @@ def figures(results, dials):
             "Suspects of a collapse", "Along training; in iterations 4 to 9 of faults_30 and "
             "scored_30 the sandbox fails at 30% of calls. Mean and std over seeds.",
             [curve_panel(results, suspects, *what) for what in (
-                ("Tool calls a rollout", "tool_calls", 1, ""), ("Right rollouts", "right", 100, "%"),
+                ("Tool calls a rollout", "tool_calls", 1, ""), ("Right rollouts", "correct", 100, "%"),
                 ("Entropy", "entropy", 1, "nats/token"))])
     return drawn
 
@@ -450,7 +450,7 @@ def weights_picture(row):
         call, y = tools.parse_tool_call(turn["text"]), up + 30 + 46 * k
         said = call.code if call and not call.fault else turn["text"]
         answer = ((turn["tool"] or "the answer").strip().splitlines() or [""])[-1]
-        bad, length = turn["outcome"] not in sod.FINE, 115 * turn["w"]
+        bad, length = turn["outcome"] not in sod.OK_OUTCOMES, 115 * turn["w"]
         body += [label(16, y, f"{k + 1}  {said.strip()[:28]}", ""),
                  label(32, y + 19, ("✗ " if bad else "→ ") + answer[:50]),
                  label(320, y, f"{turn['d']:.2f}", ""),

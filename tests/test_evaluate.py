@@ -193,7 +193,7 @@ def scripted(finals, problem):
     """In place of sample_rollouts: rollouts of one turn each, graded as usual."""
     def sample(agent, model, prompts, key, numbers, temperature, top_p):
         rollouts = [sod.Rollout(problem, ids, [sod.Turn([1], finals[n])], (*key, n),
-                                finish="answer") for n, (_, ids) in zip(numbers, prompts)]
+                                finish_reason="answer") for n, (_, ids) in zip(numbers, prompts)]
         for r in rollouts:
             sod.grade_rollout(r, agent.tool, agent.config)
         return rollouts
@@ -298,11 +298,11 @@ def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeyp
 
 
 @pytest.mark.parametrize("finish, outcome, final", [
-    ("answer", "", "\\boxed{4}"), ("budget", "", ""), ("turns", "not_run", ""),
+    ("answer", "", "\\boxed{4}"), ("length", "", ""), ("turns", "not_run", ""),
     ("infrastructure", "", "\\boxed{4}"), ("infrastructure", "sandbox_error", "")])
 def test_only_a_final_turn_is_graded_and_only_sampled_tokens_count(finish, outcome, final):
     turns = [sod.Turn([1, 2], "call", "ok", "5", [3]), sod.Turn([4, 5], "\\boxed{4}", outcome)]
-    r = sod.Rollout(tools.Problem("q", "4", id="p"), [1] * 6, turns, finish=finish)
+    r = sod.Rollout(tools.Problem("q", "4", id="p"), [1] * 6, turns, finish_reason=finish)
     row = evaluate.sample_row(r, 0, 3)
     assert row["final"] == final and row["vote"] == ("4" if final else None)
     assert (row["tokens"], row["sample"]) == (4, 3)
@@ -327,9 +327,9 @@ def test_other_settings_problems_or_weights_start_another_file():
 # --- Reports of files of samples, without a model -----------------------------------------------
 
 def row(problem, right, run=0, sample=0, **changed):
-    return {"run": run, "problem": problem, "sample": sample, "right": right,
-            "reason": "right" if right else "wrong", "vote": "1" if right else "2",
-            "final": f"\\boxed{{{1 if right else 2}}}", "finish": "answer", "calls": ["ok"],
+    return {"run": run, "problem": problem, "sample": sample, "correct": right,
+            "reason": "correct" if right else "wrong", "vote": "1" if right else "2",
+            "final": f"\\boxed{{{1 if right else 2}}}", "finish_reason": "answer", "calls": ["ok"],
             "tokens": 10, **changed}
 
 
@@ -365,9 +365,9 @@ UNJUDGED = "samples the sandbox failed, counted as not right"
 
 def test_calls_cuts_and_failures_are_counted_and_the_sandbox_apart(tmp_path):
     rows = [row("p", True, sample=0, calls=["ok", "timeout", "error", "timeout"]),
-            row("p", False, sample=1, calls=["sandbox_error"], finish="infrastructure"),
-            row("p", False, sample=2, calls=[], finish="budget", reason="no boxed answer"),
-            row("p", False, sample=3, calls=["not_run"], finish="turns", reason="no boxed answer")]
+            row("p", False, sample=1, calls=["sandbox_error"], finish_reason="infrastructure"),
+            row("p", False, sample=2, calls=[], finish_reason="length", reason="no boxed answer"),
+            row("p", False, sample=3, calls=["not_run"], finish_reason="turns", reason="no boxed answer")]
     detail = evaluate.detail(evaluate.read_samples(stored(tmp_path / "a.jsonl", rows, k=4)))
     assert detail["tool calls a trajectory"] == "1.50"
     assert detail["failed calls"] == "50.0% (timeout 33.3%, error 16.7%)"
@@ -403,12 +403,12 @@ def test_a_report_has_a_table_and_a_verdict_where_the_problems_are_the_same(tmp_
 ADD = "print(sum(map(int, input().split())))"
 PAIR = "class Solution:\n    def pair(self, xs: List[int], y):\n        return xs + [y]"
 PROGRAMS = [  # question, program, verdict, reason
-    ("stdin", ADD, True, "right"),
+    ("stdin", ADD, True, "correct"),
     ("stdin", "a, b = map(int, input().split())\nprint(3 if a == 1 else 0)", False,
      "failed tests: wrong answer"),  # right on the public test only
     ("stdin", "while True: pass", False, "failed tests: timeout"),
     ("stdin", "raise ValueError", False, "failed tests: error"),
-    ("call", PAIR, True, "right"),
+    ("call", PAIR, True, "correct"),
     ("call", "class Solution:\n    def pair(self, xs, y):\n        return [1, 2]", False,
      "failed tests: wrong answer"),
     ("call", "exit()", False, "failed tests: no value"),
@@ -432,14 +432,14 @@ def test_rescoring_grades_stored_programs_without_a_model(contest_file, tmp_path
     text = said(capsys, "--rescore", path, status=0)
     assert "8 of 8 verdicts changed" in text and "| maj@4 | none |" in text
     new = evaluate.read_samples(tmp_path / "a.rescored.jsonl")
-    assert [(r["right"], r["reason"]) for r in new.rows] == [p[2:] for p in PROGRAMS]
+    assert [(r["correct"], r["reason"]) for r in new.rows] == [p[2:] for p in PROGRAMS]
     assert evaluate.read_samples(path).rows == rows  # the old file is as it was
 
 
 def test_rescoring_takes_the_answers_of_today_and_files_of_another_version(tmp_path, capsys):
     data = write(tmp_path, *({"question": f"q{p}", "answer": "2", "id": f"p{p}"} for p in (0, 1)))
     path = four_by_two(tmp_path / "a.jsonl", data=data)
-    path.write_text(path.read_text().replace('"look": ', '"chunk": '))
+    path.write_text(path.read_text().replace('"decode_chunk": ', '"chunk": '))
     rescored = said(capsys, "--rescore", path, "--tool_unsafe", "true", status=0)
     assert "8 of 8 verdicts changed" in rescored
     new = evaluate.read_samples(tmp_path / "a.rescored.jsonl")
@@ -460,9 +460,9 @@ def test_what_the_sandbox_failed_to_judge_is_judged_later_or_stays_unjudged(
         contest_file, tmp_path, monkeypatch, capsys):
     (problem, _) = load(contest_file)
     turns = [sod.Turn([1], f"```python\n{program}\n```") for _, program, *_ in PROGRAMS[:3]]
-    rollouts = [sod.Rollout(problem, [0], [turn], finish="answer") for turn in turns]
+    rollouts = [sod.Rollout(problem, [0], [turn], finish_reason="answer") for turn in turns]
     rollouts.append(sod.Rollout(problem, [0], [sod.Turn([1], "call", "sandbox_error")],
-                                finish="infrastructure"))  # its final turn was never sampled
+                                finish_reason="infrastructure"))  # its final turn was never sampled
     for r in rollouts:
         sod.grade_rollout(r, BrokenTool(), Config())
     rows = [evaluate.sample_row(r, 0, n) for n, r in enumerate(rollouts)]
@@ -474,8 +474,8 @@ def test_what_the_sandbox_failed_to_judge_is_judged_later_or_stays_unjudged(
     text = said(capsys, "--rescore", tmp_path / "a.rescored.jsonl", status=0)
     assert "1 of 4 verdicts changed" in text and f"| {UNJUDGED} | 1 |" in text
     new = evaluate.read_samples(tmp_path / "a.rescored.rescored.jsonl")
-    assert [r["right"] for r in new.rows] == [True, False, False, False]
-    assert [r["finish"] for r in new.rows] == ["answer"] * 3 + ["infrastructure"]
+    assert [r["correct"] for r in new.rows] == [True, False, False, False]
+    assert [r["finish_reason"] for r in new.rows] == ["answer"] * 3 + ["infrastructure"]
 
 
 # --- Comparing ----------------------------------------------------------------------------------

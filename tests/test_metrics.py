@@ -12,7 +12,7 @@ from evaluate import compare, majority, mean_and_std, pass_at_k, verdict
 
 def interval(scores):
     """(low, high) in fractions of 1, of one score a problem."""
-    _, low, high = sod.average_with_interval(np.array(scores)[:, None])
+    _, low, high = sod.mean_ci(np.array(scores)[:, None])
     return low / 100, high / 100
 
 

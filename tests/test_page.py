@@ -86,8 +86,8 @@ def a_turn(text="1 ", outcome="ok", tool="2", **changes):
 
 
 def a_row(iteration, turns=(), **changes):
-    return {"iteration": iteration, "question": "1 + 1", "truth": "2", "right": True,
-            "reason": "right", "reward": 1.0, "advantage": 0.707, "finish": "answer",
+    return {"iteration": iteration, "question": "1 + 1", "answer": "2", "correct": True,
+            "reason": "correct", "reward": 1.0, "advantage": 0.707, "finish_reason": "answer",
             "turns": list(turns) or [a_turn(), a_turn("2", "", None)]} | changes
 
 
@@ -155,7 +155,7 @@ def test_no_request_can_leave_the_page_and_its_policy_allows_one_script_and_styl
 def test_markup_in_model_text_and_in_names_is_inert(tmp_path):
     turn = a_turn(HOSTILE, HOSTILE, HOSTILE)
     plain, _, _ = page_of(a_run(tmp_path / "r", [a_row(1)]))
-    row = a_row(1, [turn], question=HOSTILE, truth="@DATA@", finish=HOSTILE)
+    row = a_row(1, [turn], question=HOSTILE, truth="@DATA@", finish_reason=HOSTILE)
     folder = tmp_path / "<img src=x onerror=alert(1)>&amp;@DATA@\udcff"
     reader, data, _ = page_of(a_run(folder, [row], name=""))
     assert [tag for tag, _, _ in reader.found] == [tag for tag, _, _ in plain.found]
@@ -233,14 +233,14 @@ def test_rollouts_without_tokens_are_shown_all_the_same_and_nan_is_null(tmp_path
 
 def test_a_rollout_that_the_machine_failed_has_no_numbers_and_is_in_no_count(tmp_path):
     stored = a_turn(outcome="sandbox_error", d=0.0, w=1.0, tokens=[])  # as older versions wrote it
-    lost = [a_row(1, [stored], finish="infrastructure", right=False),
-            a_row(1, [stored | {"d": None, "w": None}], finish="infrastructure", right=False)]
+    lost = [a_row(1, [stored], finish_reason="infrastructure", correct=False),
+            a_row(1, [stored | {"d": None, "w": None}], finish_reason="infrastructure", correct=False)]
     _, data, code = page_of(a_run(tmp_path / "r", [a_row(1), *lost]))
     kept, *failed = data["iterations"]["1"]
     assert kept["turns"][0]["d"] == 0.31 and failed[0] == failed[1]
     assert failed[0]["turns"] == [{"text": "1 ", "outcome": "sandbox_error", "tool": "2"}]
     kinds = code[code.index("const kinds"):code.index("let rows")].split("\n")
-    assert 'const failed = rollout => rollout.finish === "infrastructure"' in code
+    assert 'const failed = rollout => rollout.finish_reason === "infrastructure"' in code
     assert sum("counted(rows" in line for line in kinds) == 4  # all but the two that show it
 
 

@@ -18,7 +18,7 @@ import drift
 import study
 import tools
 
-TINY = dict(iterations=1, prompts=2, group_size=2, updates=1, max_response=96, eval_problems=6,
+TINY = dict(iterations=1, prompts=2, group_size=2, num_minibatches=1, max_response=96, eval_problems=6,
             eval_samples=1)
 
 
@@ -27,8 +27,8 @@ TINY = dict(iterations=1, prompts=2, group_size=2, updates=1, max_response=96, e
 
 def runs(*percents):
     """Runs of one row, a seed each, that score so many percent on 100 problems."""
-    return {seed: {"right": [[1]] * p + [[0]] * (100 - p), "tokens": 10, "seconds": 1.0,
-                   "seconds_all": 2.0, "curve": [{"right": 0.1}]} for seed, p in enumerate(percents)}
+    return {seed: {"correct": [[1]] * p + [[0]] * (100 - p), "tokens": 10, "seconds": 1.0,
+                   "seconds_all": 2.0, "curve": [{"correct": 0.1}]} for seed, p in enumerate(percents)}
 
 
 def test_verdicts_are_paired_by_seed_within_one_world():
@@ -93,9 +93,9 @@ def test_every_interval_that_the_readme_tells_stands_in_the_tables_of_the_study(
 # --- What is recorded of a run ----------------------------------------------------------------
 
 
-def scored(d, outcomes, right=True):
+def scored(d, outcomes, correct=True):
     """A batch with one token in each step, scored by hand."""
-    rollouts = [sod.Rollout(None, [0], [sod.Turn([0], "", outcome) for outcome in row], right=right)
+    rollouts = [sod.Rollout(None, [0], [sod.Turn([0], "", outcome) for outcome in row], correct=right)
                 for row in outcomes]
     batch = sod.collate(rollouts, "cpu")
     wide = sod.pad([[0.0] + row for row in d], 0.0, "cpu")
@@ -135,7 +135,7 @@ def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
     shown = (tmp_path / "drift.svg").read_text()
     unscored = [{"text": "", "outcome": "sandbox_error", "tool": "", "d": d, "w": w, "entropy_t": h}
                 for d, w, h in ((0.0, 1.0, 0.0), (None, None, None))]  # as it was, as it is stored
-    lost = [rollouts[0] | {"finish": "infrastructure", "turns": [turn]} for turn in unscored]
+    lost = [rollouts[0] | {"finish_reason": "infrastructure", "turns": [turn]} for turn in unscored]
     path.write_text("".join(json.dumps(row) + "\n" for row in rollouts + lost))
     assert drift.by_pattern(drift.read(tmp_path)[0]) == found
     assert drift.main([str(tmp_path)]) == 0 and (tmp_path / "drift.svg").read_text() == shown
@@ -174,7 +174,7 @@ def test_the_example_is_a_right_rollout_whose_weight_rises_again():
     batch = scored([d, d], [failed, ["ok"] * 4 + [""]])
     # w falls to .2 / .8 and rises to 1; in the other one no call failed
     assert study.recoveries(batch) == pytest.approx([.75, 0], abs=1e-5)
-    assert study.recoveries(scored([d], [failed], right=False)) == [0.0]
+    assert study.recoveries(scored([d], [failed], correct=False)) == [0.0]
 
 
 def test_every_token_belongs_to_one_class_of_the_signal():
@@ -196,8 +196,8 @@ def test_weight_schemes_of_the_study_keep_the_scale_or_the_shape_of_sods():
 
 
 def test_two_schemes_teach_only_wrong_rollouts_or_only_what_follows_a_failure():
-    batch = scored([[.1, .1, .1], [.1, .1]], [["ok", "error", ""], ["ok", ""]], right=False)
-    batch.rollouts[1].right = True
+    batch = scored([[.1, .1, .1], [.1, .1]], [["ok", "error", ""], ["ok", ""]], correct=False)
+    batch.rollouts[1].correct = True
     only = lambda name: sod.WEIGHTS[name](batch, sod.Config()).tolist()
     assert only("wrong_only") == [[1, 1, 1], [0, 0, 0]]
     assert only("after_failure") == [[0, 0, 1], [0, 0, 0]]
@@ -225,7 +225,7 @@ def test_controls_put_something_else_in_place_of_the_teacher():
 
 def test_the_control_variate_adds_the_exact_kl_of_each_place():
     agent = sod.load_agent(sod.Config(**TINY))
-    prompt = (agent.held_out[0], sod.encode_prompt(agent.tokenizer, agent.held_out[0]))
+    prompt = (agent.eval_set[0], sod.encode_prompt(agent.tokenizer, agent.eval_set[0]))
     with agent.tool:
         (rollout,) = sod.sample_rollouts(agent, agent.student, [prompt], (0, "rollouts", 1))
     batch, full = sod.collate([rollout], "cpu"), {}
@@ -264,9 +264,9 @@ def test_a_fault_that_is_scored_is_a_wrong_answer_and_one_that_is_not_is_left_ou
 
     def reward(grade):
         turn = sod.Turn([1], tools.render_tool_call("print(12 + 30)"), "sandbox_error")
-        r = sod.Rollout(problem, [0], [turn], finish="infrastructure")
+        r = sod.Rollout(problem, [0], [turn], finish_reason="infrastructure")
         grade(r, None, sod.Config())
-        return sod.collate([r], "cpu").reward.item(), r.right
+        return sod.collate([r], "cpu").reward.item(), r.correct
     assert reward(study.score_faults) == (pytest.approx(-0.9), False)
     assert math.isnan(reward(sod.grade_rollout)[0])
 
@@ -283,8 +283,8 @@ def test_a_time_out_can_be_told_as_a_success_without_output():
 def test_success_along_training_is_that_of_rollouts_which_the_sandbox_did_not_fail():
     batch = scored([[.1] * 3, [.1] * 2, [.1] * 2],
                    [["ok", "error", ""], ["ok", "sandbox_error"], ["ok", ""]])
-    batch.rollouts[0].right = False
-    assert study.of_the_student(batch) == {"right": 0.5, "tool_calls": 1.5}
+    batch.rollouts[0].correct = False
+    assert study.of_the_student(batch) == {"correct": 0.5, "tool_calls": 1.5}
 
 
 def test_rows_change_what_they_say_they_change(monkeypatch):
@@ -303,8 +303,8 @@ def test_rows_change_what_they_say_they_change(monkeypatch):
 
 
 def test_the_table_of_suspects_shows_the_first_the_lowest_and_the_last_iteration():
-    curve = lambda *calls: {"curve": [{"tool_calls": c, "right": c / 10} for c in calls],
-                            "right": [[1]], "seconds_all": 1}
+    curve = lambda *calls: {"curve": [{"tool_calls": c, "correct": c / 10} for c in calls],
+                            "correct": [[1]], "seconds_all": 1}
     (line,) = report.collapse_lines({"lr_tenfold": {0: curve(4, 1, 2), 1: curve(4, 2, 2)}})[5:]
     assert line.startswith("| lr_tenfold | 2 | 4.0, 1.5 (2), 2.0 | 40%, 15% (2), 20% | 100.0")
     assert report.collapse_lines({"sod": runs(50)}) == []  # stored before calls were counted
@@ -326,7 +326,7 @@ def test_a_move_along_the_signal_changes_all_parameters_alike_and_makes_good_tok
     agent = sod.load_agent(config)
     with agent.tool:
         _, batch = next(sod.train(agent))
-    before, tokens = [p.detach().clone() for p in agent.student.parameters()], batch.step_id >= 0
+    before, tokens = [p.detach().clone() for p in agent.student.parameters()], batch.step_id > 0
     study.move_along(agent.student, batch, tokens.float(), config, lr=1e-4)
     for p, old in zip(agent.student.parameters(), before):
         moved = (p.detach() - old).abs()
@@ -353,11 +353,11 @@ def test_every_row_has_settings_and_files_of_other_settings_are_not_mixed(tmp_pa
 
 
 def test_imitation_gets_as_many_conversations_and_updates_as_the_others(tmp_path):
-    config = study.config_of("sft", 0, tmp_path, dict(TINY, iterations=3, updates=2))
+    config = study.config_of("sft", 0, tmp_path, dict(TINY, iterations=3, num_minibatches=2))
     agent = sod.load_agent(config)
     with agent.tool:
         result = study.learn(agent)
-    assert len(agent.practice) == 12 and len(result["curve"]) == 6 and result["tokens"] > 100
+    assert len(agent.train_set) == 12 and len(result["curve"]) == 6 and result["tokens"] > 100
 
 
 def table(folder):
@@ -396,14 +396,14 @@ STEPS = [[[30, 9.0, 3.0]], [[0, 0, 0]], [[25, 50.0, 20.0]]]
 
 
 @pytest.mark.parametrize("run, names", [
-    (dict(curve=[{"right": .1}, {"right": .3}], steps=[STEPS, STEPS],
+    (dict(curve=[{"correct": .1}, {"correct": .3}], steps=[STEPS, STEPS],
           patterns=[[.5, .3, .2]] * 2, example=EXAMPLE),
      {"learning.svg", "drift.svg", "patterns.svg", "dials.svg", "weights.svg"}),
-    (dict(curve=[{"right": 0.0}], steps=[[[[1, 1, 1]]] * 3], patterns=[[1, 0, 0]], example=None),
+    (dict(curve=[{"correct": 0.0}], steps=[[[[1, 1, 1]]] * 3], patterns=[[1, 0, 0]], example=None),
      {"learning.svg", "drift.svg", "patterns.svg", "dials.svg"})],
     ids=["usual", "nothing right or often seen"])
 def test_figures_are_whole_svg_with_title_and_description_and_escape_text(run, names):
-    run = run | {"right": [[1], [0]]}
+    run = run | {"correct": [[1], [0]]}
     figures = report.figures({"sod": {0: run, 1: run}, "grpo": {0: run},
                               "sod@persist-0.8": {0: run}}, study.DIALS)
     assert set(figures) == names
