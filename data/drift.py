@@ -4,9 +4,11 @@
 
 A table of d, w and the teacher's entropy by what became of the calls before a step (the patterns of
 premises.py) and of its own call; and a figure of d and entropy by step, beside the paper's.
+Rollouts that the machine failed are left out, for nobody scored them.
 """
-import json
+import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -14,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import numpy as np
 
+import evaluate
 import premises
 import report
 import sod_mini as sod
@@ -21,18 +24,17 @@ import study
 
 
 def read(folder):
-    """[(Rollout, [(d, w, entropy) of each step]), ...] of a run; its turns know their outcomes."""
-    found = []
-    with open(Path(folder) / "rollouts.jsonl", encoding="utf-8") as lines:
-        for line in lines:
-            turns = json.loads(line)["turns"]
-            steps = [(turn["d"], turn["w"], turn.get("entropy_t")) for turn in turns]
-            if any(None in step for step in steps):
-                raise sod.UserError(f"{folder} has no d, w and entropy_t of each step; it takes a run "
-                                 "with a teacher")
-            found.append((sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"])
-                                                 for turn in turns]), steps))
-    return found
+    """([(Rollout, [(d, w, entropy) of each step]), ...], how many more the machine failed) of a run;
+    the turns of a Rollout know their outcomes."""
+    path = folder / "rollouts.jsonl"
+    rows = [evaluate.rollout(*line) for line in evaluate.lines_of(path)]
+    found = [(sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"]) for turn in row["turns"]]),
+              [tuple(map(turn.get, ("d", "w", "entropy_t"))) for turn in row["turns"]])
+             for row in rows if row.get("finish_reason") != "infrastructure"]
+    if not found or any(None in step for _, steps in found for step in steps):
+        raise sod.UserError(f"{path} holds no rollouts with d, w and entropy_t of each step; give the "
+                         "folder of a run with a teacher")
+    return found, len(rows) - len(found)
 
 
 def by_pattern(rollouts):
@@ -66,19 +68,22 @@ def figure(rollouts, fewest=3):
     return report.drift_chart([{"steps": [sums.tolist()]}], fewest, f"{len(rollouts):,} rollouts")
 
 
+def command(argv):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of a run")
+    parser.add_argument("figure", type=Path, nargs="?", help="[drift.svg in that folder]")
+    given = parser.parse_args(argv)
+    (rollouts, failed), path = read(given.folder), given.figure or given.folder / "drift.svg"
+    path.write_text(figure(rollouts), encoding="utf-8")
+    print(f"{len(rollouts)} rollouts of {given.folder}, without {failed} that the machine failed\n"
+          f"\n{table(rollouts)}\n\nfigure  {path}")
+
+
 def main(argv=None):
     """The exit status, as in sod_mini.py."""
-    folder, *target = sys.argv[1:] if argv is None else argv
-
-    def work():
-        rollouts = read(folder)
-        path = Path(*target) if target else Path(folder) / "drift.svg"
-        path.write_text(figure(rollouts), encoding="utf-8")
-        print(f"{len(rollouts)} rollouts of {folder}\n\n{table(rollouts)}\n\nfigure  {path}")
-    return sod.run_command(work, "nothing was written")
+    return sod.run_command(partial(command, argv), "nothing was written")
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
-        sys.exit(__doc__)
     sys.exit(main())

@@ -5,6 +5,7 @@ Results are {row: {seed: run}}; what a run holds is written by `run_one` in stud
 import html
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -89,7 +90,9 @@ def tables(results, budget, dials):
               for dial, (what, values, usual) in dials.items() if dial not in APART]
     if any(turned):
         lines += ["", "Dials of the world. B and M: nats of a clean later step on check digits and "
-                  "on all other tokens, at the first iteration; w: mean weight there; lost: d "
+                  "on all other tokens, means at the first iteration. B / (B + M): mean over these "
+                  "steps of that B with the M of each; most have hardly any M and a few have much, "
+                  "so that it is more than the two means give. w: mean weight there; lost: d "
                   "after two failures over d_1.", *sum(turned, [])]
     return "\n".join([*lines, *lead_lines(results, dials), *collapse_lines(results),
                       *signal_lines(results.get("signal", {})), OTHERS])
@@ -286,7 +289,7 @@ def dial_panel(heading, values):
     lines = {row: [(value, *band([[score(run)] for run in rows[row].values()])[0][1:])
                    for value, rows in values.items() if row in rows]
              for row in ("vanilla", "sod", "opd", "mask_after_error")}
-    return f"Dial: {heading}", heading, "% right", {
+    return "Right after training", heading, "%", {
         row: line for row, line in lines.items() if line}
 
 
@@ -318,9 +321,9 @@ def drift_chart(runs, fewest=20, of="training rollouts of SOD, mean and std over
 
 
 def patterns_chart(results):
-    """Shares of PATTERNS by iteration."""
-    shares = lambda row, n: band([[100 * batch[n] for batch in run["patterns"]]
-                                  for run in results[row].values()])
+    """Shares of PATTERNS by iteration; none is below 0."""
+    shares = lambda row, n: [(x, mean, max(low, 0.0), high) for x, mean, low, high in band(
+        [[100 * batch[n] for batch in run["patterns"]] for run in results[row].values()])]
     return line_chart(
         "Patterns of rollouts over training", "Shares of stable, recovering and erroneous "
         "rollouts by iteration; mean and std over seeds.",
@@ -347,20 +350,25 @@ def drift_line(runs, kind, column, fewest):
     return line
 
 
+# A sheet is as wide as its panels, which stand one below the other: on a telephone, 360 pixels, it
+# is shown at two thirds of its size, and its words can still be read.
+WIDTH, LEFT, WIDE, TALL = 560, 56, 480, 240
 STYLE = """<style>
-text{font:13px system-ui,sans-serif;fill:#24292f}.title{font-weight:600}.small{font-size:12px}
+text{font:16px system-ui,sans-serif;fill:#24292f}.title{font-weight:600}.small{font-size:15px}
 .page{fill:#fff}.grid{stroke:#d8dee4}.line{fill:none;stroke-width:2}.band{opacity:.18}
+svg{display:block;margin:auto;max-width:100%;height:auto}
 @media(prefers-color-scheme:dark){text{fill:#dde3ea}.page{fill:#0d1117}.grid{stroke:#30363d}}
 </style>"""
 COLOURS = ("#2f81f7", "#d9730d", "#2da44e", "#bf4fb5", "#8b949e")  # seen on white and on black
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "1 4")  # and told apart without colour
+LETTER = 9.6  # pixels of a letter, at most on average: .6 of its height
 
 
-def svg(width, height, title, description, body):
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{width}" role="img" aria-labelledby="t d">\n<title id="t">'
+def svg(height, title, description, body):
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+            f'width="{WIDTH}" role="img" aria-labelledby="t d">\n<title id="t">'
             f'{html.escape(title)}</title>\n<desc id="d">{html.escape(description)}</desc>\n'
-            f'{STYLE}\n<rect class="page" width="{width}" height="{height}"/>\n'
+            f'{STYLE}\n<rect class="page" width="{WIDTH}" height="{height}"/>\n'
             + "\n".join(body) + "\n</svg>\n")
 
 
@@ -368,36 +376,53 @@ def label(x, y, text, more=' class="small"'):
     return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{html.escape(str(text))}</text>'
 
 
-def line_chart(title, description, panels, width=440, height=300):
-    """Panels side by side, each (heading, x label, y label, {name: [(x, y, low, high)]})."""
-    body = [f'<g transform="translate({n * width} 0)">\n' + "\n".join(panel_of(*panel)) + "\n</g>"
-            for n, panel in enumerate(panels)]
-    return svg(width * len(panels), height, title, description, body)
+def line_chart(title, description, panels):
+    """Panels below one legend, each (heading, x label, y label, {name: [(x, y, low, high)]})."""
+    names = dict.fromkeys(name for *_, lines in panels for name in lines)
+    pens = {name: f'class="line" stroke="{colour}" stroke-dasharray="{dash}"'
+            for name, colour, dash in zip(names, COLOURS, DASHES)}
+    body, bottom = legend(pens)
+    for panel in panels:
+        body += [f'<g transform="translate(0 {bottom})">', *panel_of(*panel, pens), "</g>"]
+        bottom += TALL + 96
+    return svg(bottom, title, description, body)
 
 
-def panel_of(heading, x_label, y_label, lines, left=48, up=44, wide=270, tall=210):
-    """A grid that holds 0, and for each name a band, a line and its word beside the grid."""
+def legend(pens):
+    """Names beside a piece of their lines, in as many rows as they need; and where it ends."""
+    body, x, y = [], 16, 22
+    for name, pen in pens.items():
+        end = x + 34 + LETTER * len(name)
+        if end > WIDTH and x > 16:
+            x, y, end = 16, y + 22, end - x + 16
+        body += [f'<path {pen} d="M{x:.1f} {y - 5}h28"/>', label(x + 34, y, name)]
+        x = end + 14
+    return body, y + 8
+
+
+def panel_of(heading, x_label, y_label, lines, pens, up=46):
+    """A grid that holds 0, and for each name a band and a line, or a dot where it has one point."""
     points = [point for line in lines.values() for point in line] or [(1, 0.0, 0.0, 0.0)]
     first, last = min(p[0] for p in points), max(p[0] for p in points)
+    whole = all(p[0] % 1 == 0 for p in points)
     levels = ticks(min(0.0, *(p[2] for p in points)), max(p[3] for p in points))
-    x_of = lambda x: left + wide * (x - first) / ((last - first) or 1)
-    y_of = lambda y: up + tall * (levels[-1] - y) / (levels[-1] - levels[0])
-    body = [label(left, 18, heading, ' class="title"'), label(left, 35, y_label),
-            label(left + wide / 2, up + tall + 36, x_label, ' class="small" text-anchor="middle"')]
+    x_of = lambda x: LEFT + WIDE * (x - first) / ((last - first) or 1)
+    y_of = lambda y: up + TALL * (levels[-1] - y) / (levels[-1] - levels[0])
+    body = [label(LEFT, 18, heading, ' class="title"'), label(LEFT, 37, y_label),
+            label(LEFT + WIDE / 2, up + TALL + 42, x_label, ' class="small" text-anchor="middle"')]
     for y in levels:
-        body += [f'<path class="grid" d="M{left} {y_of(y):.1f}h{wide}"/>',
-                 label(left - 6, y_of(y) + 4, f"{y:g}", ' class="small" text-anchor="end"')]
-    body += [label(x_of(x), up + tall + 18, f"{x:g}", ' class="small" text-anchor="middle"')
-             for x in ticks(first, last, 8) if first <= x <= last]
-    for n, ((name, line), colour, dash) in enumerate(zip(lines.items(), COLOURS, DASHES)):
+        body += [f'<path class="grid" d="M{LEFT} {y_of(y):.1f}h{WIDE}"/>',
+                 label(LEFT - 6, y_of(y) + 5, f"{y:g}", ' class="small" text-anchor="end"')]
+    body += [label(x_of(x), up + TALL + 20, f"{x:g}", ' class="small" text-anchor="middle"')
+             for x in ticks(first, last, 8) if first <= x <= last and (x % 1 == 0 or not whole)]
+    colours = dict(zip(pens, COLOURS))
+    for name, line in lines.items():
         path = lambda column: [f"{x_of(p[0]):.1f},{y_of(p[column]):.1f}" for p in line]
-        body += [f'<polygon class="band" fill="{colour}" points="'
+        body += [f'<polygon class="band" fill="{colours[name]}" points="'
                  f'{" ".join(path(2) + path(3)[::-1])}"/>',
-                 f'<polyline class="line" stroke="{colour}" stroke-dasharray="{dash}" '
-                 f'points="{" ".join(path(1))}"/>',
-                 f'<path class="line" stroke="{colour}" stroke-dasharray="{dash}" '
-                 f'd="M{left + wide + 8} {up + 18 * n}h18"/>',
-                 label(left + wide + 30, up + 18 * n + 4, name)]
+                 f'<polyline {pens[name]} points="{" ".join(path(1))}"/>']
+        body += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4" fill="{colours[name]}"/>'
+                 for x, y, _, _ in line if len(line) == 1]
     return body
 
 
@@ -416,20 +441,21 @@ def ticks(low, high, most=5):
 
 def weights_picture(row):
     """w_k along one rollout: a bar a step, beside what was called and what came of it."""
-    body = [label(16, 26, f"“{row['question']}”", ' class="title"'), label(16, 50, "step k"),
-            label(330, 50, "d_k"), label(380, 50, "w_k: how far the teacher is trusted")]
+    asked = textwrap.wrap(f"“{row['question']}”", 54)
+    body = [label(16, 26 + 20 * n, line, ' class="title"') for n, line in enumerate(asked)]
+    up = 30 + 20 * len(asked)
+    body += [label(16, up, "step k"), label(320, up, "d_k"),
+             label(366, up, "w_k: trust in teacher")]
     for k, turn in enumerate(row["turns"]):
-        call, y = tools.parse_tool_call(turn["text"]), 80 + 44 * k
+        call, y = tools.parse_tool_call(turn["text"]), up + 30 + 46 * k
         said = call.code if call and not call.fault else turn["text"]
         answer = ((turn["tool"] or "the answer").strip().splitlines() or [""])[-1]
-        bad, length = turn["outcome"] not in sod.OK_OUTCOMES, 200 * turn["w"]
-        body += [label(16, y, f"{k + 1}  {said.strip()[:38]}", ""),
-                 label(30, y + 17, ("✗ " if bad else "→ ") + answer[:44]),
-                 label(330, y, f"{turn['d']:.2f}", ""),
-                 f'<rect x="380" y="{y - 13}" width="{length:.1f}" height="18" rx="3" '
+        bad, length = turn["outcome"] not in sod.OK_OUTCOMES, 115 * turn["w"]
+        body += [label(16, y, f"{k + 1}  {said.strip()[:28]}", ""),
+                 label(32, y + 19, ("✗ " if bad else "→ ") + answer[:50]),
+                 label(320, y, f"{turn['d']:.2f}", ""),
+                 f'<rect x="366" y="{y - 15}" width="{length:.1f}" height="18" rx="3" '
                  f'fill="{COLOURS[1 if bad else 0]}"/>',
-                 label(388 + length, y, f"{turn['w']:.2f}", "")]
-    return svg(680, 76 + 44 * len(row["turns"]), "w_k along a rollout that recovers",
+                 label(372 + length, y, f"{turn['w']:.2f}", "")]
+    return svg(up + 22 + 46 * len(row["turns"]), "w_k along a rollout that recovers",
                "Each step's call, divergence d_k and weight w_k; ✗ marks failed calls.", body)
-
-

@@ -310,12 +310,12 @@ def test_only_a_final_turn_is_graded_and_only_sampled_tokens_count(finish, outco
 
 
 def test_other_settings_problems_or_weights_start_another_file():
-    base = dict(model="m", data="d", problems=2, skipped=0, weights=1, questions=1, settings={})
-    changes = [{}, {"settings": {"seed": 1}}, {"weights": 2}, {"questions": 2}, {"model": "n"}]
+    base = dict(model="m", data="d", problems=2, skipped=0, weights=1, questions=["1"], settings={})
+    changes = [{}, {"settings": {"seed": 1}}, {"weights": 2}, {"questions": ["2"]}, {"model": "n"}]
     assert len({evaluate.file_of(Evaluation(**base | change), "x") for change in changes}) == 5
     problems = [tools.Problem("q", "1"), tools.Problem("q", "2"), tools.Problem("r", "1"),
                 tools.Problem("q", "1", tests=[{"input": ""}])]
-    assert len({evaluate.crc_of([problem]) for problem in problems}) == 4
+    assert len({*evaluate.digests_of(problems), *evaluate.digests_of(problems[:1] * 2)}) == 5
     model = sod.torch.nn.Linear(3, 2, dtype=sod.torch.bfloat16)
     before = evaluate.weights_crc(model)
     assert before == evaluate.weights_crc(model)
@@ -336,8 +336,8 @@ def row(problem, right, run=0, sample=0, **changed):
 def stored(path, rows, model="m", data="d", **changed):
     """A file of samples as evaluate.py writes it."""
     used = evaluate.stored_settings(Config(**changed)) | {"device": "cpu"}
-    problems = len(rows) // (used["k"] * used["runs"])
-    evaluate.write_samples(path, Evaluation(model, str(data), problems, 0, 1, 1, used, rows))
+    asked = list(dict.fromkeys(row["problem"] for row in rows))
+    evaluate.write_samples(path, Evaluation(model, str(data), len(asked), 0, 1, asked, used, rows))
     return path
 
 
@@ -392,9 +392,9 @@ def test_a_report_has_a_table_and_a_verdict_where_the_problems_are_the_same(tmp_
     a = evaluate.read_samples(four_by_two(tmp_path / "a.jsonl"))
     b = evaluate.read_samples(four_by_two(tmp_path / "b.jsonl", model="n"))
     assert evaluate.report([a, b]).endswith("both score the same on every problem")
-    b.questions = 2
+    b.questions = ["p0", "p2"]
     text = evaluate.report([a, b])
-    assert "| n | 50.0% |" in text and "no verdict: d and d are different problems" in text
+    assert "| n | 50.0% |" in text and "no verdict: m has 1 problems that n lacks" in text
     assert sod.results_table({"m": a.correct(), "n": b.correct()}) in text  # as in the model card
 
 
@@ -443,7 +443,7 @@ def test_rescoring_takes_the_answers_of_today_and_files_of_another_version(tmp_p
     rescored = said(capsys, "--rescore", path, "--tool_unsafe", "true", status=0)
     assert "8 of 8 verdicts changed" in rescored
     new = evaluate.read_samples(tmp_path / "a.rescored.jsonl")
-    assert new.scores() == {"p0": 0.75, "p1": 0.25} and new.settings["tool_unsafe"]
+    assert list(new.scores().values()) == [0.75, 0.25] and new.settings["tool_unsafe"]
     write(tmp_path, {"question": "q", "answer": "2", "id": "p0"})
     assert "lacks 1 problems of" in said(capsys, "--rescore", path)
 
@@ -484,11 +484,27 @@ def test_two_files_are_compared_by_problem(tmp_path, capsys):
     a, b = (stored(tmp_path / f"{share}.jsonl", [row(f"p{p}", p % 10 < share) for p in range(100)],
                    k=1) for share in (2, 4))
     assert said(capsys, "--compare", a, b, status=0) == (
-        f"{b} is better by 20.0 points, 95% interval 12.0 to 28.0\n")
+        f"{b} is better by 20.0 points, 95% interval 12.0 to 29.1\n")
     other = evaluate.read_samples(b)
-    other.questions = 2
+    other.questions = 2  # as an older version wrote it
     evaluate.write_samples(b, other)
-    assert "different problems" in said(capsys, "--compare", a, b)
+    assert "use --rescore on their file first" in said(capsys, "--compare", a, b)
+
+
+def test_a_file_of_problems_is_the_same_under_another_name_and_in_another_order(
+        tmp_path, monkeypatch, capsys):
+    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(9)]
+    kept, model = [], sod.load_model(STUDENT, "cpu", sod.torch.float32)
+    monkeypatch.setattr(sod, "sample_rollouts", lambda agent, model, prompts, *_: [
+        sod.Rollout(problem, ids, [sod.Turn([1])], right=bool(kept)) for problem, ids in prompts])
+    other = rows[1:] + [{"question": "What is 0 plus 1?", "answer": "1"}]
+    for name, asked in (("a", rows), ("copy", rows[::-1]), ("other", other)):
+        data = write(tmp_path, *asked, name=f"{name}.jsonl")
+        config = Config(k=1, runs=1, out=str(tmp_path / "out"), tool_unsafe=True)
+        kept.append(evaluate.evaluate("m", str(data), load(data), model,
+                                      sod.load_tokenizer(STUDENT), config)[1])
+    assert "is better by 100.0 points" in said(capsys, "--compare", *kept[:2], status=0)
+    assert "has 1 problems that" in said(capsys, "--compare", kept[0], kept[2])
 
 
 @pytest.mark.parametrize("changed, note", [

@@ -231,6 +231,19 @@ def test_rollouts_without_tokens_are_shown_all_the_same_and_nan_is_null(tmp_path
     assert data["iterations"]["1"][0]["turns"] == [bare, bare | {"d": None}]
 
 
+def test_a_rollout_that_the_machine_failed_has_no_numbers_and_is_in_no_count(tmp_path):
+    stored = a_turn(outcome="sandbox_error", d=0.0, w=1.0, tokens=[])  # as older versions wrote it
+    lost = [a_row(1, [stored], finish_reason="infrastructure", correct=False),
+            a_row(1, [stored | {"d": None, "w": None}], finish_reason="infrastructure", correct=False)]
+    _, data, code = page_of(a_run(tmp_path / "r", [a_row(1), *lost]))
+    kept, *failed = data["iterations"]["1"]
+    assert kept["turns"][0]["d"] == 0.31 and failed[0] == failed[1]
+    assert failed[0]["turns"] == [{"text": "1 ", "outcome": "sandbox_error", "tool": "2"}]
+    kinds = code[code.index("const kinds"):code.index("let rows")].split("\n")
+    assert 'const failed = rollout => rollout.finish_reason === "infrastructure"' in code
+    assert sum("counted(rows" in line for line in kinds) == 4  # all but the two that show it
+
+
 @pytest.mark.parametrize("line, sentence", [
     ("{broken", "line 2: found broken JSON"), ("[1]", "line 2: found a list"),
     ('{"step": 1, "question": "q", "turns": []}', "line 2: found no rollout with iteration"),

@@ -73,8 +73,21 @@ def test_the_stored_tables_are_those_of_this_report():
     stored = (ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8").split("\n")
     assert stored[:4] == report.tables({}, study.BUDGET, study.DIALS).split("\n")[:4]
     assert [line.split(" | ")[0] for line in stored[10:12]] == ["| vanilla", "| teacher"]
+    told = report.tables({"sod": recorded(50), "sod@digits-0": recorded(40)}, study.BUDGET,
+                         study.DIALS)
+    (dials,) = [line for line in told.split("\n") if line.startswith("Dials of the world.")]
+    assert dials in stored
     assert all((ROOT / "data" / "study" / name).exists()
                for name in re.findall(r"\((\w+\.svg)\)", stored[2]))
+
+
+def test_every_interval_that_the_readme_tells_stands_in_the_tables_of_the_study():
+    pairs = lambda text: {tuple(sorted(map(float, pair))) for pair in re.findall(
+        r"([-+]?[\d.]*\d)\s+to\s+([-+]?[\d.]*\d)", text)}
+    stored = pairs((ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8"))
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What to expect")[2]
+    told = pairs(section.partition("\n## ")[0])
+    assert len(told) > 15 and all({pair, (-pair[1], -pair[0])} & stored for pair in told)
 
 
 # --- What is recorded of a run ----------------------------------------------------------------
@@ -111,7 +124,7 @@ def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
     path = tmp_path / "rollouts.jsonl"
     rollouts = list(sod.rollout_rows(batch, 1, None, 0))
     path.write_text("".join(json.dumps(row) + "\n" for row in rollouts))
-    found = drift.by_pattern(drift.read(tmp_path))
+    found = drift.by_pattern(drift.read(tmp_path)[0])
     for name, (steps, d_k, w, entropy) in study.premises.drift(batch).items():
         assert found[name][0] == steps
         assert found[name][2:] == pytest.approx((d_k, w, entropy), abs=1e-4)
@@ -119,8 +132,24 @@ def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
     assert found["clean"][1] == pytest.approx(2 / 3)
     assert drift.main([str(tmp_path)]) == 0 and "| after more | 1 |" in capsys.readouterr().out
     assert (tmp_path / "drift.svg").read_text().startswith("<svg")
-    path.write_text(json.dumps({"turns": [{"outcome": "", "d": None, "w": None}]}) + "\n")
-    assert drift.main([str(tmp_path)]) == 1 and "with a teacher" in capsys.readouterr().err
+    shown = (tmp_path / "drift.svg").read_text()
+    unscored = [{"text": "", "outcome": "sandbox_error", "tool": "", "d": d, "w": w, "entropy_t": h}
+                for d, w, h in ((0.0, 1.0, 0.0), (None, None, None))]  # as it was, as it is stored
+    lost = [rollouts[0] | {"finish_reason": "infrastructure", "turns": [turn]} for turn in unscored]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rollouts + lost))
+    assert drift.by_pattern(drift.read(tmp_path)[0]) == found
+    assert drift.main([str(tmp_path)]) == 0 and (tmp_path / "drift.svg").read_text() == shown
+    assert "3 rollouts" in (said := capsys.readouterr().out) and "without 2 that" in said
+    untaught = rollouts[0] | {"turns": [unscored[1]]}
+    for rows in ([untaught], [untaught, *lost], lost, []):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert drift.main([str(tmp_path)]) == 1 and "with a teacher" in capsys.readouterr().err
+
+
+def test_the_help_of_drift_is_its_docstring(capsys):
+    with pytest.raises(SystemExit) as caught:
+        drift.main(["--help"])
+    assert not caught.value.code and drift.__doc__.strip() in capsys.readouterr().out
 
 
 def test_the_law_of_w_separates_check_digits_from_everything_else():
@@ -383,6 +412,53 @@ def test_figures_are_whole_svg_with_title_and_description_and_escape_text(run, n
         assert [child.tag.split("}")[1] for child in root[:2]] == ["title", "desc"]
         assert "script" not in {node.tag.split("}")[1] for node in root.iter()}
         assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+def texts_of(root):
+    """(left, right, y, words) of each text of a figure; a letter is .6 of its height wide."""
+    for node in root.iter():
+        moved = float(re.search(r" (\d+)", node.get("transform", " 0"))[1])
+        for text in filter(lambda text: text.text, node.findall("{*}text")):
+            size = 15 if text.get("class") == "small" else 16
+            x, wide = float(text.get("x")), 0.6 * size * len(text.text)
+            left = x - wide * {"end": 1, "middle": 0.5}.get(text.get("text-anchor"), 0)
+            yield left, left + wide, float(text.get("y")) + moved, text.text
+
+
+def readable(svg):
+    """No word leaves the sheet or lies on another one; in 344 pixels no letter is below 9."""
+    root = ElementTree.fromstring(svg)
+    width, height = map(float, root.get("viewBox").split()[2:])
+    texts = list(texts_of(root))
+    assert 15 * 344 / width > 9
+    for left, right, y, words in texts:
+        assert left >= 0 and right <= width and 12 <= y <= height - 3, words
+        assert not [other for other in texts if other[3] != words and abs(other[2] - y) < 12
+                    and other[0] < right and left < other[1]], words
+    grids = [node for node in root.iter() if node.get("class") == "grid"]
+    ends = [tuple(map(float, re.findall(r"[\d.]+", node.get("d")))) for node in grids]
+    panels = len(root.findall("{*}g"))
+    tall = max((y for _, y, _ in ends), default=0) - min((y for _, y, _ in ends), default=0)
+    assert not panels or panels * tall * ends[0][2] > 0.5 * width * height
+
+
+def test_no_word_of_a_figure_is_cut_or_covered_and_what_is_drawn_fills_most_of_the_sheet():
+    for path in (ROOT / "data" / "study").glob("*.svg"):
+        readable(path.read_text(encoding="utf-8"))
+    curve = [(k, 5.0, 4.0, 6.0) for k in (1, 2, 3)]
+    for names in (["sod"], ["mask_after_error", "told_as_success", "after_failure", "x" * 40]):
+        readable(report.line_chart("t", "d", [("Right", "iteration", "%", dict.fromkeys(
+            names, curve))]))
+    turn = {"text": "print(12345 * 6789 + 12345678)  #922", "outcome": "error", "tool": "E" * 99,
+            "d": 12.34, "w": 1.2}
+    readable(report.weights_picture({"question": "Add 12. " * 20, "turns": [turn] * 3}))
+
+
+def test_a_line_of_one_point_is_a_dot_and_steps_are_whole_numbers():
+    panel = ("d", "step k", "nats", {"a": [(1, 1.0, 1.0, 1.0), (4, 2.0, 2.0, 2.0)],
+                                     "b": [(4, 1.0, 1.0, 1.0)]})
+    drawn = report.line_chart("t", "d", [panel])
+    assert drawn.count("<circle") == 1 and ">2.5<" not in drawn and ">3<" in drawn
 
 
 def test_axes_enclose_all_values_in_round_numbers():
