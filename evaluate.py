@@ -33,6 +33,7 @@ import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -45,11 +46,12 @@ from tools import UserError
 # --- Settings --------------------------------------------------------------------------------
 
 WORLD = sod.Config  # its defaults
-sod.BOUNDS.update(k=(1, math.inf), runs=(1, math.inf), top_p=sod.BOUNDS["eval_top_p"])
+BOUNDS = {**sod.BOUNDS, "k": (1, math.inf), "runs": (1, math.inf),
+          "top_p": sod.BOUNDS["eval_top_p"]}
 
 
 @dataclass
-class Config(sod.Sampling):
+class EvalConfig(sod.Sampling):
     """How to evaluate. Defaults are those of the embedded world; PAPER is for all other data."""
     k: int = WORLD.eval_samples                   # samples a problem in one run: average@k
     runs: int = 1                                 # runs, as the paper has them: mean and deviation
@@ -59,8 +61,8 @@ class Config(sod.Sampling):
     benchmarks: str = "benchmarks"                # folder of downloaded benchmarks
     out: str = "runs/evaluate"                    # folder of the files of samples
 
-    tool_shaping, overlong = False, 0  # no options: nobody looks at the reward here
-    __post_init__ = sod.check_values
+    def __post_init__(self):
+        sod.check_values(self, BOUNDS)
 
 
 PAPER = {name: value for name, value in sod.PRESETS["paper"].items()
@@ -68,20 +70,15 @@ PAPER = {name: value for name, value in sod.PRESETS["paper"].items()
 PAPER.update(k=32, runs=5, temperature=1.0, top_p=0.6, max_prompt=4096, rollout_batch=64)
 
 
-def settings(data, given):
-    """The Config of one benchmark: the world's or the paper's values, then the command line's."""
+def benchmark_config(data, given):
+    """The settings of one benchmark: the world's or the paper's, then the command line's."""
     is_world = data == "world" or Path(os.path.realpath(data)).parent == Path(sod.WORLD).resolve()
-    return Config(**{**(dict(limit=WORLD.eval_problems) if is_world else PAPER), **given})
+    return EvalConfig(**{**(dict(limit=WORLD.eval_problems) if is_world else PAPER), **given})
 
 
 def stored_settings(config):
     """All settings but the folders, which decide nothing about a sample."""
     return {k: v for k, v in vars(config).items() if k not in ("benchmarks", "out")}
-
-
-def known_settings(kind, stored):
-    """Settings as they were stored, without those that this version knows no more."""
-    return {f.name: stored[f.name] for f in fields(kind) if f.name in stored}
 
 
 # --- Benchmarks: what they are and where they lie ----------------------------------------------
@@ -119,15 +116,15 @@ def find_file(data, folder):
     if data not in BENCHMARKS:
         if not Path(data).exists():
             raise UserError(f"{data} is neither a file nor a benchmark; the benchmarks are world, "
-                             + ", ".join(BENCHMARKS))
+                            + ", ".join(BENCHMARKS))
         return Path(data)
     benchmark, place = BENCHMARKS[data], Path(folder) / data
     paths = [Path(f"{place}{suffix}") for suffix in SUFFIXES] + [place / benchmark.file]
     existing = [path for path in paths if path.exists()]
     if not existing:
         raise UserError(f"found no file {place} with an ending {', '.join(SUFFIXES)}; put it "
-                         f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} "
-                         f"--repo-type dataset --local-dir {place}")
+                        f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} "
+                        f"--repo-type dataset --local-dir {place}")
     return existing[0]
 
 
@@ -137,7 +134,7 @@ def load_benchmark(data, config):
     rows = list(read_rows(path))
     if benchmark and len(rows) != benchmark.rows:
         raise UserError(f"{path}: found {len(rows)} of {benchmark.rows} problems; the file is "
-                         "truncated or another one, fetch it again.")
+                        "truncated or another one, fetch it again.")
     if benchmark and benchmark.months:
         first, last = benchmark.months
         rows = [row for row in rows if first <= str(row[1].get("contest_date"))[:7] <= last]
@@ -147,7 +144,7 @@ def load_benchmark(data, config):
     twice = [name for name, times in Counter(p.id for p in problems).items() if times > 1]
     if twice:
         raise UserError(f"{path}: the id {twice[0]} stands in several rows; ids tell problems "
-                         "apart, so make them unique or delete the column.")
+                        "apart, so make them unique or delete the column.")
     return problems[:config.limit or None]
 
 
@@ -172,7 +169,7 @@ def read_csv(path, text):
             yield reader.line_num, row
     except csv.Error as fault:
         raise UserError(f"{path}, line {reader.line_num}: found broken CSV ({fault}); check the "
-                         "quotes, or fetch the file again.") from fault
+                        "quotes, or fetch the file again.") from fault
 
 
 def read_parquet(path):
@@ -181,7 +178,7 @@ def read_parquet(path):
         from pyarrow import parquet
     except ImportError as fault:
         raise UserError(f"{path}: found parquet, and pyarrow is not installed; run `pip install "
-                         "pyarrow`, or convert the file to .jsonl elsewhere.") from fault
+                        "pyarrow`, or convert the file to .jsonl elsewhere.") from fault
     return parquet.read_table(path).to_pylist()
 
 
@@ -232,7 +229,7 @@ def unpack(packed):
         return json.loads(TextOnly(io.BytesIO(data)).load())
     except Exception as fault:  # a hostile pickle can raise anything; all of it means one thing
         raise UserError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
-                         "pickled JSON string in zlib in base64; fetch the file again.") from fault
+                        "pickled JSON string in zlib in base64; fetch the file again.") from fault
 
 
 class TextOnly(pickle.Unpickler):
@@ -256,7 +253,7 @@ def pass_at_k(n, c, k):
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise UserError(f"found n={n}, c={c}, k={k}; needed 0 <= c <= n and 1 <= k <= n, since "
-                         "n samples say nothing about more than n tries.")
+                        "n samples say nothing about more than n tries.")
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
@@ -359,9 +356,9 @@ def compare(a, b, names=("A", "B")):
     """
     if a.keys() != b.keys() or not a:
         raise UserError(f"{names[0]} has {len(a.keys() - b.keys())} problems that {names[1]} "
-                         f"lacks, {names[1]} has {len(b.keys() - a.keys())} that {names[0]} lacks; "
-                         "a paired comparison needs the same problems, in the same words, in both, "
-                         "at least one.")
+                        f"lacks, {names[1]} has {len(b.keys() - a.keys())} that {names[0]} lacks; "
+                        "a paired comparison needs the same problems, in the same words, in both, "
+                        "at least one.")
     differences = 100 * np.array([b[problem] - a[problem] for problem in a], dtype=float)
     differences = differences.round(9) + 0.0  # 0.1 + 0.2 - 0.3 is no difference, nor is -0.0
     mean, low, high = skew_interval(differences)
@@ -400,7 +397,7 @@ class Evaluation:
     skipped: int     # those whose prompt is longer than max_prompt
     weights: int     # CRC of the model's parameters
     questions: list  # digests_of the problems that were put to the model
-    settings: dict   # Config, without the folders
+    settings: dict   # EvalConfig, without the folders
     rows: list = field(default_factory=list)  # samples, by run, problem, sample
 
     @property
@@ -425,12 +422,12 @@ class Evaluation:
         """{digest of a problem: share of right samples}; its id may hang on the file's name."""
         if not isinstance(self.questions, list):
             raise UserError(f"the samples of {self.model} on {self.data} were stored by an older "
-                             "version, without what was asked; use --rescore on their file first")
+                            "version, without what was asked; use --rescore on their file first")
         return dict(zip(self.questions, self.correct().mean(1)))
 
 
-COLUMNS = {"run", "problem", "sample", "correct", "reason", "vote", "final", "finish_reason", "calls",
-           "tokens"}
+COLUMNS = {"run", "problem", "sample", "correct", "reason", "vote", "final", "finish_reason",
+           "calls", "tokens"}
 
 
 def lines_of(path):
@@ -459,14 +456,14 @@ def read_samples(path, finished=True):
         expected = evaluation.expected
     except (TypeError, KeyError):
         raise UserError(f"{path} is no file of samples of evaluate.py, or one of another version; "
-                         "its first line must hold model, data and all settings") from None
+                        "its first line must hold model, data and all settings") from None
     for (where, _), row in zip(lines[1:], rows):
         if lacking := COLUMNS - row.keys():
             raise UserError(f"{where}: found no sample, for it lacks {', '.join(sorted(lacking))};"
-                             " cut the file off there")
+                            " cut the file off there")
     if finished and len(rows) != expected:
         raise UserError(f"{path} holds {len(rows)} of {expected} samples: the evaluation was "
-                         "interrupted; give its command again and it continues.")
+                        "interrupted; give its command again and it continues.")
     return evaluation
 
 
@@ -496,30 +493,19 @@ def digests_of(problems):
     return digests
 
 
-def weights_crc(model):
-    """A number that changes with any parameter: a trained model does not continue an older one."""
-    crc = 0
-    for weight in model.parameters():
-        crc = zlib.crc32(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
-    return crc
-
-
 # --- Sampling ----------------------------------------------------------------------------------
 
 
-def evaluate(name, data, problems, model, tokenizer, config):
+def sample_benchmark(name, data, problems, model, tokenizer, config):
     """Sample what the file lacks, a line a sample; the finished Evaluation and its path."""
     prompts, skipped = sod.fitting_prompts(problems, tokenizer, config)
     used = stored_settings(config) | {"device": model.device.type,
                                       "dtype": str(model.dtype).removeprefix("torch.")}
-    evaluation = Evaluation(name, data, len(prompts), skipped, weights_crc(model),
+    evaluation = Evaluation(name, data, len(prompts), skipped, sod.weights_crc(model),
                             digests_of([problem for problem, _ in prompts]), used)
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with sod.together():
-        if sod.RANK == 0:
-            resume(path, evaluation)
-    evaluation.rows = sod.all_gather(evaluation.rows)[0]
+    evaluation.rows = sod.all_gather(resume(path, evaluation))[0]  # those of rank 0
     print(f"{data}  {sod.how_sampled(tokenizer, config, config.temperature, config.top_p)}")
     agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
@@ -533,11 +519,12 @@ def evaluate(name, data, problems, model, tokenizer, config):
     return evaluation, path
 
 
+@sod.on_rank_0
 def resume(path, evaluation):
-    """Take over the rows that an interrupted evaluation has written, and begin the file with them.
+    """Begin the file with the rows that an interrupted evaluation has written; these rows.
 
     Only whole batches are kept: a sample's random numbers are its own, but the last digits of its
-    scores may hang on who is sampled beside it.
+    scores may depend on who is sampled beside it.
     """
     if lines_of(path):  # else it was killed within its header, or never began
         evaluation.rows = read_samples(path, finished=False).rows
@@ -546,25 +533,21 @@ def resume(path, evaluation):
         done -= done % batch
     evaluation.rows = evaluation.rows[:done]
     write_samples(path, evaluation)
+    return evaluation.rows
 
 
 def sample_the_rest(agent, evaluation, prompts):
-    """Yield the missing samples in the order of the file, as rows, a batch at a time. Ranks share
-    a batch, and each gets all of its rows."""
+    """Yield the missing samples in the order of the file, as rows, a batch at a time."""
     config, k = agent.config, agent.config.k
     order = [(run, prompt, sample) for run in range(config.runs) for prompt in prompts
              for sample in range(k)]
     batch, key = config.rollout_batch or len(order), (config.seed, "benchmark", 0)
     for start in range(len(evaluation.rows), len(order), batch):
         numbers = range(start, min(start + batch, len(order)))
-        mine = numbers[sod.RANK::sod.RANKS]
-        with sod.together():
-            rollouts = sod.sample_rollouts(agent, agent.student, [order[n][1] for n in mine], key,
-                                           mine, config.temperature, config.top_p)
-            rows = [sample_row(rollout, order[n][0], order[n][2])
-                    for rollout, n in zip(rollouts, mine)]
-        seen = sod.all_gather(rows)
-        yield [seen[i % sod.RANKS][i // sod.RANKS] for i in range(len(numbers))]
+        rollouts = sod.sample_rollouts(agent, agent.student, [order[n][1] for n in numbers], key,
+                                       numbers, config.temperature, config.top_p)
+        yield [sample_row(rollout, order[n][0], order[n][2])
+               for rollout, n in zip(rollouts, numbers)]
 
 
 def sample_row(r, run, sample):
@@ -573,21 +556,24 @@ def sample_row(r, run, sample):
     A final turn that the sandbox failed to judge is stored all the same, to be judged later.
     """
     last = r.turns[-1]
-    final = last.text if r.finish_reason in ("answer", "infrastructure") and not last.outcome else ""
+    has_final = r.finish_reason in ("answer", "infrastructure") and not last.outcome
+    final = last.text if has_final else ""
     return {"run": run, "problem": r.problem.id, "sample": sample, "correct": r.correct,
             "reason": r.reason, "vote": tools.voted_answer(r.problem, final), "final": final,
-            "finish_reason": r.finish_reason, "calls": [turn.outcome for turn in r.turns if turn.outcome],
+            "finish_reason": r.finish_reason,
+            "calls": [turn.outcome for turn in r.turns if turn.outcome],
             "tokens": sum(len(turn.ids) for turn in r.turns)}
 
 
 def rescore(path, given):
     """Grade the stored final turns again, as graders and answers are today; what to print."""
     old = read_samples(path)
-    config = Config(**{**known_settings(Config, old.settings), **given})
+    known = {f.name: old.settings[f.name] for f in fields(EvalConfig) if f.name in old.settings}
+    config = EvalConfig(**{**known, **given})
     problems = {problem.id: problem for problem in load_benchmark(old.data, config)}
     if missing := {row["problem"] for row in old.rows} - problems.keys():
         raise UserError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
-                         "...); rescoring needs the file that was evaluated")
+                        "...); rescoring needs the file that was evaluated")
     with sod.load_tool(config)[0] as tool:
         rows = [graded_again(row, problems[row["problem"]], tool)
                 for row in tqdm(old.rows, disable=None)]
@@ -652,7 +638,8 @@ def detail(one):
     wrong = Counter(row["reason"] for row in one.rows if not row["correct"])
     calls = Counter(outcome for row in one.rows for outcome in row["calls"])
     # What the machine failed is no failure of the model's.
-    failed = {name: n for name, n in calls.items() if name not in (*sod.OK_OUTCOMES, "sandbox_error")}
+    failed = {name: n for name, n in calls.items()
+              if name not in (*sod.OK_OUTCOMES, "sandbox_error")}
     k_s = [2 ** e for e in range(n.bit_length()) if 2 ** e < n] + [n]
     votes, right = (one.cells(name).reshape(-1, one.settings["k"]) for name in ("vote", "correct"))
     majorities = [majority(*cell) for cell in zip(votes.tolist(), right.tolist())]
@@ -713,8 +700,9 @@ def write_page(folder, *iterations):
 
 def page_data(folder, iterations):
     """Everything the page shows, as plain values; every number stands in the files of the run."""
-    given = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
-    config = sod.Config(**known_settings(sod.Config, given))
+    stored = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
+    # Not a sod.Config, which refuses what cannot be run: a method that is gone can be looked at.
+    config = SimpleNamespace(**{f.name: f.default for f in fields(sod.Config)} | stored)
     curves = [parse_line(*line) for line in lines_of(folder / "metrics.jsonl")]
     stored = defaultdict(list)  # as text, since all of a long run would fill the memory
     for where, line in lines_of(folder / "rollouts.jsonl"):
@@ -722,7 +710,7 @@ def page_data(folder, iterations):
     chosen = choose_iterations(list(stored), iterations, folder)
     return {"name": config.name or folder.name, "curves": curves,
             "about": f"{about(config)} Shown: {len(chosen)} of {len(stored)} iterations.",
-            "scored": bool(sod.METHODS[config.method].scorer),
+            "scored": any("d" in m for m in curves),
             "delta": config.delta, "worth": worth(config),
             "iterations": {n: [rollout(*line) for line in stored[n]] for n in chosen}}
 
@@ -739,29 +727,33 @@ def rollout(where, line):
         return row | {"iteration": row["iteration"], "patterns": patterns(outcomes)}
     except (KeyError, TypeError):
         raise UserError(f"{where}: found no rollout with iteration, turns and their outcomes; "
-                         "delete the line") from None
+                        "delete the line") from None
 
 
 def choose_iterations(known, asked, folder):
     """Those asked for, else the first, the middle and the last."""
     if unknown := [n for n in asked if n not in known]:
         raise UserError(f"iteration {unknown[0]} is not in {folder / 'rollouts.jsonl'}; choose "
-                         f"from {', '.join(known) or 'none'}")
+                        f"from {', '.join(known) or 'none'}")
     places = {0, len(known) // 2, len(known) - 1}
     return [n for i, n in enumerate(known) if (n in asked if asked else i in places)]
 
 
 def about(config):
     """Where the page's numbers come from, in a sentence."""
-    method = sod.METHODS[config.method]
+    method = sod.METHODS.get(config.method)
+    if not method:
+        return f"Method {config.method}, which is not known here; student {config.student}."
     scorer = {"": "nobody", "teacher": config.teacher}.get(method.scorer, "its own frozen start")
-    weights = f" with the weights {config.weights}" * (method.weights == "sod")
+    weights = f" with the weights {config.weights}" * method.weighted
     return f"Method {config.method}{weights}, student {config.student}, scored by {scorer}."
 
 
 def worth(config):
     """The token advantage of this run as a formula; the template explains its words."""
-    method = sod.METHODS[config.method]
+    method = sod.METHODS.get(config.method)
+    if not method:
+        return "what that method has given it"
     term = f"{config.opd_coef} · w · (log p teacher − log p student)"
     distils = bool(method.scorer) and config.kl == "sampled"
     return (" + ".join(["advantage"] * method.outcome + [term] * distils)
@@ -769,7 +761,7 @@ def worth(config):
 
 
 def page_html(data):
-    """The page. Its policy lets the browser fetch nothing and run one script, known by its hash.
+    """The page. Its policy lets the browser fetch nothing.
 
     Text that a model wrote is data: escaped here, so that it cannot close the element it stands
     in, and put into the page as text nodes by the script.
@@ -778,12 +770,8 @@ def page_html(data):
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     template = TEMPLATE.read_text(encoding="utf-8")
-    style, script = (re.search(f"(?s)<{tag}>(.*?)</", template)[1]
-                     for tag in ("style", 'script type="module"'))
-    digest = lambda code: base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     name = html.escape(data["name"]).encode("ascii", "xmlcharrefreplace").decode()
-    parts = {"NAME": name, "DATA": text, "STYLE_HASH": digest(style),
-             "SCRIPT_HASH": digest(script)}
+    parts = {"NAME": name, "DATA": text}
     return re.sub(r"@([A-Z_]+)@", lambda slot: parts[slot[1]], template)  # once: data stay data
 
 
@@ -812,7 +800,7 @@ def make_parser():
                       help="write rollouts.html of a run, by default with three iterations")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
-    sod.add_options(parser, Config, sod.choices())
+    sod.add_options(parser, EvalConfig, sod.choices())
     return parser
 
 
@@ -820,7 +808,7 @@ def parse(argv=None):
     """(arguments, {name: value} of the given settings); wrong ones end with status 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if hasattr(args, f.name)}
     if command := next((name for name in TAKES if getattr(args, name)), ""):
         idle = given.keys() - TAKES[command] | ({"data"} if args.data else set())
         if idle:
@@ -831,8 +819,7 @@ def parse(argv=None):
 def evaluate_all(models, datas, given):
     """Every model on every benchmark; a report of each benchmark."""
     sod.transformers.utils.logging.disable_progress_bar()
-    sod.start_ranks()
-    configs = {data: settings(data, given) for data in datas}
+    configs = {data: benchmark_config(data, given) for data in datas}
     loaded = {data: load_benchmark(data, config) for data, config in configs.items()}
     tokenizers = {}
     for name in models:  # what would end the evaluation in an hour is said in seconds
@@ -846,7 +833,7 @@ def evaluate_all(models, datas, given):
     for name in models:
         model = sod.load_model(name, device, dtype)
         for data, config in configs.items():
-            one, path = evaluate(name, data, loaded[data], model, tokenizers[name], config)
+            one, path = sample_benchmark(name, data, loaded[data], model, tokenizers[name], config)
             print(f"samples  {path}")
             finished[data].append(one)
     for ones in finished.values():
@@ -862,13 +849,14 @@ def run(args, given):
     elif args.compare:
         print(verdict_of(*map(read_samples, args.compare), args.compare))
     else:
-        evaluate_all(dict.fromkeys(args.model), args.data or ["world"], given)
+        with sod.process_group():
+            evaluate_all(dict.fromkeys(args.model), args.data or ["world"], given)
 
 
 def main(argv=None):
     """The exit status: 0 done, 1 stopped with a sentence, 2 wrong options."""
     return sod.run_command(lambda: run(*parse(argv)),
-                                    "the same command continues where this one stopped")
+                           "the same command continues where this one stopped")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def read(folder):
              for row in rows if row.get("finish_reason") != "infrastructure"]
     if not found or any(None in step for _, steps in found for step in steps):
         raise sod.UserError(f"{path} holds no rollouts with d, w and entropy_t of each step; give the "
-                         "folder of a run with a teacher")
+                            "folder of a run with a teacher")
     return found, len(rows) - len(found)
 
 

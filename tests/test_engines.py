@@ -73,11 +73,12 @@ def play(model, tokenizer, tool=None, temperature=1.0, **changes):
 
 
 def record(rollouts):
-    return [(r.ids, r.finish_reason, [dataclasses.astuple(turn) for turn in r.turns]) for r in rollouts]
+    return [(r.ids, r.finish_reason, [dataclasses.astuple(turn) for turn in r.turns])
+            for r in rollouts]
 
 
 FAST = {"all at once": {}, "refilled": dict(rollout_batch=4, decode_chunk=3),
-        "one read at a time": dict(micro_batch_tokens=1), "look of 1": dict(decode_chunk=1)}
+        "one read at a time": dict(micro_batch_tokens=1), "chunk of 1": dict(decode_chunk=1)}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1e-12], ids=["sampled", "greedy"])
@@ -130,11 +131,12 @@ def test_rollouts_do_not_wait_for_the_slow_tool_of_another_one(tokenizer):
     calls = [sum(turn.outcome == "ok" for turn in r.turns) for r in plain]
     first = play(model, tokenizer, decode_chunk=1)
     tool = Stuck(others=sum(calls) - max(calls))
-    assert record(play(model, tokenizer, tool, tool_poll_timeout=0.0)) == record(first) == record(plain)
+    third = play(model, tokenizer, tool, tool_poll_timeout=0.0)
+    assert record(third) == record(first) == record(plain)
     assert tool.others <= 0
 
 
-def test_tokens_of_a_look_are_sampled_without_waiting_for_the_device():
+def test_tokens_of_a_chunk_are_sampled_without_waiting_for_the_device():
     """On the meta device, where there are no numbers, every read of one is an error."""
     slots = sod.ContinuousBatch(make_model("qwen3", MODELS["qwen3"]).to("meta"), 3)
     slots.rollouts = [sod.Rollout(None, ids, [sod.Turn()], uniforms=np.full(9, 0.5))
@@ -147,7 +149,7 @@ def test_tokens_of_a_look_are_sampled_without_waiting_for_the_device():
     slots.prefill(3, 100)
     with pytest.raises(NotImplementedError, match="meta"):
         slots.decode(3, 4, pick)
-    assert len(picked) == 4  # only the ids of the whole look were asked for
+    assert len(picked) == 4  # only the ids of the whole chunk were asked for
 
 
 def recording(monkeypatch, record):
@@ -179,7 +181,8 @@ def test_passes_that_are_recorded_and_replayed_at_fixed_addresses_give_the_same_
         return SimpleNamespace(replay=replay)
     recording(monkeypatch, pretend)
     assert record(play(model, tokenizer, rollout_batch=5)) == plain
-    assert record(play(model, tokenizer, Answers(0.02), tool_poll_timeout=0.0, decode_chunk=2)) == plain
+    slow = play(model, tokenizer, Answers(0.02), tool_poll_timeout=0.0, decode_chunk=2)
+    assert record(slow) == plain
     assert counts["replayed"] > 20 * counts["recorded"] > 0
 
 
@@ -257,7 +260,7 @@ def ranked_pick(logits, noise, top_p):
     """As pick_tokens would be with the nucleus in the order of its probabilities."""
     p, order = logits.float().softmax(-1).sort(-1, descending=True)
     edges = torch.where(p.cumsum(-1) - p < top_p, p, 0.0).cumsum(-1, dtype=torch.float64)
-    chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], correct=True)
+    chosen = torch.searchsorted(edges, noise[:, None] * edges[:, -1:], right=True)
     return order.gather(1, chosen.clamp(max=p.shape[1] - 1))[:, 0]
 
 

@@ -18,7 +18,7 @@ import evaluate
 import sod_mini as sod
 import tools
 from conftest import ROOT, WORLD
-from evaluate import BENCHMARKS, PAPER, Config, Evaluation, load_benchmark
+from evaluate import BENCHMARKS, PAPER, EvalConfig, Evaluation, load_benchmark
 
 SHARED = ROOT.parent / "shared"
 STUDENT = str(WORLD / "student")
@@ -32,7 +32,7 @@ def write(folder, *rows, name="set.jsonl"):
 
 
 def load(path, **options):
-    return load_benchmark(str(path), Config(**options))
+    return load_benchmark(str(path), EvalConfig(**options))
 
 
 def said(capsys, *argv, status=1):
@@ -132,7 +132,7 @@ def test_broken_test_cases_are_one_sentence(tmp_path, private):
 # --- Named benchmarks ---------------------------------------------------------------------------
 
 def test_a_benchmark_is_found_by_name_and_its_count_checked(tmp_path):
-    named = lambda name="gpqa_diamond": load_benchmark(name, Config(benchmarks=str(tmp_path)))
+    named = lambda name="gpqa_diamond": load_benchmark(name, EvalConfig(benchmarks=str(tmp_path)))
     with pytest.raises(ValueError, match="hf download Idavidrein/gpqa gpqa_diamond.csv --repo-type "
                        f"dataset --local-dir {tmp_path}/gpqa_diamond"):
         named()
@@ -150,7 +150,7 @@ def test_livecodebench_v6_has_its_months_and_says_how_many_are_in_them(tmp_path,
     months = ["2025-01-31", "2025-02-01", "2025-05-31T00:00:00", "2025-06-01", None]
     rows = [contest(question_id=f"q{n}", contest_date=months[n % 5]) for n in range(175)]
     write(tmp_path, *rows, name="livecodebench_v6.jsonl")
-    assert len(load_benchmark("livecodebench_v6", Config(benchmarks=str(tmp_path)))) == 70
+    assert len(load_benchmark("livecodebench_v6", EvalConfig(benchmarks=str(tmp_path)))) == 70
     assert capsys.readouterr().err == (
         "70 of 175 problems of livecodebench_v6 are dated 2025-02 to 2025-05\n")
 
@@ -162,7 +162,7 @@ def test_the_shared_files_are_the_benchmarks_of_that_name(name, place, tmp_path)
     if not (SHARED / place).exists():
         pytest.skip(f"shared/{place} is not here")
     (tmp_path / f"{name}.jsonl").symlink_to(SHARED / place)
-    assert load_benchmark(name, Config(benchmarks=str(tmp_path)))
+    assert load_benchmark(name, EvalConfig(benchmarks=str(tmp_path)))
 
 
 def test_parquet_is_read_or_the_way_to_convert_it_is_told(tmp_path, monkeypatch):
@@ -208,9 +208,9 @@ def test_every_form_of_answer_goes_through_write_read_report_and_rescoring(
         "question": "q\nA) 1\nB) 2", "answer": "B", "kind": "choice"}
     (problem,) = loaded = load(data := write(tmp_path, row))
     monkeypatch.setattr(sod, "sample_rollouts", scripted(finals, problem))
-    config = Config(k=len(finals), rollout_batch=7, out=str(tmp_path), tool_unsafe=True)
+    config = EvalConfig(k=len(finals), rollout_batch=7, out=str(tmp_path), tool_unsafe=True)
     model = sod.load_model(STUDENT, "cpu", sod.torch.float32)
-    one, path = evaluate.evaluate("m", str(data), loaded, model, sod.load_tokenizer(STUDENT),
+    one, path = evaluate.sample_benchmark("m", str(data), loaded, model, sod.load_tokenizer(STUDENT),
                                   config)
     assert evaluate.read_samples(path) == one and len(one.rows) == len(finals)
     votes = [row["vote"] for row in one.rows if row["vote"] is not None]
@@ -284,7 +284,7 @@ def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeyp
     prompts = [(tools.Problem("q", "1", id=name), []) for name in "ab"]
 
     def samples(seed, done, batch):
-        config = Config(k=3, runs=2, seed=seed, temperature=0.7, top_p=0.6, rollout_batch=batch)
+        config = EvalConfig(k=3, runs=2, seed=seed, temperature=0.7, top_p=0.6, rollout_batch=batch)
         one = Evaluation("m", "d", 2, 0, 1, 1, vars(config), [{}] * done)
         seen.clear()
         rows = [row for rows in evaluate.sample_the_rest(sod.Agent(config, *[None] * 4), one,
@@ -317,11 +317,11 @@ def test_other_settings_problems_or_weights_start_another_file():
                 tools.Problem("q", "1", tests=[{"input": ""}])]
     assert len({*evaluate.digests_of(problems), *evaluate.digests_of(problems[:1] * 2)}) == 5
     model = sod.torch.nn.Linear(3, 2, dtype=sod.torch.bfloat16)
-    before = evaluate.weights_crc(model)
-    assert before == evaluate.weights_crc(model)
+    before = sod.weights_crc(model)
+    assert before == sod.weights_crc(model)
     with sod.torch.no_grad():
         model.bias[0] += 1
-    assert before != evaluate.weights_crc(model)
+    assert before != sod.weights_crc(model)
 
 
 # --- Reports of files of samples, without a model -----------------------------------------------
@@ -335,7 +335,7 @@ def row(problem, right, run=0, sample=0, **changed):
 
 def stored(path, rows, model="m", data="d", **changed):
     """A file of samples as evaluate.py writes it."""
-    used = evaluate.stored_settings(Config(**changed)) | {"device": "cpu"}
+    used = evaluate.stored_settings(EvalConfig(**changed)) | {"device": "cpu"}
     asked = list(dict.fromkeys(row["problem"] for row in rows))
     evaluate.write_samples(path, Evaluation(model, str(data), len(asked), 0, 1, asked, used, rows))
     return path
@@ -464,7 +464,7 @@ def test_what_the_sandbox_failed_to_judge_is_judged_later_or_stays_unjudged(
     rollouts.append(sod.Rollout(problem, [0], [sod.Turn([1], "call", "sandbox_error")],
                                 finish_reason="infrastructure"))  # its final turn was never sampled
     for r in rollouts:
-        sod.grade_rollout(r, BrokenTool(), Config())
+        sod.grade_rollout(r, BrokenTool())
     rows = [evaluate.sample_row(r, 0, n) for n, r in enumerate(rollouts)]
     path = stored(tmp_path / "a.jsonl", rows, data=contest_file, k=4, tool_unsafe=True,
                   tool_timeout=1.0)
@@ -500,8 +500,8 @@ def test_a_file_of_problems_is_the_same_under_another_name_and_in_another_order(
     other = rows[1:] + [{"question": "What is 0 plus 1?", "answer": "1"}]
     for name, asked in (("a", rows), ("copy", rows[::-1]), ("other", other)):
         data = write(tmp_path, *asked, name=f"{name}.jsonl")
-        config = Config(k=1, runs=1, out=str(tmp_path / "out"), tool_unsafe=True)
-        kept.append(evaluate.evaluate("m", str(data), load(data), model,
+        config = EvalConfig(k=1, runs=1, out=str(tmp_path / "out"), tool_unsafe=True)
+        kept.append(evaluate.sample_benchmark("m", str(data), load(data), model,
                                       sod.load_tokenizer(STUDENT), config)[1])
     assert "is better by 100.0 points" in said(capsys, "--compare", *kept[:2], status=0)
     assert "has 1 problems that" in said(capsys, "--compare", kept[0], kept[2])
@@ -553,10 +553,10 @@ def test_a_broken_line_or_header_is_named(number, old, new, message, tmp_path, c
 
 
 def test_the_papers_settings_are_those_of_other_data_and_can_be_changed():
-    paper = evaluate.settings("gsm8k", {"k": 8})
+    paper = evaluate.benchmark_config("gsm8k", {"k": 8})
     assert (paper.max_turns, paper.temperature, paper.top_p) == (16, 1.0, 0.6)
     assert (paper.max_prompt, paper.max_response, paper.k, paper.runs) == (4096, 20_480, 8, 5)
     assert paper.silent_rate == 0 and paper.system == sod.SYSTEM and PAPER["k"] == 32
     for data in ("world", str(WORLD / "train.jsonl")):
-        world = evaluate.settings(data, {})
+        world = evaluate.benchmark_config(data, {})
         assert (world.k, world.top_p, world.silent_rate) == (4, 1.0, sod.Config.silent_rate)

@@ -1,6 +1,4 @@
 """The page of a run: what it may do, what it shows, and where its numbers come from."""
-import base64
-import hashlib
 import json
 import math
 import re
@@ -14,7 +12,7 @@ import sod_mini as sod
 import tools
 
 TEMPLATE = evaluate.TEMPLATE.read_text(encoding="utf-8")
-HOSTILE = ("</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;@STYLE_HASH@"
+HOSTILE = ("</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&amp;@NAME@"
            "\u2028\u2029\ud800")
 
 
@@ -32,7 +30,7 @@ def scored_batch(tokenizer, method="sod"):
     batch.logp_s = torch.full(batch.ids.shape, -0.25)
     batch.A = torch.tensor([0.70711, -0.70711])
     if method == "sod":
-        batch.logp_t = batch.logp_s - torch.where(batch.step_id == 1, 1.0, 0.5)
+        batch.logp_t = batch.logp_s - torch.where(batch.step_id == 2, 1.0, 0.5)
         batch.d = sod.step_divergence(batch.logp_s, batch.logp_t, batch.step_id)
         batch.w = sod.step_weights(batch.d)
     batch.advantages = sod.token_advantages(method, batch.A, batch.logp_s, batch.logp_t,
@@ -132,7 +130,7 @@ def page_of(folder, *iterations):
     return reader, json.loads(data[2]), code[2]
 
 
-def test_no_request_can_leave_the_page_and_its_policy_allows_one_script_and_style(tmp_path):
+def test_no_request_can_leave_the_page_and_its_policy_lets_it_fetch_nothing(tmp_path):
     reader, _, code = page_of(a_run(tmp_path / "r", [a_row(1)]))
     assert {tag for tag, _, _ in reader.found}.isdisjoint(
         {"link", "img", "iframe", "object", "embed", "base", "form", "video", "audio"})
@@ -146,10 +144,8 @@ def test_no_request_can_leave_the_page_and_its_policy_allows_one_script_and_styl
     policy = next(a["content"] for _, a, _ in reader.all("meta")
                   if a.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    hashed = lambda text: f"'sha256-{digest(text)}'"
     assert rules == {"default-src": "'none'", "base-uri": "'none'", "form-action": "'none'",
-                     "script-src": hashed(code), "style-src": hashed(reader.all("style")[0][2])}
+                     "script-src": "'unsafe-inline'", "style-src": "'unsafe-inline'"}
 
 
 def test_markup_in_model_text_and_in_names_is_inert(tmp_path):
@@ -268,11 +264,15 @@ def test_bad_usage_is_one_sentence(tmp_path, capsys):
     assert "gone/config.json does not exist" in said("--page", tmp_path / "gone")
     folder = a_run(tmp_path / "r", [a_row(1), a_row(3)])
     assert "iteration 2 is not in" in said("--page", folder, 2)
-    for text, sentence in [('{"method": "ppo"}', "method is 'ppo'; choose from"),
-                           ("[1]", "config.json: found a list"),
-                           ('{"delta": "much"}', "delta is 'much'")]:
-        (folder / "config.json").write_text(text)
-        assert sentence in said("--page", folder)
+    (folder / "config.json").write_text("[1]")
+    assert "config.json: found a list" in said("--page", folder)
+
+
+@pytest.mark.parametrize("stored", [dict(method="ppo"), dict(weights="sqrt"), dict(gone=True)])
+def test_a_run_of_a_method_or_scheme_that_is_gone_can_still_be_looked_at(tmp_path, stored):
+    folder = a_run(tmp_path / "r", [a_row(1)], **stored)
+    _, data, _ = page_of(folder)
+    assert str([*stored.values()][0]) in data["about"] or "gone" in stored
 
 
 def test_a_page_that_cannot_be_written_is_told_and_does_no_harm(tmp_path, capfd):

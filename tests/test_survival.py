@@ -57,15 +57,16 @@ def test_a_second_update_that_runs_out_of_memory_does_not_repeat_the_first(monke
 def test_what_a_failed_attempt_held_is_let_go_before_the_next():
     agent, held = agent_of(method="grpo", rollout_batch=256), []
 
-    @sod.phase("rollout_batch", lambda: (1, 100))
-    def work(agent):
+    def work(size):
         big = torch.zeros(10)
         held.append(weakref.ref(big))
         assert all(attempt() is None for attempt in held[:-1])
         if len(held) < 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return agent.config.rollout_batch
-    assert work(agent) == 25 and agent.seconds["work"] > 0
+        return size
+    assert sod.retry_on_oom(agent, "rollout_batch", work, least=1, most=100) == 25
+    assert agent.sizes == {"rollout_batch": 25} and agent.config.rollout_batch == 256
+    assert any(seconds > 0 for seconds in agent.seconds.values())
 
 
 # --- Numbers that are not finite ----------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_a_program_that_could_not_be_judged_is_the_machines_fault():
                                        (False, "answer", "correct")):
             r = sod.Rollout(problem, [1, 2], [sod.Turn([0], "```python\nprint(3)\n```")],
                             finish_reason="answer")
-            sod.grade_rollout(r, Broken(real, lambda n: broken), sod.Config(**SMALL))
+            sod.grade_rollout(r, Broken(real, lambda n: broken))
             assert (r.finish_reason, r.reason) == (finish, reason)
 
 
