@@ -686,8 +686,8 @@ def load_demonstrations(path):
         with naming_the_line(path, line):
             prompt, turns = read_messages(row)
             if not turns:
-                raise ValueError("found no solved conversation; needed \"messages\", a list of "
-                                 "turns with an assistant turn at its end.")
+                raise ValueError("found no conversation; needed \"messages\", a list of turns "
+                                 "with an assistant turn at its end.")
             pairs.append((Problem(prompt[-1]["content"], messages=prompt), turns))
     if not pairs:
         raise ValueError(f"{path} is empty; needed at least one demonstration.")
