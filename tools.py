@@ -289,7 +289,7 @@ FACTOR = re.compile(
     r"(?:\^([-+]?[0-9]{1,4}(?![0-9])|[A-Za-z]|\{[^{}]*\}))?")   # its power
 WORD = r"[A-Za-z]++(?:\^-?[1-3])?"
 MEASURED = re.compile(  # number, how its unit is joined to it, unit, other words
-    rf"((?:[^A-Za-z\\%]|\\pi|\\sqrt)+?)( ?/? ?)(%|{WORD}(?:(?: ?/ ?| per ){WORD})*+)"
+    rf"((?:[^A-Za-z\\%]|\\pi|\\sqrt)+?)( per | ?/? ?)(%|{WORD}(?:(?: ?/ ?| per ){WORD})*+)"
     rf"((?:[ /.*'-]{{1,3}}{WORD})*+)")
 
 # Units too short to be told from a product of symbols by their length: 5 cm, but not 5 xy.
@@ -375,16 +375,16 @@ def read_unit(number, joint, unit, words):
     """The unit of a number, without plural endings; "" if that text is part of the expression, as
     in 5x, or changes the number, as in 5 dozen; in "5 per dozen", "5 half-gallon jugs" it does not.
     """
-    first = re.match("[a-z]*", unit.lower())[0]
-    said = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b|/", (unit + words).lower())[0])
+    whole = re.sub(" ?/ ?| per ", "/", (joint + unit).lower())  # "/dozen", " cm^2"
+    said = re.findall("[a-z]+(?![a-z-])", (whole + words.lower()).split("/")[0])
     if any(word.removesuffix("s") in NOT_UNITS for word in said):
         return ""
     # 5cm and 5 m are lengths; 5m may be five times m, and so may the h of \pi h.
+    first = re.match("[a-z]*", unit.lower())[0]
     short = first in UNITS and (len(first) > 1 or joint and "\\" not in number)
     if unit != "%" and not short and not (" " in joint and len(first) > 2):
         return ""
-    unit = joint.strip() + re.sub(" ?/ ?| per ", "/", unit.lower())
-    return re.sub("(?<=[a-z]{2})[es]+(?![a-z])", "", unit)
+    return re.sub("(?<=[a-z]{2})[es]+(?![a-z])", "", whole.strip())
 
 
 @functools.lru_cache(1000)  # a comparison reads each of its texts several times

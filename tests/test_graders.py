@@ -78,7 +78,8 @@ EQUAL = [  # (answer, truth)
     # Units: whole ones, and only where both sides have one
     ("16 cm^2", "16"), ("16 cm²", r"16\,\mathrm{cm}^{2}"), ("60 km/h", "60 km per h"),
     (r"2\pi\text{ cm}", r"2\pi"), (r"5\sqrt{2} \text{ inches}", r"5\sqrt2"), ("50 percent", "50"),
-    ("5 dollars/hour", "5 dollars per hour"), ("9.8 m/s^2", "9.8"), ("(5 cm, 6 cm)", "(5, 6)"),
+    ("5 dollars/hour", "5 dollars per hour"), ("9.8 m/s^2", "9.8"), ("5 per dozen", "5"),
+    ("(5 cm, 6 cm)", "(5, 6)"),
     # Tuples, lists, both signs
     ("(1,234)", "(1, 234)"), ("(1,234, 5)", "(1234, 5)"), ("1,000, 2,000", "1000, 2000"),
     ("(10^2, 1)", "(100,1)"), (r"(2^{-1}, \infty)", r"(0.5, \infty)"), ("2,2,3", "3, 2, 2"),
@@ -127,7 +128,8 @@ DIFFERENT = [
     ("red blue", "blue red"), ("1/0", "2/0"), ("x/2", "x/3"), ("sqrt(2)", "1.4142"), ("2()", "2"),
     # Units
     ("16 cm", "16 cm^2"), ("16 cm^2", "16 cm^3"), ("16 cm", "16 square cm"), ("60 km/h", "60 km"),
-    ("5 m/s", "5 m/s^2"), ("5/hour", "5 hours"), ("(5 cm, 1)", "(5 m, 1)"), ("5 cm, 6", "5 m, 6"),
+    ("5 m/s", "5 m/s^2"), ("5/hour", "5 hours"), ("5 per hour", "5 per day"),
+    ("(5 cm, 1)", "(5 m, 1)"), ("5 cm, 6", "5 m, 6"),
     (r"2\pi\text{ cm}", r"2\pi\text{ m}"), (r"2\pi\text{ cm}", "2"), (r"\pi r^2 h", r"\pi r^2"),
     # Tuples, lists, both signs
     ("(1,234)", "1234"), ("(1,234)", "1,234"), ("[1,234]", "1234"), ("-(1,234)", "-1234"),
