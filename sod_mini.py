@@ -599,11 +599,11 @@ def told_besides(problem, view):
 def encode_prompt(tokenizer, problem, system="", view=""):
     """Ids up to and including the header of the first assistant turn. Differs from the authors'
     code: there row 0 decides for a whole file how prompts are made."""
-    *before, last = problem.messages or [{"role": "user", "content": problem.question}]
-    messages = [*before, {**last, "content": last["content"] + told_besides(problem, view)}]
-    # The assistant's turn of a worked example is made of the tokens a model has to write.
-    messages = [m if m["role"] == "assistant" else {**m, "content": defuse(tokenizer, m["content"])}
-                for m in messages]
+    messages = problem.messages or [{"role": "user", "content": problem.question}]
+    extra = told_besides(problem, view)
+    last = max(i for i, m in enumerate(messages) if m["role"] == "user")
+    messages = [{**m, "content": defuse(tokenizer, m["content"] + extra * (i == last))}
+                for i, m in enumerate(messages)]
     if system and messages[0]["role"] != "system":
         # Whoever starts the run wrote it: a worked call in it is the tokens a model has to write.
         messages = [{"role": "system", "content": system}, *messages]

@@ -226,7 +226,7 @@ def group_answers(answers):
 
 def agree(first, second):
     """True if the grader of maths takes each of two answers where the other is the truth."""
-    return all(grade_math(f"\\boxed{{{one}}}", other).right
+    return all(grade_math(f"\\boxed{{{one}}}", other).correct
                for one, other in ((first, second), (second, first)))
 
 
@@ -313,7 +313,7 @@ def grade_math(final_turn, truth):
     if answer != truth and max(len(answer), len(truth)) > MAX_ANSWER:
         return Verdict(False, "answer too long", 0.0)
     right = answer == truth or same_answer(answer, truth)
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return Verdict(right, "correct" if right else "wrong", float(right))
 
 
 def same_answer(answer, truth):
@@ -494,7 +494,7 @@ def grade_choice(final_turn, letter):
         boxed = last_boxed(str(final_turn)) is not None
         return Verdict(False, "boxed answer is no letter" if boxed else "no boxed answer", 0.0)
     right = chosen == str(letter).strip(" ().").upper()
-    return Verdict(right, "right" if right else "wrong", float(right))
+    return Verdict(right, "correct" if right else "wrong", float(right))
 
 
 def chosen_letter(turn):
@@ -537,7 +537,7 @@ def grade_program(final_turn, tests, tool):
     seen = tool.run(codes, stdins, raw=True)
     failures = [failure(test, one) for test, one in zip(tests, seen, strict=True)]
     kinds = sorted({kind for kind in failures if kind})
-    reason = "failed tests: " + ", ".join(kinds) if kinds else "right"
+    reason = "failed tests: " + ", ".join(kinds) if kinds else "correct"
     return Verdict(not kinds, reason, failures.count("") / len(tests))
 
 
@@ -571,7 +571,7 @@ def code_for_test(program, test):
     if not is_functional(test):
         return PRELUDE + program
     if not test["fn_name"].isidentifier():
-        raise ValueError(f"{test['fn_name']!r} is not the name of a function")
+        raise UserError(f"{test['fn_name']!r} is not the name of a function")
     lines = [line for line in test["input"].split("\n") if line.strip()]
     return PRELUDE + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
 
@@ -652,12 +652,12 @@ def read_problems(path, rows, read_row):
         with naming_the_line(path, line):
             problem = read_row({str(name).strip().lower(): restored[name] for name in row})
             if problem.kind == "math" and not agree(problem.answer, problem.answer):
-                raise ValueError(f"found the answer {problem.answer!r:.80}, to which no answer is "
+                raise UserError(f"found the answer {problem.answer!r:.80}, to which no answer is "
                                  "equal, not even itself; mend it.")
         problems.append(replace(problem, source=problem.source or path.stem,
                                 id=problem.id or f"{path.stem}-{line}"))
     if not problems:
-        raise ValueError(f"{path} is empty; needed at least one problem.")
+        raise UserError(f"{path} is empty; needed at least one problem.")
     if mended:
         warnings.warn(f"{path}: backslashes restored in {len(mended)} rows "
                       f"(lines {', '.join(mended)})", stacklevel=3)
@@ -670,9 +670,9 @@ def naming_the_line(path, line):
     try:
         yield
     except ValueError as fault:
-        raise ValueError(f"{path}, line {line}: {fault}") from fault
+        raise UserError(f"{path}, line {line}: {fault}") from fault
     except (TypeError, AttributeError, RecursionError) as fault:
-        raise ValueError(f"{path}, line {line}: found a column that holds another kind of value "
+        raise UserError(f"{path}, line {line}: found a column that holds another kind of value "
                          f"than its name promises ({fault}); mend it.") from fault
 
 
@@ -686,11 +686,11 @@ def load_demonstrations(path):
         with naming_the_line(path, line):
             prompt, turns = read_messages(row)
             if not turns:
-                raise ValueError("found no conversation; needed \"messages\", a list of turns "
+                raise UserError("found no conversation; needed \"messages\", a list of turns "
                                  "with an assistant turn at its end.")
             pairs.append((Problem(prompt[-1]["content"], messages=prompt), turns))
     if not pairs:
-        raise ValueError(f"{path} is empty; needed at least one demonstration.")
+        raise UserError(f"{path} is empty; needed at least one demonstration.")
     return pairs
 
 
@@ -711,7 +711,7 @@ def read_messages(row):
     roles = [turn["role"] for turn in turns]
     found = CONVERSATION.fullmatch("".join(role[0] for role in roles))
     if not found:
-        raise ValueError(f"found turns in the order {' '.join(roles)}; needed user and assistant "
+        raise UserError(f"found turns in the order {' '.join(roles)}; needed user and assistant "
                          "in turn, a tool only between two assistant turns, a system turn only "
                          "first, and at the end a user turn (the question) or an assistant turn "
                          "(its solution); complete the conversation or delete its end.")
@@ -724,7 +724,7 @@ def read_turn(message):
     if (not isinstance(message, dict) or not isinstance(message.get("content"), str)
             or message.get("role") not in ("system", "user", "assistant", "tool")
             or message.get("tool_calls")):
-        raise ValueError(f"found the turn {message!r:.80}; needed the role system, user, assistant "
+        raise UserError(f"found the turn {message!r:.80}; needed the role system, user, assistant "
                          "or tool, and as its content one text, in which calls are markup.")
     return {"role": message["role"], "content": message["content"]}
 
@@ -734,15 +734,15 @@ def read_text(path, suffixes=(".jsonl", ".json")):
     try:
         if not path.is_file():  # a pipe would be waited for, a device read for ever
             found = "is no plain file" if path.exists() else "does not exist"
-            raise ValueError(f"{path} {found}; needed one that can be read to its end.")
+            raise UserError(f"{path} {found}; needed one that can be read to its end.")
         if path.suffix not in suffixes:
-            raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
+            raise UserError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                              f"{' or '.join(suffixes)}; rename or convert it.")
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
     except (UnicodeError, OSError) as fault:
-        raise ValueError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
+        raise UserError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
                          "read; decompress it or save it as UTF-8.") from fault
     return text
 
@@ -756,10 +756,10 @@ def read_json(path, text):
                     for number, line in enumerate(text.split("\n"), start=1) if line.strip())
     for number, row in numbered:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
+            raise UserError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
                              "object such as {\"question\": ..., \"answer\": ...}.")
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+            raise UserError(f"{path}, line {number}: found half a surrogate pair; needed whole "
                              "characters; mend or delete that line.")
         yield number, row
 
@@ -769,7 +769,7 @@ def parse_json(path, number, text):
         return json.loads(text)
     except (ValueError, RecursionError) as fault:
         number += getattr(fault, "lineno", 1) - 1
-        raise ValueError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
+        raise UserError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
                          "object a line; mend or delete that line.") from fault
 
 
@@ -793,23 +793,23 @@ def read_general(row):
     messages, _ = read_messages(row)
     question = first_text(row, "question", "problem", "prompt")
     if messages and question.strip() not in messages[-1]["content"]:
-        raise ValueError(f"found the question {question!r:.80} and messages whose last user turn "
+        raise UserError(f"found the question {question!r:.80} and messages whose last user turn "
                          "does not hold it; needed one question; delete one of the two columns.")
     question = messages[-1]["content"] if messages else question
     if not question.strip():
-        raise ValueError(f"found no question (columns: {', '.join(row)}); needed question, "
+        raise UserError(f"found no question (columns: {', '.join(row)}); needed question, "
                          "problem, prompt or messages; rename the column.")
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     tests = read_tests(row.get("tests") or hidden_tests(truth))
     answer = "" if tests else read_answer(row, truth)
     if not answer and not tests:
-        raise ValueError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
+        raise UserError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
                          "reward_model.ground_truth or tests; without one nothing can be graded.")
     source = first_text(row, "data_source", "source")
     kind = row.get("kind") or ("program" if tests else guess_kind(question, answer))
     if kind not in ("math", "choice", "program") or kind == "program" and not tests:
-        raise ValueError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
+        raise UserError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
                          "math, choice or program, and tests with program.")
     return Problem(question, answer, kind, first_text(row, "hint"), tests, messages,
                    first_text(row, "id", "unique_id", "question_id"), source, read_level(row))
@@ -877,12 +877,12 @@ def read_tests(tests, function=""):
 
 def read_test(test, function):
     if not isinstance(test, dict) or "input" not in test or "output" not in test:
-        raise ValueError(f"found the test {test!r:.80}; needed "
+        raise UserError(f"found the test {test!r:.80}; needed "
                          "{\"input\": \"...\", \"output\": \"...\"}.")
     kind = test.get("testtype") or test.get("type") or "stdin"
     name = test.get("fn_name") or function
     if kind not in ("stdin", "functional") or kind == "functional" and not name:
-        raise ValueError(f"found a {kind} test for the function {name!r}; needed stdin, or "
+        raise UserError(f"found a {kind} test for the function {name!r}; needed stdin, or "
                          "functional with a function name (fn_name, metadata.func_name).")
     given, wanted = test["input"], test["output"]
     if not isinstance(given, str):  # arguments as values: one JSON text a line
@@ -892,7 +892,7 @@ def read_test(test, function):
         try:
             json.loads(wanted)
         except ValueError:
-            raise ValueError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
+            raise UserError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
                              "compared with what the function returns.") from None
     return {"input": given, "output": wanted, "type": kind,
             "fn_name": name if kind == "functional" else ""}
@@ -1038,7 +1038,7 @@ def locked(folder):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process; let it end") from None
+            raise UserError(f"{folder} is in use by another process; let it end") from None
         yield
     finally:
         os.close(fd)

@@ -143,14 +143,14 @@ DIFFERENT = [
 def test_two_spellings_of_one_answer_are_equal(answer, truth):
     for first, second in ((answer, truth), (truth, answer)):
         verdict = grade_math(f"So the answer is \\boxed{{{first}}}.", second)
-        assert verdict == tools.Verdict(True, "right", 1.0)
+        assert verdict == tools.Verdict(True, "correct", 1.0)
 
 
 @pytest.mark.parametrize("answer, truth", DIFFERENT)
 def test_two_answers_that_look_alike_are_not_equal(answer, truth):
     for first, second in ((answer, truth), (truth, answer)):
         verdict = grade_math(f"\\boxed{{{first}}}", second)
-        assert not verdict.right and verdict.score == 0.0
+        assert not verdict.correct and verdict.score == 0.0
         assert verdict.reason in ("wrong", "no boxed answer")
 
 
@@ -230,7 +230,7 @@ def test_grading_holds_under_the_smallest_limit_on_integer_strings():
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(640)
     try:
-        assert grade_math("\\boxed{+" + "9" * 599 + "}", "9" * 599).right
+        assert grade_math("\\boxed{+" + "9" * 599 + "}", "9" * 599).correct
     finally:
         sys.set_int_max_str_digits(before)
 
@@ -238,7 +238,7 @@ def test_grading_holds_under_the_smallest_limit_on_integer_strings():
 @pytest.mark.parametrize("turn", [None, 42, b"\\boxed{1}", [], "\ud800 \\boxed{\ud800}"])
 @pytest.mark.parametrize("kind", ["math", "choice", "program"])
 def test_a_grader_never_raises_but_names_its_fault(turn, kind):
-    assert not tools.grade(tools.Problem("?", "3", kind), turn, tool=None).right
+    assert not tools.grade(tools.Problem("?", "3", kind), turn, tool=None).correct
     lost = Scripted(("3", "ok"))  # one observation for two tests
     for tests, tool, fault in (([{}], None, "KeyError"), (SUM, lost, "ValueError")):
         problem = tools.Problem("?", kind="program", tests=tests)
@@ -256,9 +256,9 @@ def test_gsm8k_references_are_right_for_their_own_answer_and_wrong_for_the_next(
     assert len(answers) == 1319
     for (solution, _, answer), neighbour in zip(rows, answers[1:] + answers[:1]):
         turn = f"{solution}\nThe answer is \\boxed{{{answer.strip()}}}."
-        assert grade_math(turn, answer).right
+        assert grade_math(turn, answer).correct
         same = Fraction(answer.strip().replace(",", "")) == Fraction(neighbour.replace(",", ""))
-        assert grade_math(turn, neighbour).right == same
+        assert grade_math(turn, neighbour).correct == same
 
 
 # --- Multiple choice --------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_gsm8k_references_are_right_for_their_own_answer_and_wrong_for_the_next(
 ])
 def test_letters(turn, letter, right):
     verdict = grade_choice(turn, letter)
-    assert verdict.right == right and verdict.score == float(right)
+    assert verdict.correct == right and verdict.score == float(right)
     assert not verdict.reason.startswith("grader error")
 
 
@@ -308,28 +308,28 @@ FIRST = [{"input": "[1, 2]\n3", "output": "[1, 3]", "type": "functional", "fn_na
 
 
 @pytest.mark.parametrize("program, tests, reason, score", [
-    ("a, b = map(int, input().split())\nprint(a + b)", SUM, "right", 1.0),
+    ("a, b = map(int, input().split())\nprint(a + b)", SUM, "correct", 1.0),
     ("print(3)", SUM, "failed tests: wrong answer", 0.5),
     ("print(3)\nx", SUM, "failed tests: error", 0.0),
     ("class Solution:\n    def first(self, xs: List[int], y):\n"
-     "        print('log')\n        return (xs[0], y)", FIRST, "right", 1.0),
-    ("def first(xs, y):\n    return [xs[0], y]", FIRST, "right", 1.0),
+     "        print('log')\n        return (xs[0], y)", FIRST, "correct", 1.0),
+    ("def first(xs, y):\n    return [xs[0], y]", FIRST, "correct", 1.0),
     ("def first(xs, y):\n    return [y]", FIRST, "failed tests: wrong answer", 0.0),
     ("def other(xs, y):\n    return [y]", FIRST, "failed tests: error", 0.0),
     ("def first(xs, y):\n    return {xs[0]}", FIRST, "failed tests: error", 0.0),
     ("raise SystemExit(0)", FIRST, "failed tests: no value", 0.0),
     ("from __future__ import annotations\ndef first(xs: List[int], y):\n"
-     "    return [xs[0], gcd(y, 6)]", FIRST, "right", 1.0),
-    ("s = 'from __future__'\nprint(comb(3, 1))", [{"input": "", "output": "3"}], "right", 1.0),
+     "    return [xs[0], gcd(y, 6)]", FIRST, "correct", 1.0),
+    ("s = 'from __future__'\nprint(comb(3, 1))", [{"input": "", "output": "3"}], "correct", 1.0),
     ("from __future__ import annotations\nif __name__ == '__main__':\n"
-     "    print(sum(map(int, input().split())))", SUM, "right", 1.0),
-    ("def f():\n    return 7\nf()", [{"input": "", "output": "", "type": "stdin"}], "right", 1.0),
-    ("print(pow(2, 5, 7), gcd(4, 6), deque([1])[0])", [{"input": "", "output": "4 2 1"}], "right",
+     "    print(sum(map(int, input().split())))", SUM, "correct", 1.0),
+    ("def f():\n    return 7\nf()", [{"input": "", "output": "", "type": "stdin"}], "correct", 1.0),
+    ("print(pow(2, 5, 7), gcd(4, 6), deque([1])[0])", [{"input": "", "output": "4 2 1"}], "correct",
      1.0),
 ])
 def test_programs_run_against_every_test(tool, program, tests, reason, score):
     verdict = grade_program(fenced(program), tests, tool)
-    assert (verdict.reason, verdict.score, verdict.right) == (reason, score, score == 1.0)
+    assert (verdict.reason, verdict.score, verdict.correct) == (reason, score, score == 1.0)
 
 
 def test_a_turn_without_a_program_scores_minus_one():

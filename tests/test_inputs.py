@@ -18,7 +18,7 @@ import sod_mini as sod
 from conftest import ROOT, WORLD
 
 BASE = ("--preset world --iterations 1 --eval_data '' --prompts 2 --group_size 2 --show_every 0 "
-        "--max_response 100 --overlong 0")
+        "--max_response 100 --overlong_buffer 0")
 REAL_LOAD_TOOL = sod.load_tool
 ROW = {"question": "Start with 5. Add 3.", "answer": "8"}
 LINE = json.dumps(ROW).encode() + b"\n"
@@ -68,8 +68,8 @@ OPTIONS = [
     ("--method grpo --kl full", 2, r"grpo has no teacher .*use --kl sampled"),
     ("--method grpo --weights uniform", 2, r"method grpo fixes its own weights"),
     ("--method grpo --group_size 1", 2, r"group_size is 1, and grpo compares .*: use 2 or more"),
-    ("--updates 5", 2, r"prompts 2 does not divide into 5"),
-    ("--overlong 101", 2, r"overlong 101 is more than max_response 100: lower it"),
+    ("--num_minibatches 5", 2, r"prompts 2 does not divide into 5"),
+    ("--overlong_buffer 101", 2, r"overlong 101 is more than max_response 100: lower it"),
     ("--train_data ''", 2, r"needs problems to practise on: use --train_data FILE"),
     ("--method sft --demonstrations ' '", 2, r"none are named: use --demonstrations FILE"),
     ("--name a/../../b", 2, r"name is 'a/../../b'; needed the name of one folder"),
@@ -87,7 +87,7 @@ OPTIONS = [
     ("--student data/world/train.jsonl", 1, r"there is no folder .*name a folder"),
     ("--teacher ''", 1, r"there is no folder"),
 ]
-BEYOND = ("lr -1, lr nan, lr inf, iterations 0, temperature 0, eval_top_p 1.5, clip_dual .5, "
+BEYOND = ("lr -1, lr nan, lr inf, iterations 0, temperature 0, eval_top_p 1.5, dual_clip .5, "
           "beta1 1, silent_rate 1, epsilon 0, tool_chars 3, seed -1, seed 4294967296, "
           "threads 10000, micro_batch_tokens -1, look 0, floor -1")
 UNKNOWN = ("method SOD, weights none, kl exact, dtype float16, rollout_engine vllm, offload disk, "
