@@ -653,7 +653,7 @@ def read_problems(path, rows, read_row):
             problem = read_row({str(name).strip().lower(): restored[name] for name in row})
             if problem.kind == "math" and not agree(problem.answer, problem.answer):
                 raise UserError(f"found the answer {problem.answer!r:.80}, to which no answer is "
-                                 "equal, not even itself; mend it.")
+                                "equal, not even itself; mend it.")
         problems.append(replace(problem, source=problem.source or path.stem,
                                 id=problem.id or f"{path.stem}-{line}"))
     if not problems:
@@ -673,7 +673,7 @@ def naming_the_line(path, line):
         raise UserError(f"{path}, line {line}: {fault}") from fault
     except (TypeError, AttributeError, RecursionError) as fault:
         raise UserError(f"{path}, line {line}: found a column that holds another kind of value "
-                         f"than its name promises ({fault}); mend it.") from fault
+                        f"than its name promises ({fault}); mend it.") from fault
 
 
 def load_demonstrations(path):
@@ -687,7 +687,7 @@ def load_demonstrations(path):
             prompt, turns = read_messages(row)
             if not turns:
                 raise UserError("found no conversation; needed \"messages\", a list of turns "
-                                 "with an assistant turn at its end.")
+                                "with an assistant turn at its end.")
             pairs.append((Problem(prompt[-1]["content"], messages=prompt), turns))
     if not pairs:
         raise UserError(f"{path} is empty; needed at least one demonstration.")
@@ -712,9 +712,9 @@ def read_messages(row):
     found = CONVERSATION.fullmatch("".join(role[0] for role in roles))
     if not found:
         raise UserError(f"found turns in the order {' '.join(roles)}; needed user and assistant "
-                         "in turn, a tool only between two assistant turns, a system turn only "
-                         "first, and at the end a user turn (the question) or an assistant turn "
-                         "(its solution); complete the conversation or delete its end.")
+                        "in turn, a tool only between two assistant turns, a system turn only "
+                        "first, and at the end a user turn (the question) or an assistant turn "
+                        "(its solution); complete the conversation or delete its end.")
     end = len(turns) - len(found[1] or "")
     return turns[:end], turns[end:]
 
@@ -725,7 +725,7 @@ def read_turn(message):
             or message.get("role") not in ("system", "user", "assistant", "tool")
             or message.get("tool_calls")):
         raise UserError(f"found the turn {message!r:.80}; needed the role system, user, assistant "
-                         "or tool, and as its content one text, in which calls are markup.")
+                        "or tool, and as its content one text, in which calls are markup.")
     return {"role": message["role"], "content": message["content"]}
 
 
@@ -737,13 +737,13 @@ def read_text(path, suffixes=(".jsonl", ".json")):
             raise UserError(f"{path} {found}; needed one that can be read to its end.")
         if path.suffix not in suffixes:
             raise UserError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
-                             f"{' or '.join(suffixes)}; rename or convert it.")
+                            f"{' or '.join(suffixes)}; rename or convert it.")
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
     except (UnicodeError, OSError) as fault:
         raise UserError(f"{path}: found no UTF-8 text ({fault}); needed a text file that can be "
-                         "read; decompress it or save it as UTF-8.") from fault
+                        "read; decompress it or save it as UTF-8.") from fault
     return text
 
 
@@ -757,10 +757,10 @@ def read_json(path, text):
     for number, row in numbered:
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
-                             "object such as {\"question\": ..., \"answer\": ...}.")
+                            "object such as {\"question\": ..., \"answer\": ...}.")
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
             raise UserError(f"{path}, line {number}: found half a surrogate pair; needed whole "
-                             "characters; mend or delete that line.")
+                            "characters; mend or delete that line.")
         yield number, row
 
 
@@ -770,7 +770,7 @@ def parse_json(path, number, text):
     except (ValueError, RecursionError) as fault:
         number += getattr(fault, "lineno", 1) - 1
         raise UserError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
-                         "object a line; mend or delete that line.") from fault
+                        "object a line; mend or delete that line.") from fault
 
 
 # "\frac" in JSON is a form feed and "rac". Form feed and backspace are never meant; tab, return
@@ -794,23 +794,23 @@ def read_general(row):
     question = first_text(row, "question", "problem", "prompt")
     if messages and question.strip() not in messages[-1]["content"]:
         raise UserError(f"found the question {question!r:.80} and messages whose last user turn "
-                         "does not hold it; needed one question; delete one of the two columns.")
+                        "does not hold it; needed one question; delete one of the two columns.")
     question = messages[-1]["content"] if messages else question
     if not question.strip():
         raise UserError(f"found no question (columns: {', '.join(row)}); needed question, "
-                         "problem, prompt or messages; rename the column.")
+                        "problem, prompt or messages; rename the column.")
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     tests = read_tests(row.get("tests") or hidden_tests(truth))
     answer = "" if tests else read_answer(row, truth)
     if not answer and not tests:
         raise UserError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
-                         "reward_model.ground_truth or tests; without one nothing can be graded.")
+                        "reward_model.ground_truth or tests; without one nothing can be graded.")
     source = first_text(row, "data_source", "source")
     kind = row.get("kind") or ("program" if tests else guess_kind(question, answer))
     if kind not in ("math", "choice", "program") or kind == "program" and not tests:
         raise UserError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
-                         "math, choice or program, and tests with program.")
+                        "math, choice or program, and tests with program.")
     return Problem(question, answer, kind, first_text(row, "hint"), tests, messages,
                    first_text(row, "id", "unique_id", "question_id"), source, read_level(row))
 
@@ -878,12 +878,12 @@ def read_tests(tests, function=""):
 def read_test(test, function):
     if not isinstance(test, dict) or "input" not in test or "output" not in test:
         raise UserError(f"found the test {test!r:.80}; needed "
-                         "{\"input\": \"...\", \"output\": \"...\"}.")
+                        "{\"input\": \"...\", \"output\": \"...\"}.")
     kind = test.get("testtype") or test.get("type") or "stdin"
     name = test.get("fn_name") or function
     if kind not in ("stdin", "functional") or kind == "functional" and not name:
         raise UserError(f"found a {kind} test for the function {name!r}; needed stdin, or "
-                         "functional with a function name (fn_name, metadata.func_name).")
+                        "functional with a function name (fn_name, metadata.func_name).")
     given, wanted = test["input"], test["output"]
     if not isinstance(given, str):  # arguments as values: one JSON text a line
         given = "\n".join(json.dumps(argument) for argument in given)
@@ -893,7 +893,7 @@ def read_test(test, function):
             json.loads(wanted)
         except ValueError:
             raise UserError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
-                             "compared with what the function returns.") from None
+                            "compared with what the function returns.") from None
     return {"input": given, "output": wanted, "type": kind,
             "fn_name": name if kind == "functional" else ""}
 
