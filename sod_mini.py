@@ -633,12 +633,12 @@ def privileged_context(problem, scorer):
 def encode_prompt(tokenizer, problem, system="", scorer=""):
     """Ids up to and including the header of the first assistant turn. Differs from the authors'
     code: there row 0 decides for a whole file how prompts are made."""
-    messages = problem.messages or [{"role": "user", "content": problem.question}]
-    extra = privileged_context(problem, scorer)
-    last = max(i for i, m in enumerate(messages) if m["role"] == "user")
-    escape = partial(escape_special_tokens, tokenizer)
-    messages = [{**m, "content": escape(m["content"] + extra * (i == last))}
-                for i, m in enumerate(messages)]
+    *before, last = problem.messages or [{"role": "user", "content": problem.question}]
+    last = {**last, "content": last["content"] + privileged_context(problem, scorer)}
+    # The assistant's turns of a worked example keep their control tokens: a model has to write them.
+    messages = [m if m["role"] == "assistant" else
+                {**m, "content": escape_special_tokens(tokenizer, m["content"])}
+                for m in [*before, last]]
     if system and messages[0]["role"] != "system":
         # This text is the user's own, so it may hold control tokens, such as those of a call.
         messages = [{"role": "system", "content": system}, *messages]
@@ -1780,8 +1780,8 @@ HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
                 "lower --lr, or raise --temperature"),
     "teacher_entropy": (0, 2.0, "the teacher is lost, its entropy is {:.1f} nats: does it know "
                         "this system text and tool?"),
-    "skipped_updates": (0, 0, "{:.0f} updates were not taken, for a score, the loss or the gradient "
-                        "was not finite: lower --lr, or try --dtype float32"),
+    "skipped_updates": (0, 0, "{:.0f} updates were not taken, for a score, the loss or the "
+                        "gradient was not finite: lower --lr, or try --dtype float32"),
     "grader_errors": (0, 0, "the grader broke down on {:.0f} answers, which count as wrong: see "
                       "their reason in rollouts.jsonl"),
     "infrastructure": (0, 0, "the sandbox failed in {:.0f} rollouts, which are left out: see "
@@ -2351,9 +2351,9 @@ def plain(value, digits=None):
 
 
 def rollout_rows(batch, iteration, tokenizer, with_tokens):
-    """A batch as JSON-ready dicts, one a rollout; d, w and the teacher's entropy (nats a token) of a
-    step are null without a teacher, and where the machine failed the rollout, as is its advantage.
-    The first `with_tokens` rollouts also have the tokens of each step (token_row)."""
+    """A batch as JSON-ready dicts, one a rollout; d, w and the teacher's entropy (nats a token) of
+    a step are null without a teacher, and where the machine failed the rollout, as is its
+    advantage. The first `with_tokens` rollouts also have the tokens of each step (token_row)."""
     entropy_t = step_entropy(batch)
     for i, r in enumerate(batch.rollouts):
         d, w, h = ([None] * len(r.turns) if x is None or r.lost else plain(x[i].tolist(), 4)

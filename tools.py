@@ -250,16 +250,17 @@ def agree(first, second):
 # Longer answers are compared as they are written. 600 digits stay below 640, the smallest limit on
 # int(str) that Python can be set to, and keep every pattern below in the microseconds.
 MAX_ANSWER = 600
+MAX_BITS = 2_000  # of a number that is computed; 600 digits have 1,994
 
 SYMBOLS = str.maketrans({
     **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("⁄∕", "/"),
     **dict.fromkeys("×·⋅∗", "*"),
     **dict.fromkeys("€£¥", ""), **dict.fromkeys("\u00a0\u2009\u202f\n\t", " "),
     "°": " degrees ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ",
-    "√": r"\sqrt ", "±": r"\pm ", "²": "^2", "³": "^3", "≤": "<=", "≥": ">=",
+    "√": "sqrt ", "²": "^2", "³": "^3", "≤": "<=", "≥": ">=",
 })
 
-# LaTeX that says how a thing looks, not what it is. Applied in this order.
+# LaTeX that says how a thing looks, not what it is, and what Python prints. Applied in this order.
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\\\", "; "),                                             # rows of a matrix
     (r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt)?|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
@@ -268,38 +269,50 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\{,\}", ","),                                            # 1{,}000
     (r"\\!|\\?\$|\\[()\[\]]", ""),                              # thin space, money, math mode
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
-    (r"\\%", "%"),
+    (r"\\%|percent(?![A-Za-z])", "%"),
     (r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degrees?(?![A-Za-z])", " degrees "),
     (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
     (r"\\le(?:q|qslant)?(?![A-Za-z])", "<="),
     (r"\\ge(?:q|qslant)?(?![A-Za-z])", ">="),
     (r"\\\{", "⦃"),                                            # printed braces: a set
     (r"\\\}", "⦄"),
+    (r"(?<![\\A-Za-z])sqrt ?([0-9]+)", r"\\sqrt{\1}"),
+    (r"\\?(?<![A-Za-z])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),     # sqrt(2) = \sqrt{2}
+    (r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1"),
     (r"(\\[A-Za-z]+) (?=[0-9])", r"\1"),                        # \sqrt 2 = \sqrt2
+    (r"\\pm(?![A-Za-z])", "±"),
+    (r"\*\*", "^"),
     (r" ?([_^]) ?", r"\1"),
-    (r"([_^])\{ ?\+?(-?[A-Za-z0-9]+) ?\}", r"\1\2"),            # x^{10} = x^10
-    (r"\{ ?([A-Za-z0-9]) ?\}", r"\1"),                          # \sqrt{2} = \sqrt2
+    (r"([_^])[{(] ?\+?(-?[0-9]+|[A-Za-z]) ?[)}](?![0-9])", r"\1\2"),  # x^{10} = x^10
+    (r"(?<![_^])\{ ?([A-Za-z0-9]) ?\}", r"\1"),                 # \sqrt{2} = \sqrt2
+    (r"(?<=[0-9.])[eE]([+-]?[0-9]{1,3})(?![0-9])", r"*10^\1"),  # 2e5 = 2*10^5
+    (r"(?<=[0-9.]) ?x ?(?=10\^)", "*"),                         # 2 x 10^5 = 2*10^5
     (r"\b(?:or|and)\b", ", "),
     (r" +", " "),
 ]]
-FRAC = re.compile(r"\\frac ?(?:\{([^{}]*)\}|([0-9A-Za-z])) ?(?:\{([^{}]*)\}|([0-9A-Za-z]))")
+HALF = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([0-9A-Za-z]))"
+FRAC = re.compile(r"(\^?)\\frac" + HALF + HALF)
 NAMED = re.compile(r"(^|,) ?\\?[A-Za-z][A-Za-z0-9_+() ]{0,20}(?:=|\\in(?![A-Za-z]))")  # x = 5
 
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
-DECIMAL = rf"(?:{INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
-NUMBER = re.compile(
-    rf"([+-]?) ?(?:([0-9]+) (?=[0-9]+/))?"                             # sign, whole of 3 1/2
-    rf"\(?([+-]?{DECIMAL})\)?(?: ?/ ?\(?([+-]?{DECIMAL})\)?)?"         # top, bottom
-    rf"(?: ?(?:\*|x) ?10 ?\^ ?([+-]?[0-9]{{1,3}})|[eE]([+-]?[0-9]{{1,3}}))?"  # power of ten
-    rf"(?![0-9^.,]|/ ?[0-9(])(.*)")                                    # unit
-UNIT = re.compile(r"( ?/? ?)([A-Za-z]+)(?:[ /.*'-]{1,3}[A-Za-z]+|\^-?[1-3])*")
+MIXED = r"(?<![*/])(?<![*/][-+])[0-9]+ [0-9]+/0*[1-9][0-9]*"  # 3 1/2, but not 1/3 1/2
+# f(2) is one symbol, for f may be a function; 1a is none, for it may be a name or hexadecimal.
+FACTOR = re.compile(
+    r"(^[-+]?|(?!^)[*/][-+]?|(?=[\\A-Za-z(]))"                  # sign or operator; 2x is 2*x
+    rf"(?:(?!1[A-Za-z])({MIXED}|{INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
+    r"|(\\pi|\\sqrt(?:[0-9A-Za-z]|\{[^{}]*\})|[A-Za-z](?:\([^()]*\))?)|\(([^(),]*)\))"
+    r"(?:\^([-+]?[0-9]{1,4}(?![0-9])|[A-Za-z]|\{[^{}]*\}))?")   # its power
+WORD = r"[A-Za-z]++(?:\^-?[1-3])?"
+MEASURED = re.compile(  # number, how its unit is joined to it, unit, other words
+    rf"((?:[^A-Za-z\\%]|\\pi|\\sqrt)+?)( per | ?/? ?)(%|{WORD}(?:(?: ?/ ?| per ){WORD})*+)"
+    rf"((?:[ /.*'-]{{1,3}}{WORD})*+)")
 
 # Units too short to be told from a product of symbols by their length: 5 cm, but not 5 xy.
 UNITS = set("mm cm m km in ft yd mi mg g kg lb oz ml l s h hr".split())
 # Words that change the number before them: "3 dozen" is no 3. Such an answer is a text.
 NOT_UNITS = set("dozen hundred thousand million billion trillion half halve third quarter fourth "
                 "fifth sixth seventh eighth ninth tenth hundredth thousandth millionth mod sin cos "
-                "tan cot log exp sqrt squared cubed factorial choose over times plus minus divided "
+                "tan cot log exp squared cubed factorial choose over times plus minus divided "
                 "than infinity below".split())
 
 
@@ -319,23 +332,22 @@ def grade_math(final_turn, truth):
 
 
 def same_answer(answer, truth):
-    """True if two short LaTeX strings name the same number, set, tuple, interval or text.
+    """True if two short LaTeX strings name the same number, product, set, tuple, interval or text.
 
-    50% equals 50: a question that asks "what percent" has 50 as its truth.
+    A unit counts only where both sides have one. 50% equals 50: a question that asks "what
+    percent" has 50 as its truth. No algebra: 2+3x is another text than 3x+2.
 
     >>> same_answer(r"\\frac{1}{2}", ".5"), same_answer("2, 1", r"\\{1,2\\}")
     (True, True)
-    >>> same_answer("5x", "5")
-    False
+    >>> same_answer("pi/2", r"\\frac12\\pi"), same_answer("16 cm", "16 cm^2")
+    (True, False)
     """
     a, t = clean(answer), clean(truth)
     if bool(NAMED.search(a)) != bool(NAMED.search(t)):  # x = 5 against 5, but not against y = 5
         a, t = NAMED.sub(r"\1", a).strip(), NAMED.sub(r"\1", t).strip()
-    x, y = number(a), number(t)
-    if x is None or y is None:
-        return bool(a) and canonical(a) == canonical(t)
-    (x, x_unit), (y, y_unit) = x, y
-    return x == y and (x_unit == y_unit or "" in (x_unit, y_unit))
+    read = measured if measured(a) and measured(t) else canonical  # is 1,234 a number or a list?
+    x, y, bare_x, bare_y = read(a), read(t), read(a, False), read(t, False)
+    return bool(a) and (x == y or bare_x == bare_y and (x == bare_x or y == bare_y))
 
 
 def clean(text):
@@ -343,103 +355,143 @@ def clean(text):
     text = text.translate(SYMBOLS)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    for _ in range(3):  # fractions in fractions, innermost first
+    for _ in range(3):  # fractions in fractions
         text = FRAC.sub(slashed, text)
     return re.sub(r" +", " ", text).strip().rstrip(" .;,")
 
 
 def slashed(match):
     """One \\frac as a/b, with brackets where 1/2x and 1/(2x) would otherwise look alike."""
-    top, bottom = (match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()
-    if re.search(r".[-+ ,]|^-.", top):
+    top, bottom = (match[2] or match[3] or "").strip(), (match[4] or match[5] or "").strip()
+    if re.search(r".[-+ ]|^-.", top):
         top = f"({top})"
     if not re.fullmatch(r"[0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\[a-z]+[0-9]?", bottom):
         bottom = f"({bottom})"
+    if match[1]:
+        return f"^{{{top}/{bottom}}}"
     return f" {top}/{bottom} "  # spaces: 3\frac12 is 3 1/2
 
 
-def number(text):
-    """(exact value, unit) of a cleaned string that is one number, or None.
+def measured(text, units=True):
+    """(number, symbols above the line, symbols below it, unit) of a cleaned product, or None."""
+    found = MEASURED.fullmatch(text)
+    unit = read_unit(*found.groups()) if found else ""
+    head = product(without_blanks(found[1])) if unit else None
+    if head:
+        return (*head, unit * units)
+    text = without_blanks(text)
+    whole = product(text)
+    if not whole or text[0] == "(" and whole[1] == (text,):  # (x+1) is x+1
+        return None
+    return *whole, ""
 
-    A power of anything but ten is none, for it may have more digits than fit into memory.
+
+def read_unit(number, joint, unit, words):
+    """The unit of a number, without plural endings; "" if that text is part of the expression, as
+    in 5x, or changes the number, as in 5 dozen; in "5 per dozen", "5 half-gallon jugs" it does not.
     """
-    match = NUMBER.fullmatch(text)
-    if not match:
-        return None
-    sign, whole, top, bottom, times_ten, e_notation, tail = match.groups()
-    if sign and top[0] in "+-" and text[match.start(3) - 1] != "(":
-        return None  # --5 is nothing, -(-5) is 5
-    top, bottom = (Fraction(re.sub("[, ]", "", part or "1")) for part in (top, bottom))
-    unit = read_unit(tail)
-    if unit is None or bottom == 0:
-        return None
-    value = (int(whole or 0) + top / bottom) * Fraction(10) ** int(times_ten or e_notation or 0)
-    return (-value if sign == "-" else value), unit
+    whole = re.sub(" ?/ ?| per ", "/", (joint + unit).lower())  # "/dozen", " cm^2"
+    said = re.findall("[a-z]+(?![a-z-])", (whole + words.lower()).split("/")[0])
+    if any(word.removesuffix("s") in NOT_UNITS for word in said):
+        return ""
+    # 5cm and 5 m are lengths; 5m may be five times m, and so may the h of \pi h.
+    first = re.match("[a-z]*", unit.lower())[0]
+    short = first in UNITS and (len(first) > 1 or joint and "\\" not in number)
+    if unit != "%" and not short and not (" " in joint and len(first) > 2):
+        return ""
+    return re.sub("(?<=[a-z]{2})[es]+(?![a-z])", "", whole.strip())
 
 
-def read_unit(tail):
-    """The first word after a number, without its ending; "%" for percent, "" for nothing.
+@functools.lru_cache(1000)  # a comparison reads each of its texts several times
+def product(text):
+    """(number, symbols above the line, symbols below it) of a text such as 2\\pi/3, or None."""
+    if len(text) > 1 and text.isalpha():
+        return None  # a word
+    value, above, below, end = Fraction(1), [], [], 0
+    while not end or end < len(text):
+        found = FACTOR.match(text, end)
+        factor = read_factor(*found.groups()[1:]) if found else None
+        if not factor or "/" in found[1] and not factor[0]:
+            return None
+        number, top, bottom = factor
+        if "/" in found[1]:
+            number, top, bottom = 1 / number, bottom, top
+        value *= -number if "-" in found[1] else number
+        if bits(value) > MAX_BITS:
+            return None
+        above += top
+        below += bottom
+        end = found.end()
+    return value, tuple(sorted(above)), tuple(sorted(below))
 
-    None if that text is part of the expression, as in 5x, or changes the number, as in 5 dozen.
-    The words of "5 per dozen" and "5 half-gallon jugs" do not change the 5.
-    """
-    if tail.strip() in ("%", "percent", ""):
-        return "%" if tail.strip() else ""
-    match = UNIT.fullmatch(tail)
-    words = re.findall("[a-z]+(?![a-z-])", re.split(r"\bper\b", tail.lower())[0])
-    if not match or any(word.removesuffix("s") in NOT_UNITS for word in words):
-        return None
-    before, word = match[1], match[2].lower()
-    short = word in UNITS and (before or len(word) > 1)  # 5cm is a length; 5m may be five times m
-    return word.rstrip("es") or word if short or " " in before and len(word) > 2 else None
+
+def read_factor(digits, symbol, inner, power):
+    """One factor as a product; a bracket that is none, such as (x+1)^2, is a symbol."""
+    if digits:
+        parts = digits.split() if "/" in digits else [re.sub("[, ]", "", digits)]
+        base = sum(map(Fraction, parts)), (), ()  # 3 1/2 is 3 + 1/2
+    else:
+        base = None if symbol else product(inner)
+    if base and not power:
+        return base
+    if base and base[1:] == ((), ()) and power[-1].isdigit():
+        number, power = base[0], int(power)
+        defined = (number or power >= 0) and bits(number) * abs(power) <= MAX_BITS
+        return (number ** power, (), ()) if defined else None
+    return None if digits else (Fraction(1), ((symbol or f"({inner})") + (power or ""),), ())
 
 
-def canonical(text, depth=0):
+def bits(number):
+    """The logarithm to base 2 of the larger half of a fraction, rounded down."""
+    return max(abs(number.numerator), number.denominator).bit_length() - 1
+
+
+def canonical(text, units=True, depth=0):
     """A cleaned string as a value that can be compared with ==.
 
-    A number becomes its Fraction; (1,2) and intervals keep order and brackets; a set or a bare
-    list loses its order; everything else, products and unions too, is text without blanks.
+    (1,2) and intervals keep order and brackets; a set or a bare list loses its order, and \\pm 2
+    is the list 2, -2; a product is as `measured` reads it; everything else is text without blanks.
     """
     text = text.strip()
-    kind, inner = unwrap(text)
-    parts = split_commas(inner)
-    if depth < 5 and (kind or len(parts) > 1):
-        values = [canonical(part, depth + 1) for part in parts]
-        if len(values) == 1:
-            return values[0]
-        return (kind, *values) if kind else ("set", *sorted(values, key=repr))
-    value = number(text)
-    return value[0] if value else without_blanks(text)
+    whole = measured(text, units)
+    if whole and (depth or "," not in text):  # 1,000 is a list here, and within a list a number
+        return whole
+    kind, parts = split_list(text)
+    if depth == 5 or not kind and len(parts) < 2:
+        return without_blanks(text)
+    values = [canonical(part, units, depth + 1) for part in parts]
+    if len(values) == 1:
+        return values[0]
+    return (kind, *values) if kind else frozenset(collections.Counter(values).items())
 
 
-def depths(text):
-    """How many brackets are open behind each character."""
-    return [*itertools.accumulate((char in "([{⦃") - (char in ")]}⦄") for char in text)]
+def split_list(text):
+    """The brackets around a whole string, '' for none, and the parts between its commas.
 
+    Those of a set are '' as well: a set and a bare list are the same answer.
 
-def unwrap(text):
-    """('[)', 'inside') for a string within one pair of brackets, ('', text) for any other.
-
-    The pair of a set is '' as well: a set and a bare list are the same answer.
+    >>> split_list("[0, (1,2))"), split_list("1,000, ±2")
+    (('[)', ['0', ' (1,2)']), ('', ['1,000', ' +2', ' -2']))
     """
-    depth = depths(text)
-    if len(text) < 2 or depth[-1] != 0 or min(depth[:-1]) <= 0:
-        return "", text
-    kind = text[0] + text[-1]
-    return ("" if kind in ("{}", "⦃⦄") else kind), text[1:-1]
-
-
-def split_commas(text):
-    """The parts between the commas that stand outside all brackets; blank parts are left out."""
-    cuts = [at for at, depth in enumerate(depths(text)) if depth == 0 and text[at] == ","]
+    # How many brackets are open after each character.
+    depth = [*itertools.accumulate((char in "([{⦃") - (char in ")]}⦄") for char in text)]
+    kind = ""
+    if len(text) > 1 and depth[-1] == 0 and min(depth[:-1]) > 0:
+        kind, text, depth = text[0] + text[-1], text[1:-1], [d - 1 for d in depth[1:-1]]
+    # Where commas with a blank separate, 1,000 without one is a number.
+    comma = re.compile(r",(?![0-9]{3}(?![0-9]))" if ", " in text else ",")
+    cuts = [at for at, opened in enumerate(depth) if not opened and comma.match(text, at)]
     parts = [text[a + 1:b] for a, b in itertools.pairwise([-1, *cuts, len(text)])]
-    return [part for part in parts if part.strip()]
+    parts = [part for part in parts if part.strip()]
+    if kind not in ("", "{}", "⦃⦄"):
+        return kind, parts
+    return "", [part.replace("±", sign) for part in parts for sign in "+-"[:1 + ("±" in part)]]
 
 
 def without_blanks(text):
     """Text for comparison; the blank of "1 2" stays (it is not 12) and words lose their case."""
-    text = re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
-    text = re.sub(r"(?<=[0-9])\*(?=[^0-9.])", "", text)  # 2*\sqrt3 = 2\sqrt3
+    text = re.sub(r"(?<![0-9]) | (?![0-9.])", "", text)
+    text = re.sub(r"(?<=[0-9A-Za-z)}])\*(?=[A-Za-z(\\])", "", text)  # 2*\sqrt3 = 2\sqrt3
     return text.lower() if len(text) > 1 and text.isalpha() else text
 
 
@@ -577,7 +629,7 @@ class Problem:
     kind: str = "math"                          # math | choice | program: which grader
     hint: str = ""                              # for the teacher of opsd_hint, without the answer
     tests: list = field(default_factory=list)   # programs: see grade_program
-    messages: list | None = None                # the row's own system and user messages
+    messages: list | None = None                # the row's own prompt, worked examples included
     id: str = ""                                # unique within its file
     source: str = ""                            # the benchmark, by default the file's name
     difficulty: int = 0                         # 1 is easy, 0 is unknown
@@ -592,6 +644,9 @@ def load_problems(path):
         question, answer "... #### 42"                           GSM8K
         problem, answer or solution                              AIME, MATH-500
         prompt, reward_model.ground_truth, data_source           Open-AgentRL
+
+    Messages are asked up to their last user turn, with the worked examples before it; where a
+    solution follows that turn, it is left out.
 
     Raises ValueError, one sentence with file, line, what was found and what to do. Rows whose
     LaTeX lost backslashes to JSON are mended, and a warning counts them.
@@ -639,36 +694,53 @@ def naming_the_line(path, line):
 def load_demonstrations(path):
     """[(Problem, turns), ...] from JSON lines whose "messages" hold whole conversations.
 
-    The problem keeps the system and user messages up to the first assistant turn; `turns` are the
-    rest, {"role": "assistant" or "tool", "content": str}.
+    The problem keeps what `read_messages` calls the prompt, `turns` are the solution.
     """
     path, pairs = Path(path), []
     for line, row in read_json(path, read_text(path)):
         with naming_the_line(path, line):
-            messages = row.get("messages") or []
-            if not isinstance(messages, list):
-                raise UserError("found messages that are no list; needed a list of turns.")
-            opening = read_messages(row) or []
-            turns = [read_turn(message) for message in messages[len(opening):]]
-            roles = [turn["role"] for turn in turns]
-            if "tool" in [b for a, b in zip(["user", *roles], roles) if a != "assistant"]:
-                raise UserError("found a tool turn that follows no assistant turn; needed the "
-                                "answer behind its call.")
-            if "assistant" not in roles:
-                raise UserError("found no conversation; needed \"messages\" with a user turn and "
-                                "an assistant turn.")
-            pairs.append((Problem(last_question(opening), messages=opening), turns))
+            prompt, turns = read_messages(row)
+            if not turns:
+                raise UserError("found no conversation; needed \"messages\", a list of turns "
+                                "with an assistant turn at its end.")
+            pairs.append((Problem(prompt[-1]["content"], messages=prompt), turns))
     if not pairs:
         raise UserError(f"{path} is empty; needed at least one demonstration.")
     return pairs
 
 
+# The first letters of the roles: the system's turn, worked examples, the question, its solution.
+CONVERSATION = re.compile("s?(?:u+(?:at)*a)*u+((?:at)*a)?")
+
+
+def read_messages(row):
+    """(prompt, solution): a row's turns up to its last user turn, and those after it.
+
+    The prompt may hold worked examples; the solution is empty where the row ends with its
+    question. (None, []) without a conversation.
+    """
+    messages = row.get("messages") or row.get("prompt")
+    if not isinstance(messages, list):
+        return None, []
+    turns = [read_turn(message) for message in messages]
+    roles = [turn["role"] for turn in turns]
+    found = CONVERSATION.fullmatch("".join(role[0] for role in roles))
+    if not found:
+        raise UserError(f"found turns in the order {' '.join(roles)}; needed user and assistant "
+                        "in turn, a tool only between two assistant turns, a system turn only "
+                        "first, and at the end a user turn (the question) or an assistant turn "
+                        "(its solution); complete the conversation or delete its end.")
+    end = len(turns) - len(found[1] or "")
+    return turns[:end], turns[end:]
+
+
 def read_turn(message):
-    """An assistant or tool turn as text, in which a call stands as Hermes markup."""
-    if (not isinstance(message, dict) or message.get("role") not in ("assistant", "tool")
-            or not isinstance(message.get("content"), str) or message.get("tool_calls")):
-        raise UserError(f"found the turn {message!r:.80}; after the question only assistant and "
-                        "tool turns can follow, their content one text and calls a part of it.")
+    """One turn as text, in which a call stands as Hermes markup."""
+    if (not isinstance(message, dict) or not isinstance(message.get("content"), str)
+            or message.get("role") not in ("system", "user", "assistant", "tool")
+            or message.get("tool_calls")):
+        raise UserError(f"found the turn {message!r:.80}; needed the role system, user, assistant "
+                        "or tool, and as its content one text, in which calls are markup.")
     return {"role": message["role"], "content": message["content"]}
 
 
@@ -733,11 +805,13 @@ def restore_latex(row):
 
 def read_general(row):
     """GSM8K, AIME, MATH-500, Open-AgentRL and this project's own rows."""
-    messages = read_messages(row)
+    messages, _ = read_messages(row)
     question = first_text(row, "question", "problem", "prompt")
-    if not question and messages:
-        question = last_question(messages)
-    if not question:
+    if messages and question.strip() not in messages[-1]["content"]:
+        raise UserError(f"found the question {question!r:.80} and messages whose last user turn "
+                        "does not hold it; needed one question; delete one of the two columns.")
+    question = messages[-1]["content"] if messages else question
+    if not question.strip():
         raise UserError(f"found no question (columns: {', '.join(row)}); needed question, "
                         "problem, prompt or messages; rename the column.")
     reward = row.get("reward_model")
@@ -766,28 +840,6 @@ def first_text(row, *names):
         if isinstance(value, (str, int, float)) and str(value).strip() and value == value:
             return str(value)
     return ""
-
-
-def read_messages(row):
-    """The system and user messages a row begins with, up to the first assistant turn, or None."""
-    messages = row.get("messages") or row.get("prompt")
-    if not isinstance(messages, list):
-        return None
-    opening = []
-    for message in messages:
-        if isinstance(message, dict) and message.get("role") not in ("system", "user"):
-            break
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"found the message {message!r:.80}; needed "
-                            "{\"role\": ..., \"content\": \"...\"}.")
-        opening.append({"role": message["role"], "content": message["content"]})
-    if not any(message["role"] == "user" for message in opening):
-        raise UserError("found messages without a user turn; needed the question as a user turn.")
-    return opening
-
-
-def last_question(messages):
-    return [message["content"] for message in messages if message["role"] == "user"][-1]
 
 
 def read_answer(row, truth):

@@ -51,13 +51,47 @@ EQUAL = [  # (answer, truth)
     (r"\frac{x+1}{2}", "(x+1)/2"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ("9" * 599, "9" * 599), ("7" * 5000, "7" * 5000),
+    # Powers
+    ("10^3", "1000"), ("10^{-2}", ".01"), ("10^{-3}", ".001"), ("2^{-1}", "1/2"),
+    ("2^{10}", "1024"), ("10^{+2}", "100"), ("(-2)^{3}", "-8"), ("-2^2", "-4"),
+    ("(-1)^{2023}", "-1"), ("2^0", "1"),
+    (r"\left(\frac{1}{2}\right)^{3}", "1/8"), (r"2^3 \cdot 5^2", "200"), ("1e-05", "10^{-5}"),
+    (r"-\frac{1}{2^{2}}", "-0.25"), (r"\frac{2^5}{3}", "32/3"), ("2^3/4", "2"), ("1.5^2", "2.25"),
+    ("3 x 10^2", "300"), ("10^6 dollars", "1000000"), ("10^{3} cm", "1000 cm"), ("5²", "25"),
+    ("2^{100}", "1267650600228229401496703205376"), ("9^{600}", "9^{600}"), ("x^{2}y", "x^2 y"),
+    # Products: one number, and its symbols in any order
+    (r"\frac12\pi", r"\frac{\pi}{2}"), (r"\frac{2 \pi}{3}", r"\frac{2}{3}\pi"), ("2*3", "6"),
+    (r"0.5\pi", r"\frac{\pi}{2}"), (r"\frac12 x", "x/2"), (r"-\frac{-\pi}{2}", r"\frac{\pi}{2}"),
+    (r"\frac{3\sqrt{2}}{4}", r"\frac34\sqrt2"), (r"\frac{\pi}{-2}", r"-\frac12\pi"),
+    (r"\frac{1}{2}(x+1)", r"\frac{x+1}{2}"), (r"\frac{1}{2}e^{-x}", r"\frac{e^{-x}}{2}"),
+    (r"\frac{xz}{y}", r"\frac{x}{y}z"), (r"\frac{1}{x^2}", "1/x^2"), ("(x-1)*(x+1)", "(x+1)(x-1)"),
+    (r"\frac{\frac{4}{9}}{2}", "2/9"), ("4/9/2", "2/9"), ("√13", r"\sqrt{13}"),
+    (r"\frac{1}{2\pi}", r"\frac{1}{2}/\pi"), (r"\sqrt{3}\pi", r"\pi\sqrt3"), ("(x+1)", "x+1"),
+    (r"\left(\frac{\pi}{2}\right)", "pi/2"), ("3, (x+1)", "x+1, 3"), ("(even)", "even"),
+    ("((1,2))", "(1,2)"),
+    # What Python prints
+    ("2*sqrt(2)", r"2\sqrt{2}"), ("pi/2", r"\frac{\pi}{2}"), ("x**2 + 1", "x^2+1"),
+    ("-pi", r"-\pi"), ("sqrt(3)*pi/6", r"\frac{\pi\sqrt{3}}{6}"),
+    ("(1 + sqrt(5))/2", r"\frac{1+\sqrt{5}}{2}"),
+    ("10**(-2)", "0.01"), ("2*x*y", "2xy"), ("1/(2*pi)", r"\frac{1}{2\pi}"), ("2**10", "1024"),
+    ("2/sqrt(3)", r"\frac{2}{\sqrt{3}}"), ("(2*sqrt(2), pi/2)", r"(2\sqrt{2}, \frac{\pi}{2})"),
+    # Units: whole ones, and only where both sides have one
+    ("16 cm^2", "16"), ("16 cm²", r"16\,\mathrm{cm}^{2}"), ("60 km/h", "60 km per h"),
+    (r"2\pi\text{ cm}", r"2\pi"), (r"5\sqrt{2} \text{ inches}", r"5\sqrt2"), ("50 percent", "50"),
+    ("5 dollars/hour", "5 dollars per hour"), ("9.8 m/s^2", "9.8"), ("5 per dozen", "5"),
+    ("(5 cm, 6 cm)", "(5, 6)"),
+    # Tuples, lists, both signs
+    ("(1,234)", "(1, 234)"), ("(1,234, 5)", "(1234, 5)"), ("1,000, 2,000", "1000, 2000"),
+    ("(10^2, 1)", "(100,1)"), (r"(2^{-1}, \infty)", r"(0.5, \infty)"), ("2,2,3", "3, 2, 2"),
+    (r"\{\frac12\pi, 1\}", r"1, \frac{\pi}{2}"), (r"\pm 2", "-2, 2"), ("±3", r"\{3, -3\}"),
+    (r"x = \pm\frac12", "-1/2, 1/2"), (r"1 \pm \sqrt{2}", r"1+\sqrt2, 1-\sqrt2"),
 ]
 DIFFERENT = [
     ("42", "43"), ("42", "-42"), ("42", "4.2"), ("4 2", "42"), ("1,000", "1"), ("1.000", "1000"),
     ("1{,}5", "15"), ("1/2", "2"), (r"\frac12", "12"), (r"\frac12", "2/1"), ("--5", "5"),
     (r"\frac{1}{23}", r"\frac123"), ("31/2", "3 1/2"), (r"3\frac{1}{2}", "1.5"), ("0.333", "1/3"),
     ("3.14", r"\pi"), ("50%", "5"), ("50", "0.5"), ("0.5%", "50%"), ("1/0", "0"),
-    ("5-", "5"), ("1 2", "12"), ("5.0.0", "5"), ("4/9/2", "2/9"), ("1/2/3", "1/2"), ("5/(2)", "5"),
+    ("5-", "5"), ("1 2", "12"), ("5.0.0", "5"), ("4/9/2", "8/9"), ("1/2/3", "1/2"), ("5/(2)", "5"),
     ("0x10", "16"), ("1_000", "1000"), ("9" * 599, "9" * 598 + "8"), ("-(5)", "5"), ("12:30", "12"),
     # Text behind a number that is no unit, units that differ, words that change the number
     ("5x", "5"), ("5 xy", "5"), ("5m", "5"), (r"5\pi", "5"), ("5 pi", "5"), (r"2\sqrt{3}", "2"),
@@ -80,13 +114,36 @@ DIFFERENT = [
     (r"\sqrt{2}3", r"\sqrt{23}"), ("2*3", "23"), ("1010_2", "1010"), ("x^{10}", "x^{1}0+"),
     (r"\frac{1}{2x}", r"\frac{1}{2}x"), (r"\frac{x+1}{2}", "x+1/2"), ("2x", "3x"), ("x/0", "x"),
     ("-x", "x"), ("--x", "x"), ("1a", "a"), ("x^{1/2}", "x/2"), ("(-x)^2", "-x^2"),
+    # Powers that are others, are not defined, or have too many digits
+    ("10^3", "103"), ("10^{-3}", "-1000"), ("(-2)^2", "-2^2"), ("2^x", "x^2"), ("x^2", "2x"),
+    ("0^{-1}", "0"), ("2^3^2", "512"), ("9^9^9", "1"), ("9^{9^9}", "9^9"), ("(9^600)^600", "9"),
+    ("2^{9999}", "2^{9998}"), ("2^{999999999}", "2"), ("2^{1/2}", "1"), ("10^{2.5}", "100.5"),
+    ("2^{2}3", "2^{23}"), (r"5^\frac12", "2.5"), ("x^\\frac{1}{2}", "x/2"), ("x^{2y}", "x^2y"),
+    (r"9^{600}\cdot 9^{600}", "9"),
+    # Products
+    (r"\frac{x}{yz}", r"\frac{x}{y}z"), (r"\frac{1}{2\pi}", r"\frac{\pi}{2}"), ("2*-3", "2-3"),
+    (r"\frac{\sin x}{2}", r"\sin\frac{x}{2}"), (r"\sin 2\pi", r"2\sin\pi"), ("f(2)", "2f"),
+    ("3x+2", "2+3x"), ("2(x+1)", "2x+1"), ("x**2", "x*2"), ("even", "neve"), ("AB", "BA"),
+    ("(even)", "neve"), ("*9", "9"), ("/5", ".2"), (r"\frac12\frac12", "0.4"),
+    ("red blue", "blue red"), ("1/0", "2/0"), ("x/2", "x/3"), ("sqrt(2)", "1.4142"), ("2()", "2"),
+    # Units
+    ("16 cm", "16 cm^2"), ("16 cm^2", "16 cm^3"), ("16 cm", "16 square cm"), ("60 km/h", "60 km"),
+    ("5 m/s", "5 m/s^2"), ("5/hour", "5 hours"), ("5 per hour", "5 per day"),
+    ("(5 cm, 1)", "(5 m, 1)"), ("5 cm, 6", "5 m, 6"),
+    (r"2\pi\text{ cm}", r"2\pi\text{ m}"), (r"2\pi\text{ cm}", "2"), (r"\pi r^2 h", r"\pi r^2"),
+    # Tuples, lists, both signs
+    ("(1,234)", "1234"), ("(1,234)", "1,234"), ("[1,234]", "1234"), ("-(1,234)", "-1234"),
+    ("(1,234)/2", "617"), ("1,000, 2", "1, 0, 2"), ("1,2,2", "1,2"), ("()", "1"), ("12,34", "1234"),
+    (r"\pm 2", "2"), (r"\pm 2", "-2"), (r"\pm 2", "(2,-2)"), (r"(\pm 2)", "(2,-2)"),
+    (r"3 \pmod 5", "3"),
 ]
 
 
 @pytest.mark.parametrize("answer, truth", EQUAL)
 def test_two_spellings_of_one_answer_are_equal(answer, truth):
-    verdict = grade_math(f"So the answer is \\boxed{{{answer}}}.", truth)
-    assert verdict == tools.Verdict(True, "correct", 1.0)
+    for first, second in ((answer, truth), (truth, answer)):
+        verdict = grade_math(f"So the answer is \\boxed{{{first}}}.", second)
+        assert verdict == tools.Verdict(True, "correct", 1.0)
 
 
 @pytest.mark.parametrize("answer, truth", DIFFERENT)
@@ -148,6 +205,8 @@ HOSTILE = [
         r"1\cup" * 110, r"\{1\}," * 80, "1^" * 299, "1.1" * 199, "1/" * 299, "or " * 199,
         "5" + " million" * 74, "{ a " * 149, "\x00" * 599, "\ud800", "٣", "½",
         "a" * 20 + " " * 500 + "=", "(" + "1/" * 290 + "2)", "(-1)" * 149, "x^-" * 199,
+        "9^600*" * 99, "9^-600/" * 85, "(9^600)^600", "±1,000°" * 85, r"\pi°" * 149, "sqrt°a" * 99,
+        "5" + "a/" * 299, "5 " + "per " * 149, r"\frac{{1}}" * 66, r"\pm" * 199, "1**" * 199,
     ]),
 ]
 
@@ -319,4 +378,4 @@ def test_a_megabyte_of_output_is_compared_in_time():
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=4)
+    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=5)

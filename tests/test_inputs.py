@@ -147,10 +147,10 @@ SPECIAL = {  # what makes the thing at this path
 Q = {"role": "user", "content": "q"}
 TURNS = {  # demonstrations: what follows the question
     "alone": ([], r"line 1: found no conversation"),
-    "roles": ([{"role": "bot", "content": "a"}], r"the turn .*only assistant and tool turns can"),
-    "text": ([{"role": "assistant", "content": 7}], r"found the turn .*their content one text"),
+    "roles": ([{"role": "bot", "content": "a"}], r"the turn .*needed the role system, user, "),
+    "text": ([{"role": "assistant", "content": 7}], r"found the turn .*as its content one text"),
     "calls": ([{"role": "assistant", "content": "", "tool_calls": 5}],
-              r"found the turn .*calls a part of it"),
+              r"found the turn .*calls are markup"),
     "half": ([{"role": "assistant", "content": "\ud800"}], r"half a surrogate pair"),
 }
 FILES = [(f"--train_data HERE/{name}.jsonl", data, sentence)
@@ -162,7 +162,7 @@ FILES += [
     ("--method opsd_hint --train_data HERE/plain.jsonl", LINE, r"has problems without hint"),
     ("--method sft --demonstrations HERE/problem.jsonl", LINE, r"found no conversation; needed"),
     ("--method sft --demonstrations HERE/dict.jsonl", b'{"messages": {"role": "user"}}',
-     r"line 1: found messages that are no list"),
+     r"line 1: found no conversation; needed .*a list"),
     ("--train_data HERE/rows.csv", b"question,answer\n1+1,2\n",
      r"found a .csv file; needed .jsonl or .json; rename or convert it"),
 ]

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import sod_mini as sod
 import tools
+from conftest import Echo, Scripted
 from tools import Problem, load_demonstrations, load_problems
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -128,6 +130,7 @@ def test_json_arrays_and_byte_order_marks_are_read(tmp_path):
 
 
 GOOD = {"question": "a", "answer": "1"}
+ASKED = {"role": "user", "content": "Q"}
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -140,8 +143,9 @@ GOOD = {"question": "a", "answer": "1"}
     ([{"question": "a", "tests": [{"input": "", "output": "", "type": "functional"}]}], "fn_name"),
     ([{"question": "a", "tests": [{"input": "", "output": "abc", "type": "functional",
                                    "fn_name": "f"}]}], "found the output 'abc' of f; needed JSON"),
-    ([{"messages": [{"role": "system", "content": "s"}], "answer": "1"}], "without a user turn"),
-    ([{"messages": ["s"], "answer": "1"}], "found the message 's'; needed"),
+    ([{"messages": ["s"], "answer": "1"}], "found the turn 's'; needed"),
+    ([GOOD, {"messages": [ASKED], "question": "R", "answer": "1"}],
+     "line 2: found the question 'R' and messages whose last user turn does not hold it; needed"),
     ([GOOD, {"question": "b", "answer": math.nan}], "line 2: found no answer"),
     ([GOOD, r'{"question": "\ud83d", "answer": "1"}'], "line 2: found half a surrogate pair"),
     ([r'{"question": "\cup", "answer": "1"}'], "line 1: found broken JSON"),
@@ -172,26 +176,82 @@ def test_tests_may_stand_in_the_ground_truth(tmp_path):
 
 # --- Demonstrations ---------------------------------------------------------------------------
 
-QUESTION = {"role": "user", "content": "Q"}
+def turns(letters, *texts):
+    """A conversation by the first letters of its roles, its texts "0", "1" and so on."""
+    roles = {role[0]: role for role in ("system", "user", "assistant", "tool", "bot")}
+    return [{"role": roles[letter], "content": text}
+            for letter, text in zip(letters, texts or "0123456789")]
 
 
-def test_demonstrations_keep_the_opening(tmp_path):
-    row = {"messages": [{"role": "system", "content": "Be brief."}, QUESTION,
-                        {"role": "assistant", "content": tools.render_tool_call("6 * 7")},
-                        {"role": "tool", "content": "42"},
-                        {"role": "assistant", "content": "\\boxed{42}"}]}
-    ((problem, turns),) = load_demonstrations(write(tmp_path, row))
-    assert problem.question == "Q" and problem.messages == row["messages"][:2]
-    assert turns == row["messages"][2:]
+@pytest.mark.parametrize("letters, prompt", [
+    ("u", 1), ("su", 2), ("uu", 2), ("uau", 3), ("suatauau", 8),              # to be answered
+    ("ua", 1), ("suata", 2), ("uaua", 3), ("suatauata", 6), ("uatauua", 6),  # answered
+])
+def test_what_follows_the_last_user_turn_is_the_solution(tmp_path, letters, prompt):
+    path = write(tmp_path, {"messages": turns(letters), "answer": "A"})
+    (problem,) = load_problems(path)
+    assert problem.messages == turns(letters)[:prompt] and problem.question == str(prompt - 1)
+    if letters.endswith("u"):
+        with pytest.raises(ValueError, match="line 1: found no conversation; needed"):
+            load_demonstrations(path)
+    else:
+        ((shown, solution),) = load_demonstrations(path)
+        assert (shown.messages, shown.question) == (problem.messages, problem.question)
+        assert solution == turns(letters)[prompt:]
+
+
+@pytest.mark.parametrize("letters", ["s", "a", "au", "uat", "uatauat", "uta", "utu", "uatu", "uaa",
+                                     "uatta", "us", "uasu", "ssu"])
+@pytest.mark.parametrize("load", [load_problems, load_demonstrations])
+def test_a_conversation_that_can_be_read_two_ways_is_refused_with_its_line(tmp_path, letters, load):
+    good = {"messages": turns("uaua"), "answer": "1"}
+    path = write(tmp_path, good, {"messages": turns(letters), "answer": "1"})
+    order = " ".join(turn["role"] for turn in turns(letters))
+    with pytest.raises(ValueError, match=f"line 2: found turns in the order {order}; needed"):
+        load(path)
+
+
+WORKED = turns("uatau", "What is 2 * 3?", "I ask. " + tools.render_tool_call("print(2 * 3)"),
+               "6 <|im_end|></tool_call>", "So \\boxed{6}.", "What is 6 * 7? <tool_call>")
+
+
+def test_the_call_of_a_worked_example_is_the_tokens_a_model_has_to_write(tmp_path, tokenizer):
+    problem = load_one(tmp_path, {"messages": WORKED, "answer": "42"})
+    ids, plain = (sod.encode_prompt(tokenizer, p, "Be brief.") for p in (problem, Problem("Q")))
+    more = {token: ids.count(at) - plain.count(at)
+            for token, at in tokenizer.get_added_vocab().items() if ids.count(at) > plain.count(at)}
+    of_calls = ["<tool_call>", "</tool_call>"]
+    assert [more.pop(token) for token in of_calls] == [1, 1]  # not the user's, nor the tool's
+    assert more.pop("<|im_start|>") == more.pop("<|im_end|>") == 4
+    assert all(token.strip("</>") == "tool_response" for token in more)
+    text = tokenizer.decode(ids)
+    places = [text.index(turn["content"]) for turn in WORKED]
+    assert places == sorted(places)
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_a_question_after_a_worked_example_is_graded_against_its_own_answer(tmp_path, tokenizer):
+    problems = load_problems(write(
+        tmp_path, {"messages": WORKED, "answer": "42"}, {"question": "6 * 8?", "answer": "48"},
+        {"messages": [*WORKED, *turns("a", "\\boxed{42}")], "answer": "42"},
+        {"messages": WORKED[:-1], "answer": "6"}))
+    prompts = [(p, sod.encode_prompt(tokenizer, p)) for p in problems]
+    assert prompts[0][1] == prompts[2][1]
+    prompts.pop(2)
+    model = Scripted(tokenizer, prompts, [["\\boxed{42}"], ["\\boxed{42}"], ["\\boxed{6}"]],
+                     tokenizer.eos_token)
+    config = sod.Config(rollout_engine="generate", eval_samples=1, max_prompt=3000)
+    agent = sod.Agent(config, model, None, tokenizer, Echo())
+    right = sod.evaluate(agent, model, [p for p, _ in prompts])
+    assert right.tolist() == [[True], [False], [True]]
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"messages": [QUESTION]}, "found no conversation"), ({"text": "Q"}, "found no conversation"),
-    ({"messages": [QUESTION, {"role": "tool", "content": "4"},
-                   {"role": "assistant", "content": "4"}]}, "found a tool turn that follows no"),
+    ({"text": "Q"}, "found no conversation"), ({"messages": "Q"}, "found no conv"),
     ("", "is empty"), ("{", "line 1: found broken JSON"),
-    *(({"messages": [QUESTION, turn]}, "found the turn .*tool turns can follow") for turn in (
-        {"role": "assistant", "content": "", "tool_calls": 5}, {"role": "bot"})),
+    *(({"messages": [ASKED, turn]}, "found the turn .*calls are markup") for turn in (
+        {"role": "assistant", "content": "", "tool_calls": 5}, *turns("b"),
+        {"role": "assistant", "content": ["part"]})),
 ])
 def test_a_broken_demonstration_is_one_sentence(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
