@@ -635,7 +635,7 @@ def encode_prompt(tokenizer, problem, system="", scorer=""):
     code: there row 0 decides for a whole file how prompts are made."""
     *before, last = problem.messages or [{"role": "user", "content": problem.question}]
     last = {**last, "content": last["content"] + privileged_context(problem, scorer)}
-    # The assistant's turns of a worked example keep their control tokens: a model has to write them.
+    # The assistant's turns of a worked example keep their control tokens, for a model writes them.
     messages = [m if m["role"] == "assistant" else
                 {**m, "content": escape_special_tokens(tokenizer, m["content"])}
                 for m in [*before, last]]
@@ -2273,11 +2273,20 @@ def run_folder(config):
         except BaseException:
             if not (folder / "config.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-            elif not RANK:
-                for save in tools.numbered(folder / "saves")[-1:]:
-                    print(f"saved {save}", file=sys.stderr)
-                print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
             raise
+
+
+@contextlib.contextmanager
+def how_to_go_on(folder):
+    """After an error or a signal, say what is saved and how the run goes on."""
+    try:
+        yield
+    except BaseException:
+        if folder.exists() and not RANK:
+            for save in tools.numbered(folder / "saves")[-1:]:
+                print(f"saved {save}", file=sys.stderr)
+            print(f"to go on: python sod_mini.py --resume {folder}", file=sys.stderr)
+        raise
 
 
 def open_run_folder(config):
@@ -2422,7 +2431,7 @@ def save_run(agent, folder):
     with tools.writing(folder), tools.whole_folder(save) as aside:
         write_model(agent, aside, {})
         torch.save({"iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
-                    "sizes": agent.sizes, "digests": file_digests(agent.config),
+                    "digests": file_digests(agent.config),
                     "lengths": {name: (folder / name).stat().st_size for name in LOGS
                                 if (folder / name).exists()}}, aside / "state.pt")
     for old in tools.numbered(folder / "saves")[:-2]:
@@ -2452,7 +2461,7 @@ def restore(agent, folder):
         raise UserError(f"{saves[-1]} cannot be taken over ({repr(error):.200}); resume with the "
                         "--student, --dtype and --offload that it began with, or remove that "
                         "folder to go on from the save before it") from error
-    agent.iteration, agent.sizes = state.get("iteration", 0), state.get("sizes", {})
+    agent.iteration = state.get("iteration", 0)
     before, now = state.get("digests", {}), file_digests(agent.config)
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
@@ -2670,17 +2679,18 @@ def main(argv=None):
     with process_group(), run_folder(config) as folder:
         print_start(preset)
         agent, results = load_agent(config), {}
-        write_config(config, folder)
         # The student is the start model here, in a run that is resumed, too.
         measure_once(agent, "student before", agent.student, folder, results)
         if config.resume:
             restore(agent, folder)
+        write_config(config, folder)
         if config.method != "vanilla":
-            train_to_files(agent, folder)
-            measure_once(agent, "student after", agent.student, folder, results)
-            if METHODS[config.method].scorer == "teacher":
-                measure_once(agent, "teacher", agent.teacher, folder, results)
-            save_checkpoint(agent, folder, results)
+            with how_to_go_on(folder):
+                train_to_files(agent, folder)
+                measure_once(agent, "student after", agent.student, folder, results)
+                if METHODS[config.method].scorer == "teacher":
+                    measure_once(agent, "teacher", agent.teacher, folder, results)
+                save_checkpoint(agent, folder, results)
             write_page(folder)
         if results:
             print(f"\naverage@{config.eval_samples} on {len(agent.eval_set)} problems of "

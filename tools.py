@@ -972,6 +972,10 @@ def numbered(folder):
     return sorted(found, key=lambda path: int(path.name[10:]))
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TORCH_ON_A_FULL_DISK = ("unexpected pos", "PytorchStreamWriter failed")
+
+
 class WriteError(UserError):
     """A file of the run could not be written; the message says why and what to do."""
 
@@ -979,17 +983,15 @@ class WriteError(UserError):
 @contextlib.contextmanager
 def writing(folder):
     """Say in a sentence why files of a run cannot be written. Libraries that write wrap the error
-    of the system in one of their own, and keep only its text."""
+    of the system in one of their own, and keep at most its text."""
     try:
         os.stat(folder)
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else next(
-            (n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(n) in str(error)
-             or "PytorchStreamWriter" in str(error)), None)
-        if number is None:
-            raise  # a bug
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = getattr(error, "errno", None) in FULL or any(
+            words in str(error) for words in [*map(os.strerror, FULL), *TORCH_ON_A_FULL_DISK])
+        if not full and not isinstance(error, OSError):
+            raise  # a bug, which keeps its traceback
         remedy = f"{'make room on the disk' if full else 'mend that'} and resume"
         raise WriteError(
             f"cannot write to {folder} ({error}); what was saved before is whole: {remedy}"

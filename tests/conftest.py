@@ -1,6 +1,7 @@
 """What the tests share: settings, stand-ins for models and tools, batches of the embedded world."""
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from concurrent.futures import Future
@@ -37,6 +38,16 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Under nohup or in a background job SIGHUP or SIGINT is ignored, also in children."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=["world", "qwen3"], scope="module")
@@ -108,7 +119,7 @@ def scored(first_batch):
     """The same with default settings, sampled once; the agent is the test's own."""
     agent, batch = first_batch
     agent = replace(agent, config=replace(agent.config), student=deepcopy(agent.student),
-                    seconds=Counter())
+                    seconds=Counter(), sizes={})
     agent.optimizer = sod.Optimizer(agent.student, lambda n: 0.0, agent.config)
     return agent, batch
 

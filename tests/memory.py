@@ -138,8 +138,8 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
 
     With --offload teacher or all a teacher is there only while it scores.
     """
-    settings = dict(vars(config), prompts=rollouts, group_size=1, num_minibatches=1, iterations=1,
-                    gradient_checkpointing=True)
+    settings = dict(vars(config), method="sod_only", prompts=rollouts, group_size=1,
+                    num_minibatches=1, iterations=1, gradient_checkpointing=True)
     with without_data(response / (prompt + response)) as memory:
         agent = agent_without_data(memory, sod.Config(**settings), student, teacher)
         found = {"resident": memory.now}
@@ -151,13 +151,14 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
             return loss
 
         @contextlib.contextmanager
-        def visiting(model, device):
+        def on_device(model, device):
             agent.teacher = model or random_qwen3(teacher).requires_grad_(False)
             yield
             agent.teacher = model
         memory.peak, backpropagate = 0, sod.backpropagate
         rows = [sod.Rollout(None, [0] * prompt, [sod.Turn([0] * response)])] * rollouts
-        instead = dict(sample_rollouts=lambda *_: rows, draw=lambda *_: [], visiting=visiting,
+        instead = dict(sample_rollouts=lambda *_: rows, draw=lambda *_: [], on_device=on_device,
+                       outcome_reward=lambda *_: 0.0,
                        backpropagate=learn, batch_metrics=lambda *_: {})
         with mock.patch.multiple(sod, **instead):
             list(sod.train(agent))

@@ -195,7 +195,7 @@ def scripted(finals, problem):
         rollouts = [sod.Rollout(problem, ids, [sod.Turn([1], finals[n])], (*key, n),
                                 finish_reason="answer") for n, (_, ids) in zip(numbers, prompts)]
         for r in rollouts:
-            sod.grade_rollout(r, agent.tool, agent.config)
+            sod.grade_rollout(r, agent.tool)
         return rollouts
     return sample
 
@@ -371,7 +371,7 @@ def test_calls_cuts_and_failures_are_counted_and_the_sandbox_apart(tmp_path):
     detail = evaluate.detail(evaluate.read_samples(stored(tmp_path / "a.jsonl", rows, k=4)))
     assert detail["tool calls a trajectory"] == "1.50"
     assert detail["failed calls"] == "50.0% (timeout 33.3%, error 16.7%)"
-    assert detail["cut off, by"] == "50.0% (turns 25.0%, budget 25.0%)"
+    assert detail["cut off, by"] == "50.0% (turns 25.0%, length 25.0%)"
     assert detail[UNJUDGED] == "1"
     assert detail["not right, because"] == "75.0% (no boxed answer 50.0%, wrong 25.0%)"
     assert detail["sampled tokens a trajectory"] == "10"
@@ -496,7 +496,7 @@ def test_a_file_of_problems_is_the_same_under_another_name_and_in_another_order(
     rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(9)]
     kept, model = [], sod.load_model(STUDENT, "cpu", sod.torch.float32)
     monkeypatch.setattr(sod, "sample_rollouts", lambda agent, model, prompts, *_: [
-        sod.Rollout(problem, ids, [sod.Turn([1])], right=bool(kept)) for problem, ids in prompts])
+        sod.Rollout(problem, ids, [sod.Turn([1])], correct=bool(kept)) for problem, ids in prompts])
     other = rows[1:] + [{"question": "What is 0 plus 1?", "answer": "1"}]
     for name, asked in (("a", rows), ("copy", rows[::-1]), ("other", other)):
         data = write(tmp_path, *asked, name=f"{name}.jsonl")

@@ -92,7 +92,7 @@ def a_row(iteration, turns=(), **changes):
 def a_run(folder, rows, curves=(), **changes):
     """The files of a run, as sod_mini.py writes them."""
     folder.mkdir(exist_ok=True)
-    config = vars(sod.Config(**{"name": folder.name, **changes}))
+    config = vars(sod.Config()) | {"name": folder.name, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     for name, lines in (("rollouts.jsonl", rows), ("metrics.jsonl", curves)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

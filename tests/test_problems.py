@@ -241,9 +241,8 @@ def test_a_question_after_a_worked_example_is_graded_against_its_own_answer(tmp_
     model = Scripted(tokenizer, prompts, [["\\boxed{42}"], ["\\boxed{42}"], ["\\boxed{6}"]],
                      tokenizer.eos_token)
     config = sod.Config(rollout_engine="generate", eval_samples=1, max_prompt=3000)
-    agent = sod.Agent(config, model, None, tokenizer, Echo())
-    right = sod.evaluate(agent, model, [p for p, _ in prompts])
-    assert right.tolist() == [[True], [False], [True]]
+    agent = sod.Agent(config, model, None, tokenizer, Echo(), eval_set=[p for p, _ in prompts])
+    assert sod.measure(agent, model).tolist() == [[1], [0], [1]]
 
 
 @pytest.mark.parametrize("row, message", [
@@ -315,6 +314,14 @@ def test_what_stops_writing_is_told_with_what_to_do(tmp_path, error, advice):
         raise error
 
 
+@pytest.mark.parametrize("error", [TypeError("Object of type Tensor is not JSON serializable"),
+                                   ValueError("max() arg is an empty sequence"), RuntimeError("x")])
+def test_a_bug_while_files_are_written_stays_what_it_is(tmp_path, error):
+    with pytest.raises(type(error)) as raised, tools.writing(tmp_path):
+        raise error
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_run_whose_folder_was_deleted_says_so(tmp_path, when):
     folder = tmp_path / "run"
@@ -329,25 +336,25 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_stops_at_once_where_all_is_settled_and_else_waits(number):
+def test_a_first_signal_is_a_request_to_stop_and_a_second_one_stops_at_once(number):
     before = [signal.getsignal(one) for one in SIGNALS]
-    with pytest.raises(KeyboardInterrupt) as stop, tools.stoppable(lambda: True):
+    with pytest.raises(KeyboardInterrupt) as stop, tools.handled_signals(tools.interrupt):
         signal.raise_signal(number)
     assert stop.value.args == (number,)
-    with pytest.raises(KeyboardInterrupt), tools.stoppable(lambda: False) as asked:
+    with pytest.raises(KeyboardInterrupt), tools.stop_requests() as requests:
         signal.raise_signal(number)
-        assert asked == [number]  # noted; what is being changed goes on
+        assert requests == [number]  # noted; what is being changed goes on
         signal.raise_signal(signal.SIGTERM)
-    assert asked == [number, signal.SIGTERM]
+    assert requests == [number]
     assert [signal.getsignal(one) for one in SIGNALS] == before
 
 
 def test_a_run_under_nohup_outlives_its_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with tools.stoppable(lambda: True) as asked:
+        with tools.stop_requests() as requests:
             signal.raise_signal(signal.SIGHUP)
-        assert asked == []
+        assert requests == []
     finally:
         signal.signal(signal.SIGHUP, before)
 

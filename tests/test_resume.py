@@ -289,20 +289,20 @@ def test_changed_options_are_listed_and_hold(monkeypatch, capsys):
     assert json.loads((RUN / "config.json").read_text())["sft_lr"] == 0.01
 
 
-@pytest.mark.parametrize("more, used", [([], None), (["--micro_batch_tokens", 999], 999)])
-def test_a_size_halved_for_lack_of_memory_stays_so_unless_another_is_asked_for(
-        monkeypatch, more, used):
-    def short(lengths, budget):
+def test_a_size_halved_for_lack_of_memory_is_not_stored_as_the_users_setting(monkeypatch):
+    def short(lengths, budget, rows=None):
         if budget > 700:
             raise MemoryError
-        return real(lengths, budget)
+        return real(lengths, budget, rows)
     real = sod.micro_batches
     with monkeypatch.context() as patch:
         patch.setattr(sod, "micro_batches", short)
         act_at(3, SFT, monkeypatch)
-    assert resume(*more) == 0
+    assert resume() == 0
     small, *sizes = [row["micro_batch_tokens"] for row in json_lines(RUN / "clock.jsonl")]
-    assert small <= 700 and sizes == [small, *[used or small] * 4]
+    assert small <= 700 and sizes == [small] + [sod.Config.micro_batch_tokens] * 4
+    stored = json.loads((RUN / "config.json").read_text())
+    assert stored["micro_batch_tokens"] == sod.Config.micro_batch_tokens
 
 
 def test_the_same_command_with_resume_goes_on(undisturbed, monkeypatch):

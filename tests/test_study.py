@@ -95,8 +95,8 @@ def test_every_interval_that_the_readme_tells_stands_in_the_tables_of_the_study(
 
 def scored(d, outcomes, correct=True):
     """A batch with one token in each step, scored by hand."""
-    rollouts = [sod.Rollout(None, [0], [sod.Turn([0], "", outcome) for outcome in row], correct=right)
-                for row in outcomes]
+    rollouts = [sod.Rollout(None, [0], [sod.Turn([0], "", outcome) for outcome in row],
+                            correct=correct) for row in outcomes]
     batch = sod.collate(rollouts, "cpu")
     wide = sod.pad([[0.0] + row for row in d], 0.0, "cpu")
     batch.logp_s, batch.logp_t, batch.entropy_t, batch.d = wide, 0 * wide, wide / 10, wide[:, 1:]
@@ -208,7 +208,7 @@ def test_two_schemes_teach_only_wrong_rollouts_or_only_what_follows_a_failure():
 
 class Run:
     """As much of an Agent as a control needs."""
-    config, iteration = sod.Config(iterations=4), 1
+    config = sod.Config(iterations=4)
 
 
 def test_controls_put_something_else_in_place_of_the_teacher():
@@ -218,9 +218,9 @@ def test_controls_put_something_else_in_place_of_the_teacher():
     term = lambda control: (control(Run, batch, logp_t) - batch.logp_s)[0, 1:].tolist()
     assert term(study.clip) == [-.5, -1, 1, 0, 1]
     assert term(study.negative) == [0, 0, 0, 0, -.5]  # one of five, the least likely
-    assert term(study.then) == [-.5, -3, 2, 0, 1]
-    Run.iteration = 2
-    assert term(study.then) == [0] * 5
+    for iteration, expected in ((2, [-.5, -3, 2, 0, 1]), (3, [0] * 5)):
+        batch.rollouts[0].key = (0, "rollouts", iteration, 0)
+        assert term(study.then) == expected
 
 
 def test_the_control_variate_adds_the_exact_kl_of_each_place():
@@ -235,7 +235,7 @@ def test_the_control_variate_adds_the_exact_kl_of_each_place():
             full[name] = logits.log_softmax(-1)[:, :-1]
     kl = (full["student"].exp() * (full["student"] - full["teacher"])).sum(-1)
     added = study.vopd(agent, batch, torch.zeros(batch.ids.shape))
-    assert torch.allclose(added[:, 1:], kl * (batch.step_id[:, 1:] >= 0), atol=1e-5)
+    assert torch.allclose(added[:, 1:], kl * batch.sampled[:, 1:], atol=1e-5)
     assert float(added.max()) > 0.01
 
 
@@ -265,9 +265,10 @@ def test_a_fault_that_is_scored_is_a_wrong_answer_and_one_that_is_not_is_left_ou
     def reward(grade):
         turn = sod.Turn([1], tools.render_tool_call("print(12 + 30)"), "sandbox_error")
         r = sod.Rollout(problem, [0], [turn], finish_reason="infrastructure")
-        grade(r, None, sod.Config())
+        grade(r, None)
+        r.reward = sod.outcome_reward(r, sod.Config())
         return sod.collate([r], "cpu").reward.item(), r.correct
-    assert reward(study.score_faults) == (pytest.approx(-0.9), False)
+    assert reward(study.grade_faults) == (pytest.approx(-0.9), False)
     assert math.isnan(reward(sod.grade_rollout)[0])
 
 
@@ -290,14 +291,13 @@ def test_success_along_training_is_that_of_rollouts_which_the_sandbox_did_not_fa
 def test_rows_change_what_they_say_they_change(monkeypatch):
     agent = sod.Agent(sod.Config(), None, None, None, Answers())
     monkeypatch.setattr(sod, "score_by_teacher", lambda agent, batch: (batch.logp_t, None))
-    monkeypatch.setattr(sod, "grade_rollout", sod.grade_rollout)
     batch = scored([[3.0]], [["ok"]])  # logp_s 3, logp_t 0
     study.change(agent, "clip")
-    assert sod.score_by_teacher(agent, batch)[0].tolist() == [[0, 2]]
+    assert agent.score_teacher(agent, batch)[0].tolist() == [[0, 2]]
     study.change(agent, "faults_30")
-    assert sod.grade_rollout is not study.score_faults
+    assert agent.grade is sod.grade_rollout
     study.change(agent, "scored_30")
-    assert sod.grade_rollout is study.score_faults
+    assert agent.grade is study.grade_faults
     study.change(agent, "told_as_success")
     assert agent.tool.submit(None, (0, "rollouts", 1, 0, 1)).result().outcome == "ok"
 

@@ -81,7 +81,7 @@ def spoil(patch, who, value, iterations=(1,)):
         side = "student" if model is agent.student else "teacher"
         calls[side] += 1
         if side == who and calls[side] in iterations:
-            logp[4, (batch.step_id[4] >= 0).nonzero()[3]] = value
+            logp[4, (batch.step_id[4] > 0).nonzero()[3]] = value
         return logp, entropy
     patch.setattr(sod, "score", spoilt)
 
