@@ -78,7 +78,7 @@ OPTIONS = [
     ("--resume HERE", 2, r"holds no run that can be resumed .*name its folder"),
     ("--device cuda", 1, r"device 'cuda' cannot be used .*; use --device cpu"),
     ("--device tpu", 1, r"device 'tpu' cannot be used .*; use --device cpu"),
-    ("--name " + "n" * 300, 1, r"File name too long: "),
+    ("--name " + "n" * 300, 1, r"File name too long.; name another place with --out"),
     ("--tool_modules no_such_module", 1, r"tool_modules .*no_such_module.* not installed; "),
     ("--max_response 5000", 1, r"reads 1024 tokens; max_prompt 128 and max_response 5000"),
     ("--max_prompt 3", 1, r"all 12 rows are longer than 3 tokens .*; raise --max_prompt"),

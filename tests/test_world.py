@@ -73,7 +73,7 @@ def test_the_teacher_learns_from_right_turns_only_and_breaks_off_in_bursts():
     assert 10 < len(broken) < 100 and all(turn["lesson"] for turn in broken)
     for i, (_, turns) in enumerate(conversations):
         said = [turn for turn in turns if turn["role"] == "assistant"]
-        learnt = set(batch.step_id[i].unique().tolist()) - {-1}
+        learnt = set((batch.step_id[i].unique() - 1).tolist()) - {-1}
         assert learnt == {k for k, turn in enumerate(said) if turn["lesson"]}
         failed = ["Error" in turn["content"] or turn["content"] == tools.TIMEOUT_TEXT
                   for turn in turns if turn["role"] == "tool"] + [False]
