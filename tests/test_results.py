@@ -1,0 +1,165 @@
+"""What was measured, and on what: no number of one test stands for another one."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import sod_mini as sod
+import tools
+from conftest import WORLD, SMALL, command, json_lines, small
+from test_resume import RUN, SFT, act_at, folder, resume  # noqa: F401, a fixture
+
+MEASURED = dict(SFT, eval_data="held.jsonl", eval_problems=2, eval_samples=1, silent_rate=0)
+
+
+@pytest.fixture(autouse=True)
+def held_out(folder):  # noqa: F811
+    lines = (WORLD / "heldout.jsonl").read_text().splitlines(keepends=True)
+    (folder / "held.jsonl").write_text("".join(lines[:2]))
+    (folder / "others.jsonl").write_text("".join(lines[2:4]))
+
+
+def stored():
+    return json.loads((RUN / "results.json").read_text())
+
+
+@pytest.mark.parametrize("change", [
+    "eval_temperature .5", "eval_top_p .9", "seed 1", "max_turns 5", "eval_data others.jsonl",
+    "silent_rate .5", "system Think."])
+def test_a_result_is_measured_again_where_anything_that_decides_it_has_changed(monkeypatch, change):
+    act_at(3, MEASURED, monkeypatch)
+    before, (name, value) = stored()["student before"], change.split()
+    measured, real = [], sod.measure
+    monkeypatch.setattr(sod, "measure", lambda agent, model: measured.append(
+        sod.weights_crc(model)) or real(agent, model))
+    assert resume(f"--{name}", value) == 0
+    start = sod.weights_crc(sod.load_model(str(WORLD / "student"), "cpu", torch.float32))
+    assert measured[0] == start and len(measured) == 2  # before, from the start model, and after
+    after = stored()
+    assert after["student before"]["measured_with"] != before["measured_with"]
+    shared = [{k: v for k, v in one["measured_with"].items() if k != "weights"}
+              for one in after.values()]
+    assert shared[0] == shared[1]  # one table, one test
+
+
+@pytest.mark.parametrize("option, value", [("threads", 2), ("micro_batch_tokens", 999),
+                                           ("sft_lr", 0.01)])
+def test_what_does_not_decide_it_leaves_it(monkeypatch, option, value):
+    act_at(3, MEASURED, monkeypatch)
+    before = stored()
+    assert resume(f"--{option}", value) == 0
+    assert stored()["student before"] == before["student before"]
+
+
+def test_results_are_0_and_1_before_and_after_a_resume(monkeypatch):
+    act_at(3, MEASURED, monkeypatch)
+    before = stored()
+    assert resume() == 0
+    for one in [*before.values(), *stored().values()]:
+        assert {type(x) for row in one["correct"] for x in row} == {int}
+
+
+def test_the_card_says_where_the_start_was_not_measured_on_this_test():
+    results = {"student after": np.array([[1, 0]])}
+    assert "before training was not measured" in sod.model_card(small(), results)
+    assert "not measured" not in sod.model_card(small(), {"student before": results["student after"],
+                                                          **results})
+
+
+# --- Rollouts that the machine failed -----------------------------------------------------------
+
+
+def lost_and_whole():
+    """Three rollouts of a group, scored by hand; the machine failed the first."""
+    rollouts = [sod.Rollout(tools.Problem("q", "1"), [5], [sod.Turn([6], "t", "error", "no")],
+                            finish_reason=f, reward=-1.0)
+                for f in ("infrastructure", "answer", "answer")]
+    batch = sod.collate(rollouts, "cpu")
+    batch.logp_s = torch.where(batch.sampled, -1.0, 0.0)
+    batch.logp_t, batch.entropy_t = 2 * batch.logp_s, -batch.logp_s
+    batch.entropy_s = batch.entropy_t
+    batch.d = sod.step_divergence(batch.logp_s, batch.logp_t, batch.step_id)
+    batch.w = sod.step_weights(batch.d)
+    batch.A = sod.group_advantages(batch.reward, 3)
+    batch.advantages = batch.logp_t - batch.logp_s
+    return batch
+
+
+def test_a_rollout_that_the_machine_failed_has_no_numbers_in_its_row():
+    tokenizer = sod.load_tokenizer(SMALL["student"])
+    lost, whole, _ = sod.rollout_rows(lost_and_whole(), 1, tokenizer, 3)
+    assert lost["advantage"] is None and whole["advantage"] == 0
+    for name in ("d", "w", "entropy_t"):
+        assert lost["turns"][0][name] is None and whole["turns"][0][name] == 1.0
+    assert "tokens" in whole["turns"][0] and "tokens" not in lost["turns"][0]
+
+
+def test_it_is_not_shown_and_not_counted():
+    batch = lost_and_whole()
+    batch.rollouts[0].problem = tools.Problem("lost", "1")
+    batch.rollouts[0].correct = True
+    assert "lost" not in sod.show_rollout(batch)
+    m = sod.batch_metrics(sod.Agent(small(), None, None, None, None), 1, batch, [(0.1, 1.0, 0.0)])
+    assert m["d"] == 1.0 and m["infrastructure"] == 1 and m["frac_zero_std_groups"] == 1.0
+
+
+@pytest.mark.parametrize("rewards, share", [
+    ([1, 1, 1, -1], 0.5), ([1, math.nan, 1, -1], 0.0), ([math.nan] * 4, 0.0),
+    ([1, 1, math.nan, math.nan], 1.0), ([math.nan, math.nan, 1, -1], 0.0)])
+def test_groups_of_which_the_machine_left_one_rollout_or_none_are_no_groups_that_agree(rewards,
+                                                                                       share):
+    assert sod.frac_zero_std_groups(torch.tensor(rewards), 2) == share
+
+
+# --- The screen ---------------------------------------------------------------------------------
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202e"
+
+
+def test_control_characters_of_model_tool_and_data_reach_no_terminal():
+    batch = lost_and_whole()
+    r = batch.rollouts[1]
+    r.problem = tools.Problem(f"q{HOSTILE}", f"1{HOSTILE}")
+    r.turns[0].text, r.turns[0].tool_text = f"t{HOSTILE}", f"no{HOSTILE}"
+    r.correct = True
+    shown = sod.show_rollout(batch)
+    assert all(c.isprintable() for line in shown.split("\n") for c in line)
+    assert r"q\x1b[2J\x1b]0;owned\x07" in shown and r"no\x1b[2J" in shown
+
+
+def test_they_do_not_in_a_sentence_about_data_either(folder, capsys):  # noqa: F811
+    (folder / "bad.jsonl").write_text(json.dumps({"question": "q", "answer": "1",
+                                                  "kind": HOSTILE}) + "\n")
+    assert command({**SMALL, "train_data": f"bad{HOSTILE}.jsonl"}) == 1
+    assert command({**SMALL, "train_data": "bad.jsonl"}) == 1
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 2 and not set("\x1b\x07\x9b\r\u202e") & set(said)
+
+
+# --- Preflight ----------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_drops_the_words_of_a_call_is_refused(folder):  # noqa: F811
+    """Where <tool_call> is a special token, no call would ever be seen in the decoded text."""
+    tokenizer = sod.load_tokenizer(SMALL["student"])
+    tokenizer.save_pretrained(folder / "special")
+    data = json.loads((folder / "special/tokenizer.json").read_text())
+    for token in data["added_tokens"]:
+        token["special"] = True
+    (folder / "special/tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(tools.UserError, match="in which no call can be found; mark <tool_call>"):
+        sod.load_tokenizer(folder / "special")
+
+
+def test_the_longer_prompt_of_a_self_teacher_is_held_against_the_window(folder, capsys):  # noqa
+    rows = [{"question": "Start with 5. Add 3.", "answer": answer} for answer in ("8", "8" * 40)]
+    (folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small(method="opsd_gt", train_data="two.jsonl")
+    tokenizer = sod.load_tokenizer(SMALL["student"])
+    longest = max(len(sod.encode_prompt(tokenizer, p, "", "answer"))
+                  for p in tools.load_problems("two.jsonl"))
+    for window, left in ((longest + config.max_response, 2), (longest + config.max_response - 1, 1)):
+        assert len(sod.load_train_set(tokenizer, config, window)) == left
+    assert "1 problems or demonstrations are too long and skipped" in capsys.readouterr().out
