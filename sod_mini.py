@@ -75,7 +75,7 @@ class Sampling:
     tool_unsafe: bool = False               # run programs even where they cannot be contained
     silent_rate: float = 0.1                # chance that the tool stops answering, at each call
     silent_persist: float = 0.5             # chance that a silent tool stays so at the next call
-    rollout_engine: str = "continuous"      # continuous: batching, a kept KV cache; generate: HF's
+    rollout_engine: str = "continuous"      # continuous: our batching; generate: Hugging Face's
     rollout_batch: int = 256                # rollouts sampled side by side; 0: all of them
     micro_batch_tokens: int = 2048          # tokens read side by side, with padding; 0: 65,536
     decode_chunk: int = 8                   # continuous: tokens sampled between checks for ends
@@ -106,7 +106,7 @@ class Config(Sampling):
     group_size: int = 8                     # G: rollouts of each problem
     num_minibatches: int = 2                # parts of a batch; each moves the weights once
     temperature: float = 1.0                # of rollouts, and of both models when they score
-    epsilon: float = 1e-6                   # keeps the ratio of Eq. 7 finite
+    epsilon: float = 1e-6                   # Eq. 7 does not divide by 0
     delta: float = 0.2                      # w_k <= 1 + delta (Eq. 7)
     floor: float = 0.2                      # least d of the weight scheme "floor", nats/token
     opd_coef: float = 1.0                   # distillation against outcome (Eq. 8)
@@ -114,12 +114,12 @@ class Config(Sampling):
     clip_high: float = 0.28                 # ratio <= 1 + clip_high
     dual_clip: float = 3.0                  # where A_it < 0 the loss is at most dual_clip * |A_it|
     tool_shaping: bool = True               # wrong answers cost .1 less for each of up to 4 calls
-    overlong_buffer: int = 64               # last tokens of the budget: reward falls by up to 1
+    overlong_buffer: int = 64               # over the last so many tokens reward falls by up to 1
     lr: float = 3e-4                        # AdamW step size
     warmup: int = 0                         # updates from 0 to lr; constant afterwards
-    beta1: float = 0.9                      # AdamW: memory of the gradient
-    beta2: float = 0.999                    # AdamW: memory of its square
-    weight_decay: float = 0.01              # AdamW
+    beta1: float = 0.9                      # AdamW: decay of the mean gradient
+    beta2: float = 0.999                    # AdamW: decay of the mean squared gradient
+    weight_decay: float = 0.01              # AdamW: share of a weight taken away, times lr
     grad_clip: float = 1.0                  # largest norm of the gradient
     sft_epochs: int = 3                     # passes over the demonstrations
     sft_batch: int = 32                     # demonstrations an update
@@ -128,7 +128,7 @@ class Config(Sampling):
     eval_samples: int = 4                   # samples a problem: average@k
     eval_temperature: float = 1.0           # as the paper
     eval_top_p: float = 1.0                 # the paper's .6 would hide this student's unreliability
-    offload: str = "none"                   # to the CPU while idle: teacher; all: optimiser too
+    offload: str = "none"                   # kept on the CPU: teacher (while idle); all: AdamW too
     gradient_checkpointing: bool = False    # recompute activations in backward: less memory
     preflight: bool = True                  # false: go on though memory or a model look wrong
     out: str = "runs"                       # folder of all outputs
@@ -203,8 +203,8 @@ BOUNDS = {
 
 SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculation. "
           "Put the final answer in \\boxed{}.")
-GPU = dict(demonstrations="", eval_data="", system=SYSTEM, iterations=120, prompts=8, max_turns=8,
-           max_prompt=1024, max_response=4096, overlong_buffer=512, lr=1e-6, sft_lr=1e-5,
+GPU = dict(train_data="", demonstrations="", eval_data="", system=SYSTEM, iterations=120,
+           prompts=8, max_turns=8, max_prompt=1024, max_response=4096, overlong_buffer=512, lr=1e-6, sft_lr=1e-5,
            silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6,
            threads=0, rollout_batch=0, micro_batch_tokens=0,
            gradient_checkpointing=True, show_every=1, store_tokens=16)
@@ -431,10 +431,10 @@ def step_weights(d, epsilon=1e-6, delta=0.2):
     """Trust in the teacher at each step of a rollout (Eq. 7).
 
     The first step is the reference because nothing has gone wrong before it: d_1 is how far these
-    two models differ on this problem anyway. A constant in its place would trust the teacher less
-    on every step of a problem whose wording it does not share. The price: where d_1 is near 0,
-    distillation is switched off for the rest of the rollout (see the scheme "floor"). A weight
-    above 1 lets a step at which the two agree better than at the start count a little more.
+    two models differ on this problem anyway. With a constant as reference, a problem on which they
+    always differ would get low weights at every step. The price: where d_1 is near 0, distillation
+    is switched off for the rest of the rollout (see the scheme "floor"). Weights above 1 let a step
+    at which the two agree better than at the first one count a little more.
 
     d        (B, K) divergence of each step, nats/token
     returns  (B, K) w_k = min(prod_{u<k} (d_u + eps) / (d_{u+1} + eps), 1 + delta), w_1 = 1
@@ -500,11 +500,11 @@ METHODS = {
 def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
     """What each sampled token is worth (Eq. 8-10): outcome plus weighted distillation.
 
-    Why logp_t - logp_s is an advantage: the gradient of KL(student || teacher) on the student's
-    own samples is E[grad log pi (logp_s - logp_t)], so to go down it is a policy gradient with
-    the advantage logp_t - logp_s. Each token gets its own gap alone, not those of later tokens
-    that it leads to: less exact, and far less noisy. A is about 1 in size, the gap has no bound;
-    only w, opd_coef and the clipping of policy_loss hold them in balance.
+    Why logp_t - logp_s is an advantage: after a fixed prefix, the gradient of
+    KL(student || teacher) is E[grad log pi (logp_s - logp_t)] over the student's own samples, so to
+    go down it is a policy gradient with the advantage logp_t - logp_s. The effect of a token on the KL of later ones is
+    left out: that is less exact, and far less noisy. A is about 1 in size and the gap has no bound;
+    only w and opd_coef scale it.
 
     method           a key of METHODS
     A                outcome advantage of each rollout, (B,), or of each token, (B, T)
@@ -519,9 +519,9 @@ def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
         assert A.shape in [(B,), (B, T)], (
             f"advantages are of rollouts {(B,)} or of tokens {(B, T)}, not {tuple(A.shape)}")
         A_it = A_it + A.view(B, -1)
-    if METHODS[method].scorer:
+    if METHODS[method].scorer and opd_coef:  # 0 * inf is not 0
         A_it = A_it + opd_coef * per_token(w, step_id) * (logp_t - logp_s)
-    # where, not a product: tool tokens may hold any value, and 0 * inf is not 0.
+    # where, not a product: tool tokens may hold any value.
     return torch.where(step_id > 0, A_it, 0.0).detach()
 
 
@@ -536,12 +536,11 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
                 num_tokens=None):
     """Clipped surrogate on token advantages, with the dual clip where they are negative.
 
-    The distillation part is one of these advantages, and is clipped with them. In the first update
-    on a batch every ratio is 1 and nothing is clipped. The later ones reuse the batch, with
-    logp_old and the advantages as they were when it was sampled: that is what the ratio corrects
-    for, and where it has gone too far the token is left alone. The mean is over all tokens of the
-    update, so a long rollout weighs more than a short one; a mean for each rollout would make a
-    token of a long wrong answer cheap.
+    In the first update after sampling every ratio is 1 and nothing is clipped. The later updates
+    meet weights that have moved; logp_old and the advantages stay as they were when the batch was
+    sampled, since the ratio corrects for just that. The distillation part is clipped together with
+    the outcome part, for it is a part of the advantage. The mean is over all tokens of the update;
+    a mean for each rollout would give each token of a long rollout a smaller weight.
 
     logp, logp_old  (B, T) log-probabilities now (with gradient) and when sampled, nats
     advantages      (B, T) A_it
@@ -564,8 +563,8 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
 
 
 # --- Log-probabilities of given tokens ----------------------------------------------------------
-# At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. So the two
-# classes that are applied here, which stand after the method, compute them tile by tile.
+# At 20,480 tokens and 151,936 vocabulary entries the logits alone take 11.6 GiB in fp32. So they
+# are computed tile by tile, by _TokenLogProbs and _ReverseKL, which stand after the method.
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0, entropy=False):
@@ -613,8 +612,9 @@ CUT = "\ufdd0"  # a code point no text may hold: marks where a control string is
 def escape_special_tokens(tokenizer, text):
     """Mark `text` so that encode() treats control strings in it as ordinary text: a tool that
     prints "<|im_end|>" must not end the turn."""
+    text = text.replace(CUT, "\ufffd")
     control = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
-    return re.sub(f"(?=(?:{control}))(.)", rf"\1{CUT}", text.replace(CUT, "\ufffd"), flags=re.S)
+    return re.sub(f"(?=(?:{control}))(.)", rf"\1{CUT}", text, flags=re.S) if control else text
 
 
 def encode(tokenizer, text):
@@ -1026,8 +1026,8 @@ def cosine_scale(n, total):
 
 
 def backpropagate(agent, batch):
-    """Add the gradient of some rollouts to the parameters' (or to the optimiser's masters'); their
-    loss and the share of tokens that were clipped, both means over all of their tokens."""
+    """Leave the gradient of some rollouts in the parameters (or in the optimiser's masters);
+    returns their loss and the share of tokens whose ratio left the clip range."""
     student = agent.student.train()  # checkpointing works in train() alone
     num_tokens = int(batch.sampled.sum())
     if not num_tokens:  # the machine failed all of them
@@ -1046,7 +1046,8 @@ def backpropagate(agent, batch):
 
 
 def loss_of(agent, student, part, num_tokens):
-    """The share of a micro-batch in the loss of its update, and how many tokens were clipped."""
+    """What a micro-batch contributes to the mean loss of its update, and how many of its tokens
+    have a ratio outside the clip range."""
     config, mask = agent.config, part.sampled  # (B, T), with N tokens
     hidden = sampled_hidden(student, part.ids, part.step_id)  # (N, D)
     of_targets = partial(token_logprobs, hidden, lm_head_weight(student), part.ids[mask])
@@ -1775,10 +1776,10 @@ HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
                    "or imitate first: --method sft"),
     # The student has left what was sampled.
     "clip_frac": (0, 0.2, "{:.0%} of tokens left the clip range: lower --lr or --num_minibatches"),
-    # At .1 nats one token in fifty is open; the paper's lost teacher has 2.4 nats.
+    # At .1 nats one token in fifty is open; after three failed calls the paper's teacher has 2.4.
     "entropy": (0.1, math.inf, "entropy fell to {:.2f} nats: the student has stopped exploring; "
                 "lower --lr, or raise --temperature"),
-    "teacher_entropy": (0, 2.0, "the teacher is lost, its entropy is {:.1f} nats: does it know "
+    "teacher_entropy": (0, 2.0, "the teacher is unsure, its entropy is {:.1f} nats: does it know "
                         "this system text and tool?"),
     "skipped_updates": (0, 0, "{:.0f} updates were not taken, for a score, the loss or the "
                         "gradient was not finite: lower --lr, or try --dtype float32"),
@@ -1834,10 +1835,10 @@ def mean_ci(correct):
     """average@k in percent with its 95% interval over problems.
 
     correct  (problems, k) of 0 and 1; the samples of one problem stay together, for they are alike
-    returns  mean, low, high: at each end the widest of three intervals, since each of them is too
-             narrow somewhere. Student's; Wilson's with the same spread, for few easy problems among
-             many hard ones; and what P problems say at least: a mean m shows P zeros with a chance
-             of at most (1 - m)^P
+    returns  mean, low, high: at each end the farthest of three intervals, since each of them is too
+             narrow somewhere. Student's t over the P means of problems; Wilson's for a share, which
+             serves where few problems are easy among many hard ones; and that of P equal results,
+             which a true mean m shows with a chance of at most (1 - m)^P
     """
     scores = np.asarray(correct, float).mean(1)
     P, m = len(scores), scores.mean()
@@ -2507,12 +2508,14 @@ NO_MATTER = ("rollout_batch", "micro_batch_tokens", "decode_chunk", "tool_poll_t
 
 
 def measured_with(agent, model):
-    """Everything that a result depends on: weights, problems, and how these were sampled."""
+    """What a result depends on: weights, problems, how these are sampled, the grader's file. The
+    tokenizer comes with the weights."""
     names = [f.name for f in fields(Sampling) if f.name not in NO_MATTER]
     names += ["eval_samples", "eval_temperature", "eval_top_p"]
     return {**{name: getattr(agent.config, name) for name in names},
             "problems": hashlib.sha256(repr(agent.eval_set).encode("utf-8", "surrogatepass"))
-            .hexdigest(), "weights": weights_crc(model)}
+            .hexdigest(), "weights": weights_crc(model),
+            "grader": file_digests(agent.config)["tools.py"]}
 
 
 def weights_crc(model):

@@ -24,7 +24,7 @@ TROUBLES = [  # metric, value, sentence
     ("d1_near_0", 0.31, "d_1 is near 0 in 31% of rollouts: distillation is off after their first"),
     ("tool_fail", 0.31, "31% of tool calls fail"),
     ("entropy", 0.07, "entropy fell to 0.07 nats"),
-    ("teacher_entropy", 2.38, "the teacher is lost, its entropy is 2.4 nats"),
+    ("teacher_entropy", 2.38, "the teacher is unsure, its entropy is 2.4 nats"),
     ("clip_frac", 0.3, "30% of tokens left the clip range: lower --lr"),
     ("skipped_updates", 2, "2 updates were not taken"),
     ("tool_calls", 0.02, "the tool is called 0.02 times a rollout"),
