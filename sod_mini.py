@@ -204,8 +204,8 @@ BOUNDS = {
 SYSTEM = ("Solve the problem. Use the code_interpreter tool for every calculation. "
           "Put the final answer in \\boxed{}.")
 GPU = dict(train_data="", demonstrations="", eval_data="", system=SYSTEM, iterations=120,
-           prompts=8, max_turns=8, max_prompt=1024, max_response=4096, overlong_buffer=512, lr=1e-6, sft_lr=1e-5,
-           silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6,
+           prompts=8, max_turns=8, max_prompt=1024, max_response=4096, overlong_buffer=512,
+           lr=1e-6, sft_lr=1e-5, silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6,
            threads=0, rollout_batch=0, micro_batch_tokens=0,
            gradient_checkpointing=True, show_every=1, store_tokens=16)
 # Named sets of values that replace those above; "world" replaces none of them. The paper's run
@@ -502,9 +502,9 @@ def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
 
     Why logp_t - logp_s is an advantage: after a fixed prefix, the gradient of
     KL(student || teacher) is E[grad log pi (logp_s - logp_t)] over the student's own samples, so to
-    go down it is a policy gradient with the advantage logp_t - logp_s. The effect of a token on the KL of later ones is
-    left out: that is less exact, and far less noisy. A is about 1 in size and the gap has no bound;
-    only w and opd_coef scale it.
+    go down it is a policy gradient with the advantage logp_t - logp_s. The effect of a token on the
+    KL of later ones is left out: that is less exact, and far less noisy. A is about 1 in size and
+    the gap has no bound; only w and opd_coef scale it.
 
     method           a key of METHODS
     A                outcome advantage of each rollout, (B,), or of each token, (B, T)
