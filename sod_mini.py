@@ -52,6 +52,9 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache,
                           GenerationConfig, LogitsProcessor)
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import (DocstringParsingException,
+                                                    TypeHintParsingException)
 
 import tools
 from tools import UserError
@@ -65,6 +68,9 @@ WORLD = os.path.relpath(Path(__file__).resolve().parent / "data" / "world")
 class Sampling:
     """How a model is put to problems: the options that training shares with evaluate.py."""
     system: str = ""                        # system message of problems that bring none
+    examples: str = ""                      # file of worked conversations to read before a question
+    calls: str = "hermes"                   # how a tool is called: hermes (JSON), python (blocks)
+    tools: str = tools.TOOL_NAME            # what can be called: this, files of functions, or x,y
     thinking: bool = False                  # thinking mode, in templates that have one (Qwen3)
     max_turns: int = 12                     # assistant turns in a rollout
     max_prompt: int = 128                   # tokens; longer prompts are skipped, and counted
@@ -97,6 +103,8 @@ class Config(Sampling):
     kl: str = "sampled"                     # sampled: the paper's; full: the exact KL, as a loss
     student: str = f"{WORLD}/student"       # the model we train: a folder or a Hub id
     teacher: str = f"{WORLD}/teacher"       # the model that scores: a folder or a Hub id
+    teacher_system: str = ""                # what it reads in place of --system, "" for the same
+    teacher_examples: str = ""              # and in place of --examples, "" for the same
     init: str = "pretrained"                # or random: the student's shape without its weights
     train_data: str = f"{WORLD}/train.jsonl"             # problems to learn from
     eval_data: str = f"{WORLD}/heldout.jsonl"            # problems to measure on, "" for none
@@ -184,7 +192,8 @@ def check_values(config, bounds):
 def choices():
     """Options that take one of a few words."""
     return {"method": list(METHODS), "weights": list(WEIGHTS), "kl": ["sampled", "full"],
-            "init": ["pretrained", "random"], "rollout_engine": list(ENGINES),
+            "init": ["pretrained", "random"], "calls": list(tools.CALLS),
+            "rollout_engine": list(ENGINES),
             "offload": ["none", "teacher", "all"], "dtype": ["auto", "float32", "bfloat16"]}
 
 
@@ -228,7 +237,8 @@ class Turn:
     """A step of a rollout: what the student wrote, and what the tool answered."""
     ids: list[int] = field(default_factory=list)       # as sampled, the end token included
     text: str = ""                                     # the same, without special tokens
-    outcome: str = ""                                  # of its call (tools.py); "" without one
+    tool: str = ""                                     # whose call it holds; "" without one
+    outcome: str = ""                                  # of this call (tools.py); "" without one
     tool_text: str = ""                                # the tool's answer
     tool_ids: list[int] = field(default_factory=list)  # the tool turn as the model saw it
 
@@ -624,46 +634,70 @@ def encode(tokenizer, text):
             for i in tokenizer.encode(piece, add_special_tokens=False)]
 
 
-def privileged_context(problem, scorer):
-    """What a self-teacher is told after the question (methods opsd_gt and opsd_hint)."""
+@dataclass(frozen=True)
+class Context:
+    """What a model reads before and besides the question: tools, system text, worked examples."""
+    calls: object = tools.HERMES  # how tools are called and answered
+    system: str = ""
+    examples: tuple = ()          # messages of worked conversations
+    privileged: str = ""          # what a self-teacher is told after the question: answer, hint
+
+
+def student_context(config):
+    return Context(call_form(config.calls, config.tools), config.system,
+                   worked_examples(config.examples))
+
+
+def teacher_context(config):
+    """The student's, but for what the teacher is given in its place or told besides."""
+    scorer = METHODS[config.method].scorer
+    return Context(call_form(config.calls, config.tools), config.teacher_system or config.system,
+                   worked_examples(config.teacher_examples or config.examples),
+                   scorer if scorer in ("answer", "hint") else "")
+
+
+def told_besides(problem, privileged):
     return {"answer": f"\nThe answer is {problem.answer}.",
-            "hint": f"\nHint: {problem.hint}"}.get(scorer, "")
+            "hint": f"\nHint: {problem.hint}"}.get(privileged, "")
 
 
-def encode_prompt(tokenizer, problem, system="", scorer=""):
+def encode_prompt(tokenizer, problem, context=Context()):
     """Ids up to and including the header of the first assistant turn. Differs from the authors'
     code: there row 0 decides for a whole file how prompts are made."""
     *before, last = problem.messages or [{"role": "user", "content": problem.question}]
-    last = {**last, "content": last["content"] + privileged_context(problem, scorer)}
-    # The assistant's turns of a worked example keep their control tokens, for a model writes them.
+    last = {**last, "content": last["content"] + told_besides(problem, context.privileged)}
+    own_system = [m for m in before if m["role"] == "system"]
+    messages = [*own_system, *context.examples, *before[len(own_system):], last]
+    messages = [context.calls.answer(m["content"]) if m["role"] == "tool" else m for m in messages]
+    # The assistant's turns of worked examples keep their control tokens, for a model writes them;
+    # so does the system text, which is the user's own.
     messages = [m if m["role"] == "assistant" else
-                {**m, "content": escape_special_tokens(tokenizer, m["content"])}
-                for m in [*before, last]]
-    if system and messages[0]["role"] != "system":
-        # This text is the user's own, so it may hold control tokens, such as those of a call.
-        messages = [{"role": "system", "content": system}, *messages]
+                {**m, "content": escape_special_tokens(tokenizer, m["content"])} for m in messages]
+    if context.system and not own_system:
+        messages = [{"role": "system", "content": context.system}, *messages]
     return encode(tokenizer, tokenizer.apply_chat_template(
-        messages, tools=[tools.TOOL_SCHEMA], add_generation_prompt=True, tokenize=False))
+        messages, tools=context.calls.schemas, add_generation_prompt=True, tokenize=False))
 
 
-def render_tool_turn(tokenizer, text):
+def render_tool_turn(tokenizer, text, calls=tools.HERMES):
     """What the template writes after the text of an assistant turn, its end token first. Only this
     is rendered: in a whole conversation Qwen3's template drops earlier thoughts."""
-    anchor = "ANCHOR"
+    anchor, message = "ANCHOR", calls.answer(text)
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": anchor},
-         {"role": "tool", "content": escape_special_tokens(tokenizer, text)}],
+         {**message, "content": escape_special_tokens(tokenizer, message["content"])}],
         add_generation_prompt=True, tokenize=False)
     return rendered.split(anchor, 1)[1]
 
 
-def encode_tool_turn(tokenizer, text):
+def encode_tool_turn(tokenizer, text, calls=tools.HERMES):
     """Ids of everything between the student's end-of-turn token and its next turn. Differs from the
     authors' code: there each tool turn loses two tokens."""
-    return encode(tokenizer, render_tool_turn(tokenizer, text).removeprefix(tokenizer.eos_token))
+    rendered = render_tool_turn(tokenizer, text, calls)
+    return encode(tokenizer, rendered.removeprefix(tokenizer.eos_token))
 
 
-def encode_demonstration(tokenizer, problem, messages, system=""):
+def encode_demonstration(tokenizer, problem, messages, context=Context()):
     """A finished conversation as a Rollout, put together exactly as a rollout grows. Differs from
     the authors' code: there the loss mask is off by one token.
 
@@ -675,8 +709,8 @@ def encode_demonstration(tokenizer, problem, messages, system=""):
             turns.append(Turn(encode(tokenizer, message["content"] + tokenizer.eos_token),
                               message["content"]))
         else:
-            turns[-1].tool_ids = encode_tool_turn(tokenizer, message["content"])
-    return Rollout(problem, encode_prompt(tokenizer, problem, system), turns)
+            turns[-1].tool_ids = encode_tool_turn(tokenizer, message["content"], context.calls)
+    return Rollout(problem, encode_prompt(tokenizer, problem, context), turns)
 
 
 # --- Rollouts ---------------------------------------------------------------------------------
@@ -711,7 +745,7 @@ def sample_rollouts(agent, model, prompts, key, numbers=None, temperature=None, 
         return rollouts
     rollouts = retry_on_oom(agent, "rollout_batch", attempt, least=1, most=len(prompts))
     for r in rollouts:
-        agent.grade(r, agent.tool)
+        agent.grade(r, agent.tool, final_text(r, config.calls))
         r.uniforms = None  # used up
     return from_all_ranks(rollouts)
 
@@ -798,21 +832,22 @@ def end_turn(agent, r, ends):
     """Record the turn that r has just sampled. Returns its tool call, or None where r ends here."""
     turn = r.turns[-1]
     turn.text = agent.tokenizer.decode(turn.ids, skip_special_tokens=True)
-    call = tools.parse_tool_call(turn.text)
+    call = student_context(agent.config).calls.parse(turn.text)
     if turn.ids[-1] not in ends:
         r.finish_reason = "length"
     elif call is None:
         r.finish_reason = "answer"
     elif len(r.turns) == agent.config.max_turns:
         r.finish_reason = "turns"
-    if call and r.finish_reason:
-        turn.outcome = "not_run"
+    if call:
+        turn.tool, turn.outcome = call.tool, "not_run" if r.finish_reason else ""
     return None if r.finish_reason else call
 
 
 def take_answer(agent, r, observation):
     """Append what the tool said; a rollout whose budget it does not fit is cut off here."""
-    turn, ids = r.turns[-1], encode_tool_turn(agent.tokenizer, observation.text)
+    turn, calls = r.turns[-1], student_context(agent.config).calls
+    ids = encode_tool_turn(agent.tokenizer, observation.text, calls)
     turn.outcome, turn.tool_text = observation.outcome, observation.text
     if observation.outcome == "sandbox_error":  # tried again and again: the machine's fault
         r.finish_reason = "infrastructure"
@@ -823,11 +858,20 @@ def take_answer(agent, r, observation):
         r.turns.append(Turn())
 
 
-def grade_rollout(r, tool):
-    """Set the verdict on the final turn. Without one there is nothing to grade."""
+def final_text(r, calls):
+    """What is graded: the last turn, where the rollout has ended with an answer. With python blocks
+    each program is a call; so the one that a problem asks for is the last of the conversation."""
+    if r.finish_reason != "answer":
+        return ""
+    all_turns = calls == "python" and r.problem.kind == "program"
+    return "\n".join(turn.text for turn in (r.turns if all_turns else r.turns[-1:]))
+
+
+def grade_rollout(r, tool, text):
+    """Set the verdict on the text of a rollout (final_text)."""
     if r.lost:
         return
-    verdict = tools.grade(r.problem, r.turns[-1].text if r.finish_reason == "answer" else "", tool)
+    verdict = tools.grade(r.problem, text, tool)
     r.correct, r.reason, r.score = verdict.correct, verdict.reason, verdict.score
     if "sandbox_error" in verdict.reason:
         r.finish_reason = "infrastructure"
@@ -911,13 +955,11 @@ def score_by_teacher(agent, batch):
 
 
 def teacher_batch(agent, batch):
-    """The same rollouts in the teacher's context: after the student's prompt, or one that tells
-    more."""
-    scorer = METHODS[agent.config.method].scorer
-    if scorer == "teacher":
+    """The same rollouts in the teacher's context: after the student's prompt, or one of its own."""
+    context = teacher_context(agent.config)
+    if context == student_context(agent.config):
         return batch
-    prompts = [encode_prompt(agent.tokenizer, r.problem, agent.config.system, scorer)
-               for r in batch.rollouts]
+    prompts = [encode_prompt(agent.tokenizer, r.problem, context) for r in batch.rollouts]
     return collate(batch.rollouts, batch.ids.device, prompts)
 
 
@@ -1705,8 +1747,10 @@ def frac_zero_std_groups(rewards, group_size):
 
 
 def call_metrics(turns, num_rollouts):
-    """Tool calls: how many a rollout, the share that failed, and how each kind of them ended."""
-    outcomes = Counter(turn.outcome for turn in turns if turn.outcome)
+    """Tool calls: how many a rollout, the share that failed, and how each kind of them ended; those
+    of a user's own tool have its name before the outcome."""
+    name = lambda turn: f"{turn.tool}: " * (turn.tool not in ("", tools.TOOL_NAME)) + turn.outcome
+    outcomes = Counter(name(turn) for turn in turns if turn.outcome)
     calls = sum(outcomes.values())
     return {"tool_calls": calls / num_rollouts, "outcomes": dict(outcomes),
             "tool_fail": sum(turn.failed for turn in turns) / max(calls, 1)}
@@ -1897,12 +1941,13 @@ def preflight(config):
     """An Agent without its models' weights, or one sentence that says why this run cannot work."""
     device, dtype = choose_device(config)
     print(f"device  {device}, {str(dtype).removeprefix('torch.')}; seed {config.seed}")
-    tokenizer = load_tokenizer(config.student, config.thinking)
+    calls = student_context(config).calls
+    tokenizer = load_tokenizer(config.student, config.thinking, calls)
     student = skeleton(config.student)
     check_model(config.student, student, tokenizer, config)
     scorer, teacher, notes = METHODS[config.method].scorer, None, []
     if scorer == "teacher":
-        other = load_tokenizer(config.teacher, config.thinking)
+        other = load_tokenizer(config.teacher, config.thinking, calls)
         teacher = skeleton(config.teacher)
         check_model(config.teacher, teacher, tokenizer, config)
         notes = [check_pair(student, teacher, tokenizer, other, config)]
@@ -1916,7 +1961,7 @@ def preflight(config):
         print("evaluation  " + how_sampled(tokenizer, config, config.eval_temperature,
                                            config.eval_top_p))
     agent = Agent(config, None, None, tokenizer, None)
-    agent.train_set = load_train_set(tokenizer, config, window_of(student))
+    agent.train_set = load_train_set(tokenizer, config, window_of(teacher or student))
     agent.eval_set = load_eval_set(tokenizer, config)
     note_shared_problems(agent)
     agent.tool, milliseconds = load_tool(config)
@@ -2006,7 +2051,8 @@ def enable_checkpointing(model):
 def print_model(role, name, model, pretrained, agent):
     """Print what was loaded, once it has proved to find a plain tool call in its own template
     likelier than chance."""
-    ids, logp = check_plain_head(name, model, agent.tokenizer)
+    calls = student_context(agent.config).calls
+    ids, logp = check_plain_head(name, model, agent.tokenizer, calls)
     mean, chance = float(logp.mean()), -math.log(len(lm_head_weight(model)))
     if pretrained and not mean > 0.9 * chance and agent.config.preflight:  # NaN too
         raise UserError(f"{name} gives a plain tool call in its own template {mean:.2f} nats a "
@@ -2019,11 +2065,12 @@ def print_model(role, name, model, pretrained, agent):
 
 
 @torch.no_grad()
-def check_plain_head(name, model, tokenizer):
+def check_plain_head(name, model, tokenizer, calls=tools.HERMES):
     """Refuse a model whose logits are not hidden @ weight^T, which is what we compute; the ids of
     an example and our log-probabilities of them. The logits grow in training, and a cap shows only
     where they are large, so a checkpoint is checked again before it is written."""
-    batch = collate([encode_demonstration(tokenizer, *EXAMPLE)], model.device)
+    batch = collate([encode_demonstration(tokenizer, *example(calls), Context(calls))],
+                    model.device)
     logp, _ = sampled_logprobs(model, batch.ids, batch.step_id, 1.0)
     own = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     own = own.gather(2, batch.ids[:, 1:, None])[batch.sampled[:, 1:]][:, 0]
@@ -2036,9 +2083,15 @@ def check_plain_head(name, model, tokenizer):
 NOT_PLAIN = ("{} does more to its logits than hidden states times output layer (a cap, a scale or "
              "a bias), so its tokens would be scored wrongly; use Qwen3, Qwen2, Llama or another "
              "model with a plain output layer")
-EXAMPLE = (tools.Problem("Start with 12. Add 30.", "42"), [
-    {"role": "assistant", "content": tools.render_tool_call("print(12 + 30)")},
-    {"role": "tool", "content": "42"}, {"role": "assistant", "content": "\\boxed{42}"}])
+
+
+def example(calls=tools.HERMES):
+    """A problem and the turns that solve it with a call."""
+    return (tools.Problem("Start with 12. Add 30.", "42"), [
+        {"role": "assistant", "content": calls.render("print(12 + 30)")},
+        {"role": "tool", "content": "42"}, {"role": "assistant", "content": "\\boxed{42}"}])
+
+
 PROBES = [
     "Solve 12 + 3045 = ?\n\t1,024.50", "naïve 東京 🙂 e\u0301", "  print( 'x' )\r\n\n",
     "\\boxed{\\frac{1}{2}}", "<think>\n\n</think>",
@@ -2046,14 +2099,14 @@ PROBES = [
     "<|im_start|>user<|im_end|><|endoftext|>"]
 
 
-def load_tokenizer(path, thinking=False):
+def load_tokenizer(path, thinking=False, calls=tools.HERMES):
     """The tokenizer, checked for what a conversation with a tool needs. Where its template has a
     thinking mode, which Qwen3's turns on unless it is told, `thinking` becomes its default."""
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, path)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no chat template or no end-of-turn token; "
                         "use a chat model such as Qwen/Qwen3-0.6B")
-    template = tokenizer.get_chat_template(tools=[tools.TOOL_SCHEMA])
+    template = tokenizer.get_chat_template(tools=calls.schemas)
     if thinking and "enable_thinking" not in template:
         raise UserError(f"the chat template of {path} has no thinking mode; use --thinking false")
     if "enable_thinking" in template:  # a save of ours has such a line already: take it out
@@ -2061,43 +2114,51 @@ def load_tokenizer(path, thinking=False):
         default = "true" if thinking else "false"
         tokenizer.chat_template = ("{%- set enable_thinking = enable_thinking | default("
                                    f"{default}) %}}{template}")
-    check_template(path, tokenizer)
+    check_template(path, tokenizer, calls)
     return tokenizer
 
 
-def check_template(path, tokenizer):
-    """Refuse a template that does not show the tool or its answers, and a tokenizer in whose
-    decoded text a tool call cannot be found again."""
-    probe, example = "the text of a tool", EXAMPLE[1][0]["content"]
+def check_template(path, tokenizer, calls):
+    """Refuse a template that does not show the tools (where it has to) or their answers, and a
+    tokenizer in whose decoded text a tool call cannot be found again."""
+    probe, (problem, (turn, *_)) = "the text of a tool", example(calls)
     try:
-        shown = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0])
-                                 + encode_tool_turn(tokenizer, probe))
-        after = render_tool_turn(tokenizer, probe)
+        shown = tokenizer.decode(encode_prompt(tokenizer, problem, Context(calls))
+                                 + encode_tool_turn(tokenizer, probe, calls))
+        after = render_tool_turn(tokenizer, probe, calls)
     except Exception as error:  # a template may raise anything
         shown, after = f"an error ({error})", tokenizer.eos_token
-    if tools.TOOL_NAME not in shown or probe not in shown:
+    names = [schema["function"]["name"] for schema in calls.schemas or ()]
+    if not all(name in shown for name in [*names, probe]):
         raise UserError(f"the chat template of {path} does not show a tool or its answers: it "
-                        f"gave {shown!r}; use a model whose template knows tools")
+                        f"gave {shown!r}; use a model whose template knows tools, or "
+                        "--calls python")
     if not after.startswith(tokenizer.eos_token):
         raise UserError(f"the chat template of {path} ends a turn with {after[:12]!r} and its "
                         f"tokenizer with {tokenizer.eos_token!r}: set eos_token in "
                         "tokenizer_config.json to what the template writes")
-    read = tokenizer.decode(encode(tokenizer, example), skip_special_tokens=True)
-    if tools.parse_tool_call(read) != tools.parse_tool_call(example):
-        raise UserError(f"the tokenizer of {path} reads the tool call {example!r} as {read!r}, in "
-                        "which no call can be found; mark <tool_call> and </tool_call> as not "
-                        "special in tokenizer.json")
+    read = tokenizer.decode(encode(tokenizer, turn["content"]), skip_special_tokens=True)
+    if calls.parse(read) != calls.parse(turn["content"]):
+        raise UserError(f"the tokenizer of {path} reads the tool call {turn['content']!r} as "
+                        f"{read!r}, in which no call can be found; mark <tool_call> and "
+                        "</tool_call> as not special in tokenizer.json, or use --calls python")
 
 
 def how_sampled(tokenizer, config, temperature, top_p):
     """What a success depends on besides the model, as a line for the screen."""
-    shown = tokenizer.decode(encode_prompt(tokenizer, EXAMPLE[0]))
-    marks = "|".join(map(re.escape, tokenizer.get_added_vocab()))
-    roles = re.findall(f"(?:{marks})(system|developer|user)",
-                       shown[:shown.index(tools.TOOL_NAME)])
+    context = student_context(config)
+    where = "calls as python blocks, no tool schema"
+    if schemas := context.calls.schemas:
+        shown = tokenizer.decode(encode_prompt(tokenizer, example()[0], Context(context.calls)))
+        marks = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+        names = [schema["function"]["name"] for schema in schemas]
+        roles = re.findall(f"(?:{marks})(system|developer|user)", shown[:shown.index(names[0])])
+        where = f"tool schema in the {(roles or ['first'])[-1]} turn"
+        where += f": {', '.join(names)}" * (names != [tools.TOOL_NAME])
+    where += f"; worked examples of {config.examples}" * bool(context.examples)
     return (f"temperature {temperature}, top-p {top_p}, no top-k; at most {config.max_turns} turns "
             f"and {config.max_response:,} tokens; thinking {'on' if config.thinking else 'off'}; "
-            f"system text {config.system!r}; tool schema in the {(roles or ['first'])[-1]} turn")
+            f"system text {config.system!r}; {where}")
 
 
 def check_model(path, model, tokenizer, config):
@@ -2136,7 +2197,10 @@ def check_pair(student, teacher, tokenizer_s, tokenizer_t, config):
         raise UserError(f"student and teacher have {rows_s} and {rows_t} vocabulary rows; "
                         "--kl full compares row by row, so use --kl sampled")
     same = f"same ids on {len(PROBES)} probes"
-    if len({tuple(encode_demonstration(t, *EXAMPLE).ids) for t in (tokenizer_s, tokenizer_t)}) > 1:
+    context = student_context(config)
+    shown = [encode_demonstration(t, *example(context.calls), context).ids
+             for t in (tokenizer_s, tokenizer_t)]
+    if shown[0] != shown[1]:
         return f"{same}, NOTE: the teacher has another template, and scores the student's"
     return f"{same}, same template"
 
@@ -2171,14 +2235,14 @@ def load_train_set(tokenizer, config, window):
     if config.method == "vanilla":
         return []
     if config.method == "sft":
-        rows = [encode_demonstration(tokenizer, problem, turns, config.system)
+        rows = [encode_demonstration(tokenizer, problem, turns, student_context(config))
                 for problem, turns in tools.load_demonstrations(config.demonstrations)]
         pairs, skipped = fitting([(row, row.ids) for row in rows],
                                  config.max_prompt + config.max_response)
         kept = [row for row, _ in pairs]
     else:
         kept, skipped = fitting_prompts(tools.load_problems(config.train_data), tokenizer, config)
-        if METHODS[config.method].scorer in ("answer", "hint"):
+        if METHODS[config.method].scorer and teacher_context(config) != student_context(config):
             kept, more = fitting_contexts(kept, tokenizer, config, window)
             skipped += more
     if skipped:
@@ -2189,18 +2253,19 @@ def load_train_set(tokenizer, config, window):
 
 def fitting_prompts(problems, tokenizer, config):
     """[(Problem, ids)] of the problems whose prompt fits the budget, and how many do not."""
-    return fitting([(p, encode_prompt(tokenizer, p, config.system)) for p in problems],
+    context = student_context(config)
+    return fitting([(p, encode_prompt(tokenizer, p, context)) for p in problems],
                    config.max_prompt)
 
 
 def fitting_contexts(pairs, tokenizer, config, window):
-    """Those of [(Problem, ids), ...] for which a self-teacher's longer prompt leaves room for a
-    response in its window, and how many others there are."""
-    scorer = METHODS[config.method].scorer
-    if not all(getattr(problem, scorer) for problem, _ in pairs):
-        raise UserError(f"{config.train_data} has problems without {scorer}; method "
+    """Those of [(Problem, ids), ...] for which the teacher's own prompt leaves room for a response
+    in its window, and how many others there are."""
+    context = teacher_context(config)
+    if context.privileged and not all(getattr(p, context.privileged) for p, _ in pairs):
+        raise UserError(f"{config.train_data} has problems without {context.privileged}; method "
                         f"{config.method} needs one in every row")
-    longer = [(pair, encode_prompt(tokenizer, pair[0], config.system, scorer)) for pair in pairs]
+    longer = [(pair, encode_prompt(tokenizer, pair[0], context)) for pair in pairs]
     kept, skipped = fitting(longer, window - config.max_response)
     return [pair for pair, _ in kept], skipped
 
@@ -2223,6 +2288,52 @@ def load_eval_set(tokenizer, config):
     if skipped:
         print(f"{skipped} held-out prompts are longer than {config.max_prompt} tokens and skipped")
     return [problem for problem, _ in kept]
+
+
+@functools.lru_cache
+def worked_examples(path):
+    """The turns of a file of worked conversations, which has the form of demonstrations."""
+    if not path:
+        return ()
+    turns = [turn for problem, solution in tools.load_demonstrations(path)
+             for turn in [*problem.messages, *solution]]
+    if any(turn["role"] == "system" for turn in turns):
+        raise UserError(f"{path} holds a system turn; worked examples are read after the system "
+                        "text of --system: delete it there")
+    return tuple(turns)
+
+
+@functools.lru_cache
+def call_form(calls, names):
+    """How tools are called, and which ones, of the options --calls and --tools."""
+    known = []
+    for name in names.split(","):
+        known += [tools.INTERPRETER] if name == tools.TOOL_NAME else load_functions(name)
+    twice = [name for name, n in Counter(tool.name for tool in known).items() if n > 1]
+    if twice or not known:
+        raise UserError(f"tools is {names!r}, which holds {twice[0] if twice else 'no function'}"
+                        f"{' twice' * bool(twice)}; name each tool once")
+    return tools.CALLS[calls](known)
+
+
+def load_functions(path):
+    """The functions of a user's file as tools; their schemas come from hints and docstrings."""
+    if not Path(path).is_file():
+        raise UserError(f"tools names {path!r}, and there is no such file; name {tools.TOOL_NAME}, "
+                        "a Python file of functions, or both with a comma between them")
+    spec = importlib.util.spec_from_file_location("tools_of_the_user", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source, found = Path(path).read_text(encoding="utf-8"), []
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__ == spec.name and not name.startswith("_"):
+            try:
+                found.append(tools.Tool(name, get_json_schema(function), source))
+            except (DocstringParsingException, TypeHintParsingException) as error:
+                raise UserError(f"{path}: the function {name} gives no schema ({error}); it needs "
+                                "a type hint for each argument, and a docstring with a line for "
+                                "each under `Args:`") from None
+    return found
 
 
 def note_shared_problems(agent):
@@ -2250,6 +2361,11 @@ def load_tool(config):
         _, seen = [tool.run(["print(1 + 1)"])[0] for _ in range(2)]  # the first call starts it
     except RuntimeError as error:
         raise UserError(str(error)) from None
+    for source in {t.source for t in call_form(config.calls, config.tools).known if t.source}:
+        (there,) = tool.run([tools.as_module(source)])
+        if there.outcome != "ok":
+            raise UserError(f"the file of --tools does not run in the sandbox ({there.outcome}): "
+                            f"{there.text.strip()}")
     if seen.text.strip() != "2":
         raise UserError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
                         "print(1 + 1), not 2; see what `python tools.py` says, or raise "
@@ -2371,6 +2487,7 @@ def rollout_rows(batch, iteration, tokenizer, with_tokens):
         turns = [{"text": turn.text, "outcome": turn.outcome,
                   "d": d[k], "w": w[k], "entropy_t": h[k],
                   "tool": turn.tool_text if turn.outcome not in ("", "not_run") else None}
+                 | ({"name": turn.tool} if turn.tool not in ("", tools.TOOL_NAME) else {})
                  | (token_row(batch, i, k + 1, tokenizer)
                     if i < with_tokens and not r.lost else {})
                  for k, turn in enumerate(r.turns)]
@@ -2402,7 +2519,8 @@ def token_row(batch, i, k, tokenizer):
 @on_rank_0
 def save_checkpoint(agent, folder, results):
     """The trained student and its card, as folder/checkpoint; after it no save is needed."""
-    check_plain_head(agent.config.student, agent.student, agent.tokenizer)
+    check_plain_head(agent.config.student, agent.student, agent.tokenizer,
+                     student_context(agent.config).calls)
     with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as aside:
         write_model(agent, aside, results)
     tools.remove(folder / "saves")
@@ -2493,7 +2611,7 @@ tags: [sod, on-policy-distillation, tool-use]
 ---
 
 {config.student} trained with sod-mini, method `{config.method}`, to solve problems in several turns
-with a Python tool (Hermes tool calls, one tool named `code_interpreter`). Its licence is that of
+with tools: `{config.tools}`, called in the form `{config.calls}`. Its licence is that of
 {config.student}.
 
 {measured}
@@ -2580,13 +2698,13 @@ def progress_line(m, config):
     return " | ".join(parts)
 
 
-def show_rollout(batch):
+def show_rollout(batch, calls=tools.HERMES):
     """A rollout with d and w beside each turn: if there is one, that recovered from a failure."""
     i, r = max(((i, r) for i, r in enumerate(batch.rollouts) if not r.lost), key=lambda pair: (
         any(turn.failed for turn in pair[1].turns), pair[1].correct))
     lines = [f"    {r.problem.question}  [answer {r.problem.answer}, reward {r.reward:+.1f}]"]
     for k, turn in enumerate(r.turns):
-        call = tools.parse_tool_call(turn.text)
+        call = calls.parse(turn.text)
         wrote = call.code if call and call.code else turn.text
         came = (turn.tool_text or r.finish_reason).strip().rpartition("\n")[2]
         trust = "" if batch.d is None else f"d {batch.d[i, k]:.2f}  w {batch.w[i, k]:.2f}  "
@@ -2602,7 +2720,7 @@ def show_iteration(m, batch, history, config):
     for sentence in news(history):
         tqdm.write(f"    health: {sentence}")
     if batch and config.show_every and (m["iteration"] - 1) % config.show_every == 0:
-        tqdm.write(show_rollout(batch))
+        tqdm.write(show_rollout(batch, student_context(config).calls))
 
 
 # --- The command ------------------------------------------------------------------------------

@@ -87,10 +87,20 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# --- The protocol: Hermes tool calls ------------------------------------------------------------
+# --- The protocol: how a turn calls a tool, and how it is answered --------------------------------
+
+TIMEOUT_TEXT = "[no answer in time]"  # a tool that is silent: see Config.silent_rate
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a model may call: the Python interpreter, or a function of the user's own."""
+    name: str
+    schema: dict      # as chat templates take it
+    source: str = ""  # of the function's file; the interpreter has none
+
 
 TOOL_NAME = "code_interpreter"
-TIMEOUT_TEXT = "[no answer in time]"  # a tool that is silent: see Config.silent_rate
 TOOL_SCHEMA = {
     "type": "function",
     "function": {
@@ -103,6 +113,7 @@ TOOL_SCHEMA = {
         },
     },
 }
+INTERPRETER = Tool(TOOL_NAME, TOOL_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -112,56 +123,127 @@ class ToolCall:
     fault: str = ""    # unopened | unclosed | not_json | unknown_tool | bad_arguments
     message: str = ""  # the fault as the model is told it
     ignored: int = 0   # further calls of the same turn, which do not run
+    tool: str = TOOL_NAME
 
 
-def render_tool_call(code):
-    """The text of a turn that calls the tool, as a model of this family writes it."""
-    call = {"name": TOOL_NAME, "arguments": {"code": code}}
-    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
-
-
-def parse_tool_call(text):
-    """The first tool call in the text of one turn.
-
-    text     what the model wrote, control tokens removed; thoughts before `</think>` do not count
-    returns  ToolCall, or None where the turn holds no call and so is an answer
-
-    Never raises; linear in the length of the text. Differs from the authors' code: there a
-    malformed call ends the rollout in silence, and further calls of a turn vanish. Here the model
-    is told of both.
-    """
+def without_thoughts(text, mark):
+    """The text after `</think>`; all of it where that word stands in the program of a call, which
+    begins with `mark`."""
     thought, ended, rest = text.partition("</think>")
-    if ended and ("<think>" in thought or "<tool_call>" not in thought):
-        text = rest  # else the program of the call holds that word
-    start, end = text.find("<tool_call>"), text.find("</tool_call>")
-    if start < 0 and end < 0:
-        return None
-    if start < 0 or 0 <= end < start:
-        return _fault("unopened", "found </tool_call> before any <tool_call>")
-    if end < 0:
-        return _fault("unclosed", "found <tool_call> without </tool_call>")
-    call = _parse_call(text[start + len("<tool_call>"):end])
-    return replace(call, ignored=text.count("<tool_call>", end))
+    return rest if ended and ("<think>" in thought or mark not in thought) else text
 
 
-def _parse_call(body):
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError):
-        return _fault("not_json", "the text between the tags is not valid JSON")
-    if not isinstance(call, dict) or call.get("name") != TOOL_NAME:
-        return _fault("unknown_tool", f"the only tool is {TOOL_NAME}")
-    arguments = call.get("arguments")
-    if not isinstance(arguments, dict) or not isinstance(arguments.get("code"), str):
-        return _fault("bad_arguments", "the argument must be one string called code")
-    if len(arguments) > 1:
-        return _fault("bad_arguments", "code is the only argument")
-    return ToolCall(code=arguments["code"])
+class HermesCalls:
+    """A call is JSON between <tool_call> and </tool_call>, its answer a turn of the role tool."""
+
+    def __init__(self, tools=(INTERPRETER,)):
+        self.known = tools
+        self.tools = {tool.name: tool for tool in tools}
+        self.schemas = [tool.schema for tool in tools]  # for the template, which shows them
+
+    def render(self, code):
+        """The text of a turn that calls the interpreter, as a model of this family writes it."""
+        call = {"name": TOOL_NAME, "arguments": {"code": code}}
+        return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+
+    def answer(self, text):
+        """The message that brings the tool's text back to the model."""
+        return {"role": "tool", "content": text}
+
+    def parse(self, text):
+        """The first tool call in the text of one turn.
+
+        text     what the model wrote, control tokens removed; thoughts do not count
+        returns  ToolCall, or None where the turn holds no call and so is an answer
+
+        Never raises; linear in the length of the text. Differs from the authors' code: there a
+        malformed call ends the rollout in silence, and further calls of a turn vanish. Here the
+        model is told of both.
+        """
+        text = without_thoughts(text, "<tool_call>")
+        start, end = text.find("<tool_call>"), text.find("</tool_call>")
+        if start < 0 and end < 0:
+            return None
+        if start < 0 or 0 <= end < start:
+            return self._fault("unopened", "found </tool_call> before any <tool_call>")
+        if end < 0:
+            return self._fault("unclosed", "found <tool_call> without </tool_call>")
+        call = self._parse_json(text[start + len("<tool_call>"):end])
+        return replace(call, ignored=text.count("<tool_call>", end))
+
+    def _parse_json(self, body):
+        try:
+            call = json.loads(body)
+        except (ValueError, RecursionError):
+            return self._fault("not_json", "the text between the tags is not valid JSON")
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in self.tools:
+            known = ("the only tool is " if len(self.tools) == 1 else "the tools are ")
+            return self._fault("unknown_tool", known + ", ".join(self.tools))
+        arguments = call.get("arguments")
+        if name != TOOL_NAME:
+            if not isinstance(arguments, dict):
+                return self._fault("bad_arguments", "the arguments must be a JSON object")
+            return ToolCall(call_of_function(self.tools[name], arguments), tool=name)
+        if not isinstance(arguments, dict) or not isinstance(arguments.get("code"), str):
+            return self._fault("bad_arguments", "the argument must be one string called code")
+        if len(arguments) > 1:
+            return self._fault("bad_arguments", "code is the only argument")
+        return ToolCall(code=arguments["code"])
+
+    def _fault(self, kind, found):
+        example = self.render("...")
+        if TOOL_NAME not in self.tools:
+            call = f'{{"name": "{next(iter(self.tools))}", "arguments": {{...}}}}'
+            example = f"<tool_call>\n{call}\n</tool_call>"
+        return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as {example}")
 
 
-def _fault(kind, found):
-    return ToolCall(fault=kind, message=f"Tool call not run: {found}. Write it as "
-                                        f"{render_tool_call('...')}")
+def call_of_function(tool, arguments):
+    """A call of a user's function as a program: its file, then what the function returns."""
+    return as_module(tool.source) + f"print({tool.name}(**{arguments!r}))\n"
+
+
+def as_module(source):
+    """A file as the beginning of a program, in which `if __name__ == "__main__"` is false."""
+    return f"__name__ = 'tools'\n{source}\n" if source else ""
+
+
+class PythonCalls:
+    """A call is the first ```python block of a turn (as in ToRA, Qwen2.5-Math, ReTool), its answer
+    an ```output block in the next user turn. A template that knows no tools serves as well. The
+    functions of a user's tools are at hand in every program."""
+    BLOCK = re.compile(r"^[ \t]*```(?:python3?|py)[ \t]*\n(.*?)(^[ \t]*```[ \t]*$|\Z)", re.M | re.S)
+    schemas = None
+
+    def __init__(self, tools=(INTERPRETER,)):
+        self.known = tools
+        self.source = as_module("\n".join(dict.fromkeys(tool.source for tool in tools)).strip())
+
+    def render(self, code):
+        return f"```python\n{code}\n```"
+
+    def answer(self, text):
+        """The fence is longer than any in the text, so that this cannot end the block."""
+        longest = max(map(len, re.findall("`+", text)), default=0)
+        fence = "`" * max(3, longest + 1)
+        return {"role": "user", "content": f"{fence}output\n{text}\n{fence}"}
+
+    def parse(self, text):
+        """As above. A block after \\boxed{} is a part of the answer and does not run."""
+        text = without_thoughts(text, "```py")
+        blocks = list(self.BLOCK.finditer(text))
+        if not blocks or last_boxed(text[:blocks[0].start()]) is not None:
+            return None
+        if not blocks[0][2]:
+            return ToolCall(fault="unclosed", message="Program not run: found ```python without a "
+                            f"line ``` at its end. Write it as\n{self.render('...')}")
+        return ToolCall(code=self.source + blocks[0][1], ignored=len(blocks) - 1)
+
+
+CALLS = {"hermes": HermesCalls, "python": PythonCalls}
+HERMES = HermesCalls()
+render_tool_call, parse_tool_call = HERMES.render, HERMES.parse  # with the interpreter alone
 
 
 # --- Graders: verdicts and votes ----------------------------------------------------------------

@@ -131,11 +131,11 @@ def break_down(tool, rate):
     tool.submit = submit
 
 
-def grade_faults(r, tool):
+def grade_faults(r, tool, text):
     """As the authors' code does: what the machine failed is a wrong answer of the model's."""
     if r.lost:
-        r.finish_reason = "answer"  # of which the text is a tool call
-    sod.grade_rollout(r, tool)
+        r.finish_reason, text = "answer", r.turns[-1].text  # which is a tool call
+    sod.grade_rollout(r, tool, text)
 
 
 def say_nothing(tool):

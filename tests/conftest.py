@@ -188,7 +188,8 @@ def play(tokenizer, *turns, end="<|im_end|>", ends=(), **changes):
     config = sod.Config(**{**dict(silent_rate=0.0, max_response=3000, overlong_buffer=0,
                                  rollout_engine="generate"), **changes})
     problems = [tools.Problem(f"Question {n}: what is 6 * 7?", "42") for n in range(len(turns))]
-    prompts = [(p, sod.encode_prompt(tokenizer, p)) for p in problems]
+    context = sod.student_context(config)
+    prompts = [(p, sod.encode_prompt(tokenizer, p, context)) for p in problems]
     model = Scripted(tokenizer, prompts, turns, end)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
     agent = sod.Agent(config, model, None, tokenizer, Echo())

@@ -102,7 +102,7 @@ def thinker(world, tmp_path):
 def test_models_think_only_where_they_are_asked_to_and_before_every_turn(thinker):
     for thinking in (False, True):
         tokenizer = sod.load_tokenizer(thinker, thinking)
-        opened = [tokenizer.decode(sod.encode_prompt(tokenizer, sod.EXAMPLE[0])),
+        opened = [tokenizer.decode(sod.encode_prompt(tokenizer, sod.example()[0])),
                   sod.render_tool_turn(tokenizer, "42")]
         assert [text.endswith("assistant\n" + "<think>\n\n</think>\n\n" * (not thinking))
                 for text in opened] == [True, True]
