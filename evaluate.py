@@ -546,18 +546,17 @@ def sample_the_rest(agent, evaluation, prompts):
         numbers = range(start, min(start + batch, len(order)))
         rollouts = sod.sample_rollouts(agent, agent.student, [order[n][1] for n in numbers], key,
                                        numbers, config.temperature, config.top_p)
-        yield [sample_row(rollout, order[n][0], order[n][2])
+        yield [sample_row(rollout, order[n][0], order[n][2], config.calls)
                for rollout, n in zip(rollouts, numbers)]
 
 
-def sample_row(r, run, sample):
+def sample_row(r, run, sample, calls="hermes"):
     """One sample as it is stored. Without a final turn there is nothing to grade: final is "".
 
     A final turn that the sandbox failed to judge is stored all the same, to be judged later.
     """
-    last = r.turns[-1]
-    has_final = r.finish_reason in ("answer", "infrastructure") and not last.outcome
-    final = last.text if has_final else ""
+    ended = r.finish_reason in ("answer", "infrastructure") and not r.turns[-1].outcome
+    final = sod.final_text(replace(r, finish_reason="answer"), calls) if ended else ""
     return {"run": run, "problem": r.problem.id, "sample": sample, "correct": r.correct,
             "reason": r.reason, "vote": tools.voted_answer(r.problem, final), "final": final,
             "finish_reason": r.finish_reason,

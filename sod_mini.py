@@ -237,10 +237,10 @@ class Turn:
     """A step of a rollout: what the student wrote, and what the tool answered."""
     ids: list[int] = field(default_factory=list)       # as sampled, the end token included
     text: str = ""                                     # the same, without special tokens
-    tool: str = ""                                     # whose call it holds; "" without one
-    outcome: str = ""                                  # of this call (tools.py); "" without one
+    outcome: str = ""                                  # of its call (tools.py); "" without one
     tool_text: str = ""                                # the tool's answer
     tool_ids: list[int] = field(default_factory=list)  # the tool turn as the model saw it
+    tool: str = ""                                     # the name of the tool; "" without a call
 
     @property
     def failed(self):

@@ -205,8 +205,10 @@ def call_of_function(tool, arguments):
 
 
 def as_module(source):
-    """A file as the beginning of a program, in which `if __name__ == "__main__"` is false."""
-    return f"__name__ = 'tools'\n{source}\n" if source else ""
+    """A file as the beginning of a program. There `if __name__ == "__main__"` is false, and what it
+    defines can be found under the name of its module, as pickle asks for."""
+    named = "import sys; sys.modules['tools'] = sys.modules['__main__']; __name__ = 'tools'; del sys"
+    return f"{named}\n{source}\n" if source else ""
 
 
 class PythonCalls:

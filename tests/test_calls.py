@@ -246,14 +246,13 @@ def test_hostile_programs_have_their_outcome_as_bodies_of_ones_own_tools_too():
         pytest.skip("the corpus of hostile programs is not here")
     rows = [row for row in json_lines(path) if not row.get("stdin")]
     schema = {"type": "function", "function": {"name": "f"}}
-    bodies = [f"def f():\n    exec({row['code']!r}, {{'__name__': '__main__'}})\n    return ''\n"
-              for row in rows]
+    bodies = [f"def f():\n    exec({row['code']!r}, globals())\n    return ''\n" for row in rows]
     with tools.PythonTool() as tool:
         codes = [tools.call_of_function(tools.Tool("f", schema, body), {}) for body in bodies]
         plain, inside = tool.run([row["code"] for row in rows]), tool.run(codes)
     differ = [(row["code"][:60], a.outcome, b.outcome) for row, a, b in zip(rows, plain, inside)
               if a.outcome != b.outcome]
-    assert len(differ) <= 0, differ
+    assert len(rows) > 150 and not differ
 
 
 # --- What is read before the question -----------------------------------------------------------

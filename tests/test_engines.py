@@ -53,7 +53,7 @@ class Answers:
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """Random models write no tool calls: let four of five turns count as one."""
-    monkeypatch.setattr(tools, "parse_tool_call", lambda text: (
+    monkeypatch.setattr(tools.HermesCalls, "parse", lambda self, text: (
         tools.ToolCall(text) if len(text) % 5 else None))
 
 

@@ -195,7 +195,7 @@ def scripted(finals, problem):
         rollouts = [sod.Rollout(problem, ids, [sod.Turn([1], finals[n])], (*key, n),
                                 finish_reason="answer") for n, (_, ids) in zip(numbers, prompts)]
         for r in rollouts:
-            sod.grade_rollout(r, agent.tool)
+            sod.grade_rollout(r, agent.tool, sod.final_text(r, "hermes"))
         return rollouts
     return sample
 
@@ -464,7 +464,7 @@ def test_what_the_sandbox_failed_to_judge_is_judged_later_or_stays_unjudged(
     rollouts.append(sod.Rollout(problem, [0], [sod.Turn([1], "call", "sandbox_error")],
                                 finish_reason="infrastructure"))  # its final turn was never sampled
     for r in rollouts:
-        sod.grade_rollout(r, BrokenTool())
+        sod.grade_rollout(r, BrokenTool(), r.turns[-1].text)
     rows = [evaluate.sample_row(r, 0, n) for n, r in enumerate(rollouts)]
     path = stored(tmp_path / "a.jsonl", rows, data=contest_file, k=4, tool_unsafe=True,
                   tool_timeout=1.0)

@@ -86,8 +86,9 @@ def test_nobody_else_can_write_a_control_token(tokenizer, encode):
 
 def test_a_worked_call_in_the_system_text_is_the_tokens_a_model_has_to_write(tokenizer):
     call = tools.render_tool_call("print(6 * 7)")
-    prompt = sod.encode_prompt(tokenizer, tools.Problem("6", "1"), f"Write\n{call}")
-    plain = sod.encode_prompt(tokenizer, tools.Problem(f"6\n{call}", "1"), "Write")
+    prompt = sod.encode_prompt(tokenizer, tools.Problem("6", "1"), sod.Context(system=f"Write\n{call}"))
+    plain = sod.encode_prompt(tokenizer, tools.Problem(f"6\n{call}", "1"),
+                              sod.Context(system="Write"))
     for token in tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"]):
         assert prompt.count(token) == plain.count(token) + 1  # the problem's own is plain text
 

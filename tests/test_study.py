@@ -265,7 +265,7 @@ def test_a_fault_that_is_scored_is_a_wrong_answer_and_one_that_is_not_is_left_ou
     def reward(grade):
         turn = sod.Turn([1], tools.render_tool_call("print(12 + 30)"), "sandbox_error")
         r = sod.Rollout(problem, [0], [turn], finish_reason="infrastructure")
-        grade(r, None)
+        grade(r, None, "")
         r.reward = sod.outcome_reward(r, sod.Config())
         return sod.collate([r], "cpu").reward.item(), r.correct
     assert reward(study.grade_faults) == (pytest.approx(-0.9), False)

@@ -169,7 +169,7 @@ def test_a_program_that_could_not_be_judged_is_the_machines_fault():
                                        (False, "answer", "correct")):
             r = sod.Rollout(problem, [1, 2], [sod.Turn([0], "```python\nprint(3)\n```")],
                             finish_reason="answer")
-            sod.grade_rollout(r, Broken(real, lambda n: broken))
+            sod.grade_rollout(r, Broken(real, lambda n: broken), r.turns[-1].text)
             assert (r.finish_reason, r.reason) == (finish, reason)
 
 
