@@ -506,6 +506,9 @@ def sample_benchmark(name, data, problems, model, tokenizer, config):
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     evaluation.rows = sod.all_gather(resume(path, evaluation))[0]  # those of rank 0
+    if evaluation.rows:  # an edit of the scripts since then changes nothing in them
+        print(f"{len(evaluation.rows)} of {evaluation.expected} samples were in {path} already; to "
+              "sample them again, as after an edit, delete that file", file=sys.stderr)
     print(f"{data}  {sod.how_sampled(tokenizer, config, config.temperature, config.top_p)}")
     agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",

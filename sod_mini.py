@@ -336,7 +336,9 @@ def collate(rollouts, device, prompts=None):
         steps = [0] * r.response_len if r.lost else r.step_id[len(r.prompt):]
         ids.append(prompt + r.ids[len(r.prompt):])
         step_ids.append([0] * len(prompt) + steps)
-    rewards = [math.nan if r.lost else r.reward for r in rollouts]
+    assert all(r.lost or math.isfinite(r.reward) for r in rollouts), (
+        "a reward is nan or infinite, and nan is for rollouts that the machine failed")
+    rewards = [math.nan if r.lost else float(r.reward) for r in rollouts]
     failed = [[turn.failed for turn in r.turns] for r in rollouts]
     return Batch(rollouts, [len(row) for row in ids], pad(ids, 0, device), pad(step_ids, 0, device),
                  pad(failed, False, device), torch.tensor(rewards).to(device))
@@ -362,6 +364,7 @@ class Agent:
     iteration: int = 0               # iterations that are done: a resumed run goes on after them
     sizes: dict = field(default_factory=dict)  # what retry_on_oom has halved
     halvings: int = 0                # how often memory ran out
+    digests: dict = field(default_factory=dict)  # of scripts and data as they were at the start
     seconds: Counter = field(default_factory=Counter)  # of each kind of work, since last read
     # What a study may replace by functions of its own:
     grade: object = field(default_factory=lambda: grade_rollout)
@@ -1150,7 +1153,9 @@ def train_step(agent, iteration):
     if method.scorer:
         K = batch.failed.shape[1]
         batch.d = step_divergence(batch.logp_s, batch.logp_t, batch.step_id, K)
-        batch.w = WEIGHTS[config.weights if method.weighted else "uniform"](batch, config)
+        batch.w = WEIGHTS[config.weights if method.weighted else "uniform"](batch, config).float()
+        assert batch.w.shape == batch.d.shape, (
+            f"weights are of steps {tuple(batch.d.shape)}, not {tuple(batch.w.shape)}")
     # 6. Add both signals on each token (Eq. 8-10). kl="full" adds the KL in the loss instead.
     coef = config.opd_coef if config.kl == "sampled" else 0.0
     batch.advantages = token_advantages(config.method, batch.A, batch.logp_s, batch.logp_t,
@@ -1918,6 +1923,7 @@ GIB = 2 ** 30
 def load_agent(config):
     """Student, teacher, tool and data, after a preflight."""
     agent, (device, dtype) = preflight(config), choose_device(config)
+    agent.digests = file_digests(config)
     torch.manual_seed(config.seed)  # of --init random
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
@@ -2481,6 +2487,7 @@ def rollout_rows(batch, iteration, tokenizer, with_tokens):
     a step are null without a teacher, and where the machine failed the rollout, as is its
     advantage. The first `with_tokens` rollouts also have the tokens of each step (token_row)."""
     entropy_t = step_entropy(batch)
+    A = torch.where(batch.sampled, batch.A.view(len(batch.A), -1), math.nan).nanmean(1)  # (B,)
     for i, r in enumerate(batch.rollouts):
         d, w, h = ([None] * len(r.turns) if x is None or r.lost else plain(x[i].tolist(), 4)
                    for x in (batch.d, batch.w, entropy_t))
@@ -2491,7 +2498,7 @@ def rollout_rows(batch, iteration, tokenizer, with_tokens):
                  | (token_row(batch, i, k + 1, tokenizer)
                     if i < with_tokens and not r.lost else {})
                  for k, turn in enumerate(r.turns)]
-        advantage = None if r.lost else plain(float(batch.A[i].mean()), 4)
+        advantage = None if r.lost else plain(float(A[i]), 4)
         yield {"iteration": iteration, "question": r.problem.question, "answer": r.problem.answer,
                "correct": r.correct, "reason": r.reason, "reward": round(r.reward, 4),
                "advantage": advantage, "finish_reason": r.finish_reason, "turns": turns}
@@ -2550,7 +2557,7 @@ def save_run(agent, folder):
     with tools.writing(folder), tools.whole_folder(save) as aside:
         write_model(agent, aside, {})
         torch.save({"iteration": agent.iteration, "optimizer": agent.optimizer.state_dict(),
-                    "digests": file_digests(agent.config),
+                    "digests": agent.digests,
                     "lengths": {name: (folder / name).stat().st_size for name in LOGS
                                 if (folder / name).exists()}}, aside / "state.pt")
     for old in tools.numbered(folder / "saves")[:-2]:
@@ -2581,12 +2588,13 @@ def restore(agent, folder):
                         "--student, --dtype and --offload that it began with, or remove that "
                         "folder to go on from the save before it") from error
     agent.iteration = state.get("iteration", 0)
-    before, now = state.get("digests", {}), file_digests(agent.config)
+    before, now = state.get("digests", {}), agent.digests
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
-            print(f"NOTE: {name} is another one than when this run was saved")
+            print(f"NOTE: {name} has changed since this run was last started")
     cut_logs_back(folder, state.get("lengths", {}))
-    print(f"resumed {folder} after iteration {agent.iteration}")
+    print(f"resumed {folder} after iteration {agent.iteration}; its settings come from its "
+          "config.json and from the options given now, not from the defaults of Config")
 
 
 @on_rank_0
