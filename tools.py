@@ -207,8 +207,8 @@ def call_of_function(tool, arguments):
 def as_module(source):
     """A file as the beginning of a program. There `if __name__ == "__main__"` is false, and what it
     defines can be found under the name of its module, as pickle asks for."""
-    named = "import sys; sys.modules['tools'] = sys.modules['__main__']; __name__ = 'tools'; del sys"
-    return f"{named}\n{source}\n" if source else ""
+    name = "import sys\nsys.modules['tools'], __name__ = sys.modules['__main__'], 'tools'\n"
+    return f"{name}{source}\n" if source else ""
 
 
 class PythonCalls:

@@ -239,20 +239,26 @@ def test_calls_of_ones_own_tool_are_counted_and_stored_under_its_name(tokenizer,
     assert row["turns"][0]["name"] == "add" and "name" not in row["turns"][1]
 
 
+NO_PROGRAM = {  # what makes a difference between a program and the body of a function
+    "bom", "markdown_fence",  # only of the text of a program these are taken away
+    "evil_repr_result", "repr_not_a_string", "infinite_repr",  # only a program's last line is shown
+    "close_every_fd",  # what the function returns cannot be printed any more
+    "multiprocessing_pool", "audit_hook"}  # these ask for the name __main__, or hook its end
+
+
 @pytest.mark.slow
-def test_hostile_programs_have_their_outcome_as_bodies_of_ones_own_tools_too():
+def test_hostile_programs_end_as_bodies_of_ones_own_tools_as_they_do_alone():
     path = ROOT.parent / "shared" / "hostile_snippets.jsonl"
     if not path.exists():
         pytest.skip("the corpus of hostile programs is not here")
-    rows = [row for row in json_lines(path) if not row.get("stdin")]
-    schema = {"type": "function", "function": {"name": "f"}}
-    bodies = [f"def f():\n    exec({row['code']!r}, globals())\n    return ''\n" for row in rows]
-    with tools.PythonTool() as tool:
-        codes = [tools.call_of_function(tools.Tool("f", schema, body), {}) for body in bodies]
-        plain, inside = tool.run([row["code"] for row in rows]), tool.run(codes)
-    differ = [(row["code"][:60], a.outcome, b.outcome) for row, a, b in zip(rows, plain, inside)
-              if a.outcome != b.outcome]
-    assert len(rows) > 150 and not differ
+    rows = json_lines(path)
+    codes = [tools.call_of_function(tools.Tool("f", {}, (
+        f"def f():\n    exec({row['code']!r}, globals())\n    return ''\n")), {}) for row in rows]
+    with tools.PythonTool(timeout=1.0) as tool:
+        alone, inside = tool.run([row["code"] for row in rows]), tool.run(codes)
+    differ = {row["name"] for row, a, b in zip(rows, alone, inside) if a.outcome != b.outcome}
+    assert len(rows) > 200 and differ <= NO_PROGRAM
+    assert all(seen.outcome != "sandbox_error" for seen in inside)
 
 
 # --- What is read before the question -----------------------------------------------------------
