@@ -7,7 +7,6 @@
 Canaries (files, listeners on loopback, a secret in the environment) stand in a temporary folder.
 """
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -43,6 +42,13 @@ OUTCOMES = {"ok", "error", "timeout", "memory", "crashed", "output_truncated", "
 @pytest.fixture(scope="module")
 def tool():
     with PythonTool(timeout=0.8) as tool:
+        yield tool
+
+
+@pytest.fixture(scope="module")
+def quick_tool():
+    """For programs that have to be stopped: all at once, after half a second."""
+    with PythonTool(timeout=0.3, workers=8, modules=()) as tool:
         yield tool
 
 
@@ -90,7 +96,7 @@ def test_two_sandboxes_say_the_same(tool):
     if run(tool, "import numpy").outcome == "ok":
         codes += ["import numpy\nnumpy.random.rand()",
                   "import numpy\nnumpy.random.default_rng().random()"]
-    with PythonTool(timeout=0.8) as other:
+    with PythonTool(timeout=0.8, modules=("numpy",)) as other:
         assert [o.text for o in tool.run(codes)] == [o.text for o in other.run(codes)]
 
 
@@ -180,10 +186,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("outcome", HOSTILE)
-def test_hostile_programs_get_their_own_outcome_and_no_other(tool, outcome):
-    seen = tool.run(HOSTILE[outcome])
-    assert [c for c, one in zip(HOSTILE[outcome], seen) if one.outcome != outcome] == []
-    assert run(tool, "1").text == "1"
+def test_hostile_programs_get_their_own_outcome_and_no_other(tool, quick_tool, outcome):
+    tool = quick_tool if outcome == "timeout" else tool
+    observations = tool.run(HOSTILE[outcome])
+    wrong = [c for c, one in zip(HOSTILE[outcome], observations) if one.outcome != outcome]
+    assert (wrong, run(tool, "1").text) == ([], "1")
 
 
 def test_calls_share_no_state(tool):
@@ -207,7 +214,7 @@ def test_numbers_of_calls_are_those_of_the_kernel_headers():
 
 
 def test_every_guarantee_holds_here():
-    assert len(tools.guarantees()) == 7 and all(tools.guarantees().values())
+    assert [*tools.guarantees().values()] == [True] * 7
 
 
 def test_another_machine_lacks_the_locks(monkeypatch):
@@ -262,48 +269,77 @@ time.sleep(0.5)
 """
 
 
-@pytest.mark.parametrize("files, programs", [(0, 2), (100, 2), (1100, 2), (0, 32)])
+@pytest.mark.parametrize("files, programs", [(1100, 2), (0, 32)])
 def test_a_program_holds_stdin_stdout_stderr_and_no_other_descriptor(files, programs):
     with open_files(files), PythonTool(workers=programs, modules=()) as tool:
         assert {one.text for one in tool.run([OPEN] * programs)} == {"[0, 1, 2]"}
         assert len(tool._workers) == programs
 
 
-@pytest.mark.parametrize("forged", ["5", '["forged", "ok", 0.1]', '[1, "forged", "ok", 0.1]'])
-def test_a_program_that_writes_to_every_descriptor_keeps_its_outcome(forged):
-    code = f"""
-        import os
-        for fd in range(3, 4097):
-            try: os.write(fd, b'{forged}\\n')
-            except OSError: pass
-        os._exit(7)
-    """
-    with open_files(100), PythonTool(workers=1, modules=()) as tool:
-        seen = tool.run([textwrap.dedent(code), "6 * 7", "7 * 7"])
-    assert [one.text for one in seen] == ["[exit status 7]", "42", "49"]
+MALFORMED = [  # an answer, and the file that comes with it
+    *((answer, b"+7") for answer in (
+        "5", "null", "no JSON", "[" * 100_000, "[]", '[0, "", 0.1]', '[1, 0, ""]',
+        '[1, 0, "", 0.1, 0]', '[1, "0", "", 0.1]', '[1, 0, null, 0.1]', '[1, 0, "forged", 0.1]',
+        '[1, 0, ["timeout"], 0.1]', '[1, 0, "", "soon"]', '[0, 0, "", 0.1]')),  # 0: a late answer
+    ('[1, 0, "", 0.1]', None), ('[1, 0, "", 0.1]', b""), ('[1, 1, "", 0.1]', b"MemoryError: "),
+]
 
 
-MALFORMED = ["5", "null", "no JSON", "[" * 100_000, "[]", '["forged", "ok", 0.1]',
-             '[1, "forged", "ok"]', '[1, "forged", "ok", 0.1, 0]', '[1, 5, "ok", 0.1]',
-             '[1, "forged", "fine", 0.1]', '[1, "forged", ["ok"], 0.1]',
-             '[1, "forged", "ok", "soon"]', '[0, "of the request before", "ok", 0.1]']
+@contextlib.contextmanager
+def answering(worker, answer, content):
+    """In the body, this worker gives such an answer."""
+    kept = worker.socket
+    worker.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with kept, worker.socket, theirs, tools.memory_file(content or b"") as file:
+        socket.send_fds(theirs, [answer.encode()], [] if content is None else [file.fileno()])
+        yield
+        worker.socket = kept
 
 
-def test_a_worker_with_a_malformed_or_late_answer_is_replaced_and_the_call_tried_again():
+def test_a_worker_with_a_malformed_or_late_answer_is_replaced_and_the_call_tried_again(capfd):
     with PythonTool(workers=1, modules=()) as tool:
-        tool.run(["1"])
-        for number, answer in enumerate(MALFORMED, 1):
-            worker, = tool._workers
-            worker.asked, worker.line.file = 0, io.BytesIO(f"{answer}\n".encode())
-            assert (run(tool, "6 * 7").text, tool.retried) == ("42", number), answer
-            assert worker.process.returncode and worker not in tool._workers, answer
+        assert run(tool, "6 * 7").text == "42"
+        worker, = tool._workers
+        for answer, content in MALFORMED:
+            with answering(worker, answer, content), pytest.raises((OSError, ValueError, RecursionError)):
+                worker.asked = 0
+                worker.ask(("6 * 7", "", False))
+        worker.asked = 0
+        with answering(worker, *MALFORMED[-1]):
+            assert (run(tool, "6 * 7").text, tool.retried) == ("42", 1)
+        assert worker.process.returncode and worker not in tool._workers
+    said = "sandbox: no program was begun (MemoryError: ); the call is tried again\n"
+    assert capfd.readouterr().err == said
 
 
-def test_malformed_answers_at_every_attempt_are_a_sandbox_error(monkeypatch):
-    monkeypatch.setattr(tools, "PAUSES", (0,))
-    monkeypatch.setattr(tools.Line, "receive", lambda line: "ready")
+# Every page of memory next to an object of the interpreter. A pipe refuses to take what is not
+# mapped, where reading it would be a crash.
+SCAN = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = ctypes.c_void_p
+out, into = os.pipe()
+def page(n):
+    return os.read(out, 4096) if libc.write(into, ctypes.c_void_p(n << 12), 4096) > 0 else b""
+places = [id(thing) for module in list(sys.modules.values()) for thing in vars(module).values()]
+read, found = set(), set()
+for place in [libc.sbrk(0) - 1, *places]:
+    for step in (-1, 1):
+        n = (place >> 12) + (step == 1)
+        while n not in read and (text := page(n)):
+            read.add(n)
+            found |= {part for part in ("code", "stdin", "output", "own text")
+                      if b"the %s of " % part.encode() + b"a program" in text}
+            n += step
+print(len(read) > 1000, *sorted(found))
+"""
+
+
+def test_a_program_finds_nothing_of_an_earlier_one_in_its_memory():
+    code = "# the code of a program\n" * 1000 + "print('the {} of a program\\n'.format('output') * 1000)"
     with PythonTool(workers=1, modules=()) as tool:
-        assert run(tool, "1").outcome == "sandbox_error" and not tool._workers
+        assert run(tool, code, "the stdin of a program\n" * 1000).outcome == "ok"
+        assert run(tool, SCAN + "# the own text of a program").text == "True own text"
 
 
 # --- Threads --------------------------------------------------------------------------------
@@ -452,18 +488,13 @@ def test_a_fault_at_every_attempt_is_a_sandbox_error(monkeypatch):
         assert run(tool, "1").text == "1"
 
 
-def test_many_callers_get_their_own_answers(tool, callers=16):
+def test_many_callers_get_their_own_answers(tool, callers=64):
     answers = {}
     threads = [threading.Thread(target=lambda i=i: answers.update(
         {i: [seen.text for seen in tool.run([f"{i} * 3", str(i)])]})) for i in range(callers)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert answers == {i: [str(3 * i), str(i)] for i in range(callers)}
-
-
-@pytest.mark.slow
-def test_1024_callers_at_once_get_their_own_answers(tool):
-    test_many_callers_get_their_own_answers(tool, 1024)
 
 
 def trainer(script):
@@ -601,7 +632,8 @@ def corpus():
     return [json.loads(line) for line in CORPUS.read_text().splitlines()]
 
 
-def test_hostile_corpus_quick_part(workers=0):
+@pytest.mark.parametrize("workers", [0, pytest.param(32, marks=pytest.mark.slow)])
+def test_hostile_corpus_quick_part(workers):
     patient = ("time", "memory", "library")
     rows = [row for row in corpus() if row["category"] not in patient and row["expect"] != "timeout"
             and "timeout" not in row.get("also", []) and "sleep" not in row["code"]]
@@ -610,12 +642,7 @@ def test_hostile_corpus_quick_part(workers=0):
 
 
 @pytest.mark.slow
-def test_hostile_corpus_quick_part_32_programs_at_once():
-    test_hostile_corpus_quick_part(workers=32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("files", [0, 100, 1100])
+@pytest.mark.parametrize("files", [0, 1100])
 def test_hostile_corpus(files):
     with open_files(files):
         assert run_corpus(corpus(), timeout=3) == []
