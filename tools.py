@@ -171,8 +171,7 @@ class Verdict:
 def grade(problem, final_turn, tool):
     """The verdict on a final turn, by the kind of its problem.
 
-    Where a grader fails, the answer counts as wrong; the reason names the exception, so that such
-    failures can be counted.
+    Where a grader fails, the answer is wrong and the reason names the exception, to be counted.
     """
     try:
         if problem.kind == "program":
@@ -218,9 +217,8 @@ def voted_answer(problem, final_turn):
 def group_answers(answers):
     """For each answer the commonest spelling that the grader calls equal to it; None stays None.
 
-    The grader's equality is no equivalence relation (5 cm = 5 = 5 m). So the spellings are taken
-    from the most to the least frequent, and each joins the first group whose first spelling it
-    equals.
+    The grader's equality is no equivalence relation (5 cm = 5 = 5 m). So the most frequent spelling
+    comes first, and each next one joins the first group whose first spelling it equals.
 
     >>> group_answers(["5", "x = 5", None, "7", "5 cm", "5"])
     ['5', '5', None, '7', '5', '5']
@@ -242,15 +240,13 @@ def agree(first, second):
 
 # --- Graders: mathematics -----------------------------------------------------------------------
 
-# A longer answer is right only if it is spelled as the truth is. 600 digits stay below 640, the
-# smallest limit on int(str) that Python can be set to, and every pattern below reads 600 characters
-# in microseconds.
+# A longer answer is right only if it is spelled as the truth is. 600 digits are below 640, the
+# smallest limit on int(str) that Python can be set to; patterns read them in microseconds.
 MAX_ANSWER = 600
 MAX_BITS = 2_000  # the largest number that is computed; 600 digits have 1,994 bits
 
 SYMBOLS = str.maketrans({
-    **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("⁄∕", "/"),
-    **dict.fromkeys("×·⋅∗", "*"),
+    **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("×·⋅∗", "*"),
     **dict.fromkeys("€£¥", ""), **dict.fromkeys("\u00a0\u2009\u202f\n\t", " "),
     "°": " degrees ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ",
     "√": "sqrt ", "²": "^2", "³": "^3", "≤": "<=", "≥": ">=",
@@ -799,10 +795,10 @@ def restore_latex(row):
 
     Messages and tests stay as they are: they hold programs, in which a line may begin with "eq".
     """
-    def restore(text):
-        return LOST_BACKSLASH.sub(lambda lost: json.dumps(lost[0])[1:-1], text)
-    return {name: restore(value) if isinstance(value, str) else value
-            for name, value in row.items()}
+    def restore(value):
+        return (LOST_BACKSLASH.sub(lambda lost: json.dumps(lost[0])[1:-1], value)
+                if isinstance(value, str) else value)
+    return {name: restore(value) for name, value in row.items()}
 
 
 def read_general(row):
@@ -1508,7 +1504,7 @@ def exec_code(code, raw):
 
 
 def output_stream(descriptor, errors):
-    """An unbuffered stream: what was printed is kept, in its order, however the program ends."""
+    """A stream without a buffer, so that what was printed is kept however the program ends."""
     return io.TextIOWrapper(open(descriptor, "wb", 0, closefd=False), "utf-8", errors=errors,
                             write_through=True)
 
