@@ -1,35 +1,36 @@
-"""The world outside the model: the protocol to call a tool, graders, files, a Python sandbox.
+"""The world outside the model: tool calls, graders, files, and a sandbox that runs Python.
 
-    python tools.py          what the sandbox guarantees on this machine
+    python tools.py          prints what the sandbox guarantees on this machine
 
     with PythonTool(timeout=5) as tool:
-        for seen in tool.run(["6 * 7", "1 / 0"]):
-            print(seen.outcome, seen.text)         # ok 42, then: error Traceback ...
+        for observation in tool.run(["6 * 7", "1 / 0"]):
+            print(observation.outcome, observation.text)  # ok 42, then: error Traceback ...
 
-The way of a call through the sandbox, three processes that all run this file:
+Three processes take part in a call to the sandbox, and all of them run this file:
 
-    trainer   PythonTool sends the program as a line of JSON to an idle worker
-    worker    imports numpy and sympy once, gives up every right it can; for each program it forks
-              a child, reads its output, counts its threads, stops it in time and judges (attempt)
-    child     enclose (limits, seccomp), perform: runs one program, once, and exits; no descriptor
-              but 0, 1 and 2 is open in it
+    trainer   PythonTool passes a program to an idle worker, as an open file, and judges its end
+    worker    imports numpy and sympy once and gives up every right it can; for each program it
+              forks a child, moves its output to a file and stops it in time (run_child)
+    child     gives up more rights (restrict_child), runs one program (exec_code) and exits; no
+              descriptor but 0, 1 and 2 is open in it
 
-The program may rewrite any Python object it can reach in the child. So the worker judges by what
-the kernel says: exit status, CPU time, bytes on a pipe. Two locks hold it, and both are needed:
-Landlock says which files can be read, seccomp which calls of the kernel can be made at all.
+A program may rewrite any Python object that it can reach in its child. So the outcome follows from
+what the kernel reports: exit status, CPU time, bytes in a pipe. The worker never reads a program or
+its output, so no later program can find them in the memory that it inherits. Landlock limits which
+files can be read and seccomp which system calls can be made; the sandbox needs both.
 
 Outcomes
     ok, error          it ended with exit status 0, or with another one
-    memory             it ended on a MemoryError that nothing caught
-    timeout            it was stopped: CPU seconds or seconds on the clock were used up
+    memory             it ended with a MemoryError that nothing caught
+    timeout            it was stopped: its CPU seconds or its seconds on the clock were used up
     crashed            a signal ended it: a fault in C code, an abort, a kill
     output_truncated   it was stopped: it printed more than a million bytes
-    sandbox_error      the machine's fault, not the program's; the call was tried four times
+    sandbox_error      the machine failed, not the program; the call was tried four times
 
 Not covered: bugs of the kernel, side channels, anything but Linux 5.13 or newer on x86_64;
-names, sizes and times of files (stat) and the machine's own facts (uname, pid, clock); memory
-the kernel holds for a program; what earlier programs of a worker left in its memory, which C code
-can read; equal text from clocks, os.urandom, sets ordered by address.
+names, sizes and times of files (stat) and facts about the machine (uname, pid, clock); memory that
+the kernel holds for a program; equal output where a program reads clocks or os.urandom, or depends
+on the order of a set of objects that are hashed by address.
 """
 from __future__ import annotations
 
@@ -75,15 +76,14 @@ from fractions import Fraction
 from pathlib import Path
 
 
-
 class UserError(ValueError):
-    """What is wrong with input, settings or the machine, in a sentence: what was found, what was
-    needed, what to do. Commands end with the sentence; any other error keeps its traceback."""
+    """One sentence about input, settings or the machine: what was found, what was needed, what to
+    do. Commands end with that sentence; any other exception keeps its traceback."""
 
 
 def printable(text):
-    """Text of a model or a tool for the screen: of a control character, which could clear it or
-    forge a line, only the name is shown."""
+    """Text of a model or a tool for the screen. Control characters, which could clear the screen
+    or forge a line, are shown by name."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -101,18 +101,12 @@ class Tool:
 
 
 TOOL_NAME = "code_interpreter"
-TOOL_SCHEMA = {
-    "type": "function",
-    "function": {
-        "name": TOOL_NAME,
-        "description": "Run a Python program and return what it prints.",
-        "parameters": {
-            "type": "object",
-            "properties": {"code": {"type": "string", "description": "The program."}},
-            "required": ["code"],
-        },
-    },
-}
+TOOL_SCHEMA = {"type": "function", "function": {
+    "name": TOOL_NAME,
+    "description": "Run a Python program and return what it prints.",
+    "parameters": {"type": "object",
+                   "properties": {"code": {"type": "string", "description": "The program."}},
+                   "required": ["code"]}}}
 INTERPRETER = Tool(TOOL_NAME, TOOL_SCHEMA)
 
 
@@ -250,19 +244,18 @@ render_tool_call, parse_tool_call = HERMES.render, HERMES.parse  # with the inte
 
 # --- Graders: verdicts and votes ----------------------------------------------------------------
 
-
 @dataclass
 class Verdict:
     """What a grader says about one final turn."""
     correct: bool  # the benchmark's yes or no
-    reason: str   # why, in words that can be counted
-    score: float  # 1 right, 0 wrong; programs: fraction of tests passed, -1 without a program
+    reason: str    # why, in words that can be counted
+    score: float   # 1 right, 0 wrong; programs: fraction of tests passed, -1 without a program
 
 
 def grade(problem, final_turn, tool):
     """The verdict on a final turn, by the kind of its problem.
 
-    A fault of a grader is a wrong answer whose reason names the exception, to be counted.
+    Where a grader fails, the answer is wrong and the reason names the exception, to be counted.
     """
     try:
         if problem.kind == "program":
@@ -298,7 +291,7 @@ def last_boxed(text):
 def voted_answer(problem, final_turn):
     """The answer of a final turn as a text that can vote; None without one.
 
-    A choice votes for its letter. Programs have no vote: no two are alike.
+    A choice votes for its letter. Programs have no vote, because no two are alike.
     """
     if problem.kind == "choice":
         return chosen_letter(final_turn)
@@ -308,8 +301,8 @@ def voted_answer(problem, final_turn):
 def group_answers(answers):
     """For each answer the commonest spelling that the grader calls equal to it; None stays None.
 
-    The grader's equality is no equivalence (5 cm = 5 = 5 m), so the spellings go from the most
-    to the least frequent, and each joins the first group whose first spelling it equals.
+    The grader's equality is no equivalence relation (5 cm = 5 = 5 m). So the most frequent spelling
+    comes first, and each next one joins the first group whose first spelling it equals.
 
     >>> group_answers(["5", "x = 5", None, "7", "5 cm", "5"])
     ['5', '5', None, '7', '5', '5']
@@ -324,27 +317,27 @@ def group_answers(answers):
 
 
 def agree(first, second):
-    """True if the grader of maths takes each of two answers where the other is the truth."""
+    """True if the grader of maths accepts each of two answers where the other is the truth."""
     return all(grade_math(f"\\boxed{{{one}}}", other).correct
                for one, other in ((first, second), (second, first)))
 
 
 # --- Graders: mathematics -----------------------------------------------------------------------
 
-# Longer answers are compared as they are written. 600 digits stay below 640, the smallest limit on
-# int(str) that Python can be set to, and keep every pattern below in the microseconds.
+# A longer answer is right only if it is spelled as the truth is. 600 digits are below 640, the
+# smallest limit on int(str) that Python can be set to; patterns read them in microseconds.
 MAX_ANSWER = 600
-MAX_BITS = 2_000  # of a number that is computed; 600 digits have 1,994
+MAX_BITS = 2_000  # the largest number that is computed; 600 digits have 1,994 bits
 
 SYMBOLS = str.maketrans({
-    **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("⁄∕", "/"),
-    **dict.fromkeys("×·⋅∗", "*"),
+    **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("⁄∕", "/"), **dict.fromkeys("×·⋅∗", "*"),
     **dict.fromkeys("€£¥", ""), **dict.fromkeys("\u00a0\u2009\u202f\n\t", " "),
     "°": " degrees ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ",
     "√": "sqrt ", "²": "^2", "³": "^3", "≤": "<=", "≥": ">=",
 })
 
-# LaTeX that says how a thing looks, not what it is, and what Python prints. Applied in this order.
+# These bring LaTeX that only sets the layout, and what Python prints, to one spelling. The order
+# matters, for a later pattern reads what an earlier one wrote.
 REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\\\", "; "),                                             # rows of a matrix
     (r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt)?|mbox|operatorname) ?\{([^{}]*)\}", r" \1 "),
@@ -380,7 +373,7 @@ NAMED = re.compile(r"(^|,) ?\\?[A-Za-z][A-Za-z0-9_+() ]{0,20}(?:=|\\in(?![A-Za-z
 
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
 MIXED = r"(?<![*/])(?<![*/][-+])[0-9]+ [0-9]+/0*[1-9][0-9]*"  # 3 1/2, but not 1/3 1/2
-# f(2) is one symbol, for f may be a function; 1a is none, for it may be a name or hexadecimal.
+# f(2) is one symbol, for f may be a function; 1a is no product, for it may be hexadecimal.
 FACTOR = re.compile(
     r"(^[-+]?|(?!^)[*/][-+]?|(?=[\\A-Za-z(]))"                  # sign or operator; 2x is 2*x
     rf"(?:(?!1[A-Za-z])({MIXED}|{INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
@@ -393,7 +386,7 @@ MEASURED = re.compile(  # number, how its unit is joined to it, unit, other word
 
 # Units too short to be told from a product of symbols by their length: 5 cm, but not 5 xy.
 UNITS = set("mm cm m km in ft yd mi mg g kg lb oz ml l s h hr".split())
-# Words that change the number before them: "3 dozen" is no 3. Such an answer is a text.
+# Words that change the number before them: "3 dozen" is not 3. Such an answer is compared as text.
 NOT_UNITS = set("dozen hundred thousand million billion trillion half halve third quarter fourth "
                 "fifth sixth seventh eighth ninth tenth hundredth thousandth millionth mod sin cos "
                 "tan cot log exp squared cubed factorial choose over times plus minus divided "
@@ -403,7 +396,8 @@ NOT_UNITS = set("dozen hundred thousand million billion trillion half halve thir
 def grade_math(final_turn, truth):
     """Compare the last boxed answer with the true one, numbers as numbers (see `same_answer`).
 
-    Differs from the authors' code: there strings must be equal, within the last 100 characters.
+    Differs from the authors' code: there the two must be equal as strings, and only the last 100
+    characters of the turn are searched.
     """
     answer = last_boxed(str(final_turn))
     if answer is None:
@@ -418,8 +412,8 @@ def grade_math(final_turn, truth):
 def same_answer(answer, truth):
     """True if two short LaTeX strings name the same number, product, set, tuple, interval or text.
 
-    A unit counts only where both sides have one. 50% equals 50: a question that asks "what
-    percent" has 50 as its truth. No algebra: 2+3x is another text than 3x+2.
+    A unit counts only where both sides have one. 50% equals 50, because a question that asks "what
+    percent" has 50 as its truth. There is no algebra: 2+3x and 3x+2 are two texts.
 
     >>> same_answer(r"\\frac{1}{2}", ".5"), same_answer("2, 1", r"\\{1,2\\}")
     (True, True)
@@ -427,7 +421,7 @@ def same_answer(answer, truth):
     (True, False)
     """
     a, t = clean(answer), clean(truth)
-    if bool(NAMED.search(a)) != bool(NAMED.search(t)):  # x = 5 against 5, but not against y = 5
+    if bool(NAMED.search(a)) != bool(NAMED.search(t)):  # x = 5 equals 5, but not y = 5
         a, t = NAMED.sub(r"\1", a).strip(), NAMED.sub(r"\1", t).strip()
     read = measured if measured(a) and measured(t) else canonical  # is 1,234 a number or a list?
     x, y, bare_x, bare_y = read(a), read(t), read(a, False), read(t, False)
@@ -445,7 +439,7 @@ def clean(text):
 
 
 def slashed(match):
-    """One \\frac as a/b, with brackets where 1/2x and 1/(2x) would otherwise look alike."""
+    """One match of FRAC as a/b, with brackets where 1/2x and 1/(2x) would otherwise look alike."""
     top, bottom = (match[2] or match[3] or "").strip(), (match[4] or match[5] or "").strip()
     if re.search(r".[-+ ]|^-.", top):
         top = f"({top})"
@@ -471,14 +465,16 @@ def measured(text, units=True):
 
 
 def read_unit(number, joint, unit, words):
-    """The unit of a number, without plural endings; "" if that text is part of the expression, as
-    in 5x, or changes the number, as in 5 dozen; in "5 per dozen", "5 half-gallon jugs" it does not.
+    """The unit of a number, without plural endings.
+
+    It is "" where that text is part of the expression, as in 5x, or changes the number, as in
+    5 dozen. In "5 per dozen" and "5 half-gallon jugs" no word changes the number.
     """
     whole = re.sub(" ?/ ?| per ", "/", (joint + unit).lower())  # "/dozen", " cm^2"
     said = re.findall("[a-z]+(?![a-z-])", (whole + words.lower()).split("/")[0])
     if any(word.removesuffix("s") in NOT_UNITS for word in said):
         return ""
-    # 5cm and 5 m are lengths; 5m may be five times m, and so may the h of \pi h.
+    # 5cm and 5 m are lengths. 5m may be five times m, and \pi h may be \pi times h.
     first = re.match("[a-z]*", unit.lower())[0]
     short = first in UNITS and (len(first) > 1 or joint and "\\" not in number)
     if unit != "%" and not short and not (" " in joint and len(first) > 2):
@@ -510,7 +506,7 @@ def product(text):
 
 
 def read_factor(digits, symbol, inner, power):
-    """One factor as a product; a bracket that is none, such as (x+1)^2, is a symbol."""
+    """One factor as a product. A bracket without a product in it, as in (x+1)^2, is a symbol."""
     if digits:
         parts = digits.split() if "/" in digits else [re.sub("[, ]", "", digits)]
         base = sum(map(Fraction, parts)), (), ()  # 3 1/2 is 3 + 1/2
@@ -533,12 +529,12 @@ def bits(number):
 def canonical(text, units=True, depth=0):
     """A cleaned string as a value that can be compared with ==.
 
-    (1,2) and intervals keep order and brackets; a set or a bare list loses its order, and \\pm 2
-    is the list 2, -2; a product is as `measured` reads it; everything else is text without blanks.
+    (1,2) and intervals keep order and brackets. A set or a bare list loses its order, and \\pm 2
+    is the list 2, -2. A product is what `measured` returns. Everything else is text without blanks.
     """
     text = text.strip()
     whole = measured(text, units)
-    if whole and (depth or "," not in text):  # 1,000 is a list here, and within a list a number
+    if whole and (depth or "," not in text):  # 1,000 is a number within a list, else a list
         return whole
     kind, parts = split_list(text)
     if depth == 5 or not kind and len(parts) < 2:
@@ -552,7 +548,7 @@ def canonical(text, units=True, depth=0):
 def split_list(text):
     """The brackets around a whole string, '' for none, and the parts between its commas.
 
-    Those of a set are '' as well: a set and a bare list are the same answer.
+    The brackets of a set are '' as well, because a set and a bare list are the same answer.
 
     >>> split_list("[0, (1,2))"), split_list("1,000, ±2")
     (('[)', ['0', ' (1,2)']), ('', ['1,000', ' +2', ' -2']))
@@ -562,7 +558,7 @@ def split_list(text):
     kind = ""
     if len(text) > 1 and depth[-1] == 0 and min(depth[:-1]) > 0:
         kind, text, depth = text[0] + text[-1], text[1:-1], [d - 1 for d in depth[1:-1]]
-    # Where commas with a blank separate, 1,000 without one is a number.
+    # Where a comma and a blank separate the parts, 1,000 without a blank is a number.
     comma = re.compile(r",(?![0-9]{3}(?![0-9]))" if ", " in text else ",")
     cuts = [at for at, opened in enumerate(depth) if not opened and comma.match(text, at)]
     parts = [text[a + 1:b] for a, b in itertools.pairwise([-1, *cuts, len(text)])]
@@ -603,7 +599,7 @@ def chosen_letter(turn):
 
 # --- Graders: programs --------------------------------------------------------------------------
 
-# LiveCodeBench runs every program behind these imports: its starter code says List[int] and
+# LiveCodeBench puts these imports before every program, for its starter code says List[int] and
 # imports nothing. builtins comes last because math and others hide names such as pow.
 PRELUDE = "".join(f"import {name}\nfrom {name} import *\n" for name in (
     "sys string re collections heapq bisect copy math itertools functools typing builtins"
@@ -623,8 +619,8 @@ def grade_program(final_turn, tests, tool):
     tests    [{"input": str, "output": str, "type": "stdin" | "functional", "fn_name": str}]
              functional: one JSON argument a line in, one JSON value out, as in LiveCodeBench
     tool     tool.run(codes, stdins, raw=True) gives one observation a test: its stdout, uncut
-    returns  right if all tests pass; score is the fraction that did. The reason lists every kind
-             of failure once; "sandbox_error" is the machine's fault, not the model's.
+    returns  a Verdict that is right if all tests pass, scored by the fraction that did. The reason
+             names every kind of failure once; "sandbox_error" is the machine's, not the model's.
     """
     program = last_program(str(final_turn))
     if program is None:
@@ -633,18 +629,18 @@ def grade_program(final_turn, tests, tool):
         return Verdict(False, "no tests", 0.0)
     codes = [code_for_test(program, test) for test in tests]
     stdins = ["" if is_functional(test) else test["input"] for test in tests]
-    seen = tool.run(codes, stdins, raw=True)
-    failures = [failure(test, one) for test, one in zip(tests, seen, strict=True)]
+    observations = tool.run(codes, stdins, raw=True)
+    failures = [failure(test, one) for test, one in zip(tests, observations, strict=True)]
     kinds = sorted({kind for kind in failures if kind})
     reason = "failed tests: " + ", ".join(kinds) if kinds else "correct"
     return Verdict(not kinds, reason, failures.count("") / len(tests))
 
 
 def last_program(text):
-    """The last closed fenced block, unchanged; blocks labelled Python go before unlabelled ones.
+    """The last closed fenced block, unchanged; one labelled Python is preferred to an unlabelled.
 
-    Differs from the authors' code: there it is what stands between two </think>, and each \\n in
-    it becomes a line break, in strings too.
+    Differs from the authors' code: there the program is what stands between two </think>, and each
+    \\n in it becomes a line break, even within a string.
     """
     found, label, lines = {}, None, []
     for line in text.splitlines(keepends=True):
@@ -665,7 +661,7 @@ def is_functional(test):
 
 def code_for_test(program, test):
     """The program as it is run for one test."""
-    if "from __future__" in program:  # which must come first in what is compiled
+    if "from __future__" in program:  # must come first in what is compiled, so before PRELUDE
         program = f"exec(compile({program!r}, '<program>', 'exec', dont_inherit=True))\n"
     if not is_functional(test):
         return PRELUDE + program
@@ -675,20 +671,20 @@ def code_for_test(program, test):
     return PRELUDE + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
 
 
-def failure(test, seen):
+def failure(test, observation):
     """Why a test failed: an outcome of the tool, "wrong answer", "no value"; "" if it passed."""
-    if seen.outcome != "ok":
-        return seen.outcome
+    if observation.outcome != "ok":
+        return observation.outcome
     if not is_functional(test):
-        return "" if same_output(seen.text, test["output"]) else "wrong answer"
-    _, mark, value = seen.text.rpartition(MARK)
+        return "" if same_output(observation.text, test["output"]) else "wrong answer"
+    _, mark, value = observation.text.rpartition(MARK)
     if not mark:
-        return "no value"  # the program left before the call, by exit()
+        return "no value"  # the program ended itself, by exit(), before the call
     return "" if json.loads(value) == json.loads(test["output"]) else "wrong answer"
 
 
 def same_output(printed, expected):
-    """Equal line by line, outer blanks aside; a line of numbers is compared as numbers."""
+    """True if all lines are equal without their outer blanks; numbers are compared as numbers."""
     ours, theirs = printed.strip().split("\n"), expected.strip().split("\n")
     return len(ours) == len(theirs) and all(
         a.strip() == b.strip() or same_numbers(a.split(), b.split())
@@ -703,7 +699,6 @@ def same_numbers(ours, theirs):
 
 
 # --- Problem files ------------------------------------------------------------------------------
-
 
 @dataclass
 class Problem:
@@ -722,18 +717,18 @@ class Problem:
 def load_problems(path):
     """Every problem of a .jsonl or .json file, in order.
 
-    Each row is understood by its own columns, so a file may mix benchmarks:
+    The columns of a row say how it is read, so a file may mix benchmarks:
 
         question or messages, answer, hint, tests, difficulty    this project's own
         question, answer "... #### 42"                           GSM8K
         problem, answer or solution                              AIME, MATH-500
         prompt, reward_model.ground_truth, data_source           Open-AgentRL
 
-    Messages are asked up to their last user turn, with the worked examples before it; where a
-    solution follows that turn, it is left out.
+    Messages are asked up to their last user turn, with the worked examples before it; a solution
+    after that turn is left out.
 
-    Raises ValueError, one sentence with file, line, what was found and what to do. Rows whose
-    LaTeX lost backslashes to JSON are mended, and a warning counts them.
+    Raises UserError, one sentence with file, line, what was found and what to do. Where JSON took
+    backslashes from LaTeX they are put back, and a warning counts the rows.
     """
     path = Path(path)
     return read_problems(path, read_json(path, read_text(path)), read_general)
@@ -742,7 +737,8 @@ def load_problems(path):
 def read_problems(path, rows, read_row):
     """The Problem of each (line number, row) of a file.
 
-    read_row  row, column names in lower case -> Problem; ValueError says what is missing
+    read_row  takes a row, its column names in lower case, and returns a Problem; it raises
+              ValueError where something is missing
     """
     problems, mended = [], []
     for line, row in rows:
@@ -765,7 +761,7 @@ def read_problems(path, rows, read_row):
 
 @contextlib.contextmanager
 def naming_the_line(path, line):
-    """Begin the sentence on a fault of a row with the place where the row stands."""
+    """Put the file and the line of a row before the sentence that says what is wrong with it."""
     try:
         yield
     except ValueError as fault:
@@ -801,7 +797,7 @@ def read_messages(row):
     """(prompt, solution): a row's turns up to its last user turn, and those after it.
 
     The prompt may hold worked examples; the solution is empty where the row ends with its
-    question. (None, []) without a conversation.
+    question. A row without a conversation gives (None, []).
     """
     messages = row.get("messages") or row.get("prompt")
     if not isinstance(messages, list):
@@ -829,9 +825,9 @@ def read_turn(message):
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
-    """The text of a file with one of these suffixes, or a sentence that says what it is."""
+    """The text of a file with one of these suffixes."""
     try:
-        if not path.is_file():  # a pipe would be waited for, a device read for ever
+        if not path.is_file():  # reading a pipe would wait, reading a device might never end
             found = "is no plain file" if path.exists() else "does not exist"
             raise UserError(f"{path} {found}; needed one that can be read to its end.")
         if path.suffix not in suffixes:
@@ -847,48 +843,50 @@ def read_text(path, suffixes=(".jsonl", ".json")):
 
 
 def read_json(path, text):
-    """Yield (number, row) of JSON lines or of one JSON array of objects."""
+    """Yield (line number, row) of JSON lines, or (position, row) of one JSON array of objects."""
     if text.lstrip().startswith("["):
-        numbered = enumerate(parse_json(path, 1, text), start=1)
+        rows = enumerate(parse_json(path, 1, text), start=1)
     else:
-        numbered = ((number, parse_json(path, number, line))
-                    for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-    for number, row in numbered:
+        rows = ((line, parse_json(path, line, row))
+                for line, row in enumerate(text.split("\n"), start=1) if row.strip())
+    for line, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: found a {type(row).__name__}; needed a JSON "
+            raise UserError(f"{path}, line {line}: found a {type(row).__name__}; needed a JSON "
                             "object such as {\"question\": ..., \"answer\": ...}.")
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise UserError(f"{path}, line {number}: found half a surrogate pair; needed whole "
+            raise UserError(f"{path}, line {line}: found half a surrogate pair; needed whole "
                             "characters; mend or delete that line.")
-        yield number, row
+        yield line, row
 
 
-def parse_json(path, number, text):
+def parse_json(path, line, text):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as fault:
-        number += getattr(fault, "lineno", 1) - 1
-        raise UserError(f"{path}, line {number}: found broken JSON ({fault}); needed one JSON "
+        line += getattr(fault, "lineno", 1) - 1
+        raise UserError(f"{path}, line {line}: found broken JSON ({fault}); needed one JSON "
                         "object a line; mend or delete that line.") from fault
 
 
-# "\frac" in JSON is a form feed and "rac". Form feed and backspace are never meant; tab, return
-# and newline are put back only before the rest of a command, as in "\theta" and "\neq".
-LOST = re.compile(r"[\f\b]|\t(?=(?:riangle|imes|heta|ext|frac|au|o)\b)"
-                  r"|\r(?=(?:ight|angle|ho|m)\b)|\n(?=(?:eq|abla)\b)")
+# JSON reads "\frac" as a form feed and "rac". Nobody means a form feed or a backspace, so all of
+# them are put back; tab, return and newline only before the rest of a command, as in "\theta".
+LOST_BACKSLASH = re.compile(r"[\f\b]|\t(?=(?:riangle|imes|heta|ext|frac|au|o)\b)"
+                            r"|\r(?=(?:ight|angle|ho|m)\b)|\n(?=(?:eq|abla)\b)")
 
 
 def restore_latex(row):
-    """The row with the backslashes that JSON took put back.
+    """The row with the backslashes that JSON took from its texts put back.
 
-    In its own texts only: messages and tests hold programs, where a line may well begin with eq.
+    Messages and tests stay as they are: they hold programs, in which a line may begin with "eq".
     """
-    return {name: LOST.sub(lambda lost: json.dumps(lost[0])[1:-1], value) if isinstance(value, str)
-            else value for name, value in row.items()}
+    def restore(value):
+        return (LOST_BACKSLASH.sub(lambda lost: json.dumps(lost[0])[1:-1], value)
+                if isinstance(value, str) else value)
+    return {name: restore(value) for name, value in row.items()}
 
 
 def read_general(row):
-    """GSM8K, AIME, MATH-500, Open-AgentRL and this project's own rows."""
+    """The Problem of a row of GSM8K, AIME, MATH-500, Open-AgentRL or this project."""
     messages, _ = read_messages(row)
     question = first_text(row, "question", "problem", "prompt")
     if messages and question.strip() not in messages[-1]["content"]:
@@ -917,7 +915,7 @@ def read_general(row):
 def first_text(row, *names):
     """The first of these columns that holds text or a number, as text; "" if none does.
 
-    A data frame writes nan, which is no number, where it holds nothing.
+    A data frame writes nan where it holds nothing; nan is not equal to itself.
     """
     for name in names:
         value = row.get(name)
@@ -927,7 +925,7 @@ def first_text(row, *names):
 
 
 def read_answer(row, truth):
-    """The final answer, cut out of a worked solution where that is what the column holds."""
+    """The final answer, cut out of a worked solution where the column holds one."""
     answer = first_text(row, "answer")
     if "####" in answer:
         return answer.rpartition("####")[2].strip()
@@ -951,12 +949,12 @@ def read_level(row):
 
 
 def hidden_tests(truth):
-    """Test cases that stand as JSON where a maths problem has its truth, [] for other truths."""
+    """The test cases that some rows hold as JSON in the place of an answer; [] for an answer."""
     if isinstance(truth, str) and truth.lstrip()[:1] in ("[", "{") and '"' in truth:
         try:
             truth = json.loads(truth)
         except ValueError:
-            return []  # a set or an interval: the truth of a maths problem
+            return []  # a set or an interval, which is an answer
     return truth if isinstance(truth, (list, dict)) else []
 
 
@@ -965,7 +963,7 @@ def read_tests(tests, function=""):
 
     tests     [{"input", "output", "testtype" or "type", "fn_name"}, ...], or
               {"inputs": [...], "outputs": [...], "fn_name"}
-    function  the name for functional tests that bring none
+    function  the name that functional tests use where they bring none
     """
     if isinstance(tests, dict):
         function = tests.get("fn_name") or function
@@ -999,9 +997,8 @@ def read_test(test, function):
 
 # --- The files of a run: whole, or not there ----------------------------------------------------
 
-
 def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk: they survive a power cut."""
+    """Wait until a file, or the names in a folder, are on the disk and survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -1010,7 +1007,7 @@ def sync(path):
 
 
 def write_whole(path, text):
-    """Replace a file: whatever happens it holds the old text or the new, never a part."""
+    """Replace a file, so that at every moment it holds all of the old text or all of the new."""
     aside = Path(f"{path}.tmp")
     aside.write_text(text, encoding="utf-8")
     sync(aside)
@@ -1022,8 +1019,8 @@ def write_whole(path, text):
 def whole_folder(folder):
     """Yield a folder to fill, which takes the name `folder` once all of it is on the disk.
 
-    After an error nothing remains of it. After a kill or a power cut there may be a `folder`.tmp,
-    which the next call clears away; `folder` itself is never a half-written one.
+    After an error nothing of it remains. A kill or a power cut may leave a `folder`.tmp, which the
+    next call removes; `folder` itself is never half written.
     """
     aside = Path(f"{folder}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -1031,10 +1028,10 @@ def whole_folder(folder):
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
-            if path.is_file():  # as open as the folder: some libraries write for their owner only
+            if path.is_file():  # as open as the folder, for some libraries let only the owner read
                 path.chmod(aside.stat().st_mode & 0o666)
             sync(path)
-        if folder.exists():  # one of an earlier finish
+        if folder.exists():  # a run that is finished a second time replaces its results
             shutil.rmtree(folder)
         aside.rename(folder)
         sync(folder.parent)
@@ -1043,7 +1040,7 @@ def whole_folder(folder):
 
 
 def remove(folder):
-    """Remove a folder, which at no time stands there in part under its own name."""
+    """Remove a folder, so that at no moment a part of it stands under its name."""
     aside = Path(f"{folder}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -1066,8 +1063,10 @@ class WriteError(UserError):
 
 @contextlib.contextmanager
 def writing(folder):
-    """Say in a sentence why files of a run cannot be written. Libraries that write wrap the error
-    of the system in one of their own, and keep at most its text."""
+    """Turn what stops a run from writing its files into a sentence.
+
+    Libraries wrap the operating system's error in one of their own, which keeps its text at most.
+    """
     try:
         os.stat(folder)
         yield
@@ -1090,15 +1089,15 @@ def append_rows(path, rows):
 
 
 def cut_back(path, size):
-    """Cut what was appended to a log since it had `size` bytes.
+    """Remove what was appended to a log after it had `size` bytes.
 
-    returns  a sentence where lines from before that are missing, else ""; the log then goes on
-             from its last whole line, for a lost log is no reason to lose a run
+    returns  "", or a sentence where earlier lines are missing; the log then continues after its
+             last whole line, because a lost log is no reason to lose a run
     """
     path.touch()
     with open(path, "r+b") as file:
         kept = file.read(size)
-        kept = kept[:kept.rfind(b"\n") + 1]  # a line that was cut short would spoil the next one
+        kept = kept[:kept.rfind(b"\n") + 1]  # without this, the next row would join half a line
         file.truncate(len(kept))
     if len(kept) == size:
         return ""
@@ -1110,7 +1109,7 @@ def cut_back(path, size):
 def handled_signals(handle):
     """In the body, SIGINT (Ctrl-C), SIGTERM and SIGHUP (a lost connection) call handle(number)."""
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: it shall outlive the terminal
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run outlives its terminal
         numbers.remove(signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, frame: handle(number))
               for number in numbers}
@@ -1127,8 +1126,10 @@ def interrupt(number):
 
 @contextlib.contextmanager
 def stop_requests():
-    """Yields a list to which the number of a signal is added, for the body to obey in its own time.
-    A second signal raises KeyboardInterrupt(number) at once."""
+    """Yield a list to which the number of a signal is added; the body stops when it is ready to.
+
+    A second signal raises KeyboardInterrupt(number) at once.
+    """
     requests = []
     with handled_signals(lambda number: interrupt(number) if requests else
                          requests.append(number)):
@@ -1137,7 +1138,8 @@ def stop_requests():
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes from writing to the same folder; a kill ends the lock, too."""
+    """Keep other processes from writing to the same folder. The lock ends with this process, even
+    if it is killed."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -1149,23 +1151,32 @@ def locked(folder):
         os.close(fd)
 
 
-# --- The sandbox: what goes in and what comes out -----------------------------------------------
+# --- The sandbox: in the trainer ----------------------------------------------------------------
 
-
-MEMORY_MB = 512        # address space of a program above what the interpreter itself holds
+MEMORY_MB = 512         # address space of a program, beyond what the interpreter itself holds
 MAX_OUTPUT = 1_000_000  # bytes; a program that prints more is stopped
-THREADS = 64           # a program that has so many starts no more; C code in a race, twice as many
-FILES = 64             # a worker and its programs have no descriptor of this number or above
+THREADS = 64            # threads a program may have; twice as many where C code starts them at once
+FILES = 64              # descriptors that a worker, and so a program, may have
+READY = b"+"            # a child's first byte: it is restricted, and no line of the program has run
+MEMORY_STATUS = 201     # exit status of a child whose program ended with a MemoryError
+PAUSES = (0, 1, 4)      # seconds before a call that the sandbox failed is tried again
 OUTCOMES = "ok error memory timeout crashed output_truncated sandbox_error".split()
+SELF = os.path.abspath(__file__)
+PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
+ENVIRONMENT = {  # all that a program sees; nothing of it is the trainer's
+    "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",  # otherwise each thread takes an arena out of the address space
+}
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a program may use, and how it is shown. Every field is an option of PythonTool."""
-    timeout: float = 5.0     # CPU seconds, for a clock would blame programs for a busy machine
+    timeout: float = 5.0     # CPU seconds, because the clock also counts what other processes do
     max_chars: int = 2000    # characters shown to the model; the middle of longer text is cut
     workers: int = 0         # programs at once; 0: one a core (more would only share the cores)
-    modules: tuple = ("numpy", "sympy")  # imported once, where installed, and at hand in no time
+    modules: tuple = ("numpy", "sympy")  # imported in advance, where installed
     unsafe: bool = False     # run programs even where this machine cannot contain them
 
     @property
@@ -1180,10 +1191,6 @@ class Observation:
     text: str       # what the model is shown
     outcome: str    # one of OUTCOMES (see the top of this file), or a ToolCall's fault
     seconds: float  # on the clock, without the wait for a free worker
-
-
-PAUSES = (0, 1, 4)  # seconds before a call that the sandbox failed is tried again
-SELF = os.path.abspath(__file__)
 
 
 class PythonTool:
@@ -1209,7 +1216,7 @@ class PythonTool:
         """
         self._start()
         stdins = [""] * len(codes) if stdins is None else stdins
-        # Interrupted by Ctrl-C, map drops what has not begun; what runs ends by its own limits.
+        # After Ctrl-C, map drops what has not begun; what runs ends by its own limits.
         return list(self._pool.map(self._call, codes, stdins, [raw] * len(codes)))
 
     def submit(self, call, place=()):
@@ -1225,8 +1232,8 @@ class PythonTool:
             lambda: noting_ignored(call, self._call(call.code, "", raw=False)))
 
     def _start(self):
-        """Refuse where this machine contains nothing, unless told by unsafe=True; or begin."""
-        with self._lock:  # once, however many threads arrive
+        """Start the first worker, once; refuse where this machine cannot contain a program."""
+        with self._lock:
             if self._closed:
                 raise RuntimeError("This PythonTool is closed; make a new one.")
             if self._workers:
@@ -1237,9 +1244,10 @@ class PythonTool:
                                    f"{missing}): use Linux 5.13 or newer on x86_64, or pass "
                                    "unsafe=True (--tool_unsafe true) to run programs with limits "
                                    "only.")
-            self.limits = replace(self.limits, unsafe=bool(missing))  # locks that exist are used
+            # With unsafe=True a machine that can contain programs does so all the same.
+            self.limits = replace(self.limits, unsafe=bool(missing))
             try:
-                self._idle.append(self._hire())
+                self._idle.append(self._add_worker())
             except OSError as error:
                 raise RuntimeError(f"The sandbox does not start: {error}.") from error
 
@@ -1259,15 +1267,15 @@ class PythonTool:
         self.close()
 
     def _call(self, code, stdin, raw):
-        """One program; where the sandbox itself fails, again, and in the end it says so."""
+        """Run one program; a call that the sandbox fails is repeated after each of PAUSES."""
         started = time.monotonic()
         for pause in (*PAUSES, None):
-            with contextlib.suppress(OSError, ValueError, RecursionError):  # the last: from JSON
-                seen = self._ask([code, stdin, raw])
-                if seen.outcome != "sandbox_error":
-                    return seen
-            if self._closed or pause is None:
-                break
+            try:
+                return self._ask((code, stdin, raw))
+            except (OSError, ValueError, RecursionError) as fault:  # the last comes from JSON
+                if self._closed or pause is None:
+                    break
+                print(f"sandbox: {fault}; the call is tried again", file=sys.stderr)
             with self._lock:
                 self.retried += 1
             time.sleep(pause)
@@ -1275,29 +1283,30 @@ class PythonTool:
                            time.monotonic() - started)
 
     def _ask(self, request):
+        """What an idle worker, or a new one, observes; a worker that fails is not used again."""
         try:
             worker = self._idle.pop()
-            while worker.process.poll() is not None:  # killed while it waited
+            while worker.process.poll() is not None:  # it was killed while it was idle
                 worker = self._idle.pop()
         except IndexError:
-            worker = self._hire()
+            worker = self._add_worker()
         try:
-            seen = worker.ask(request)
+            observation = worker.ask(request)
         except BaseException:
-            worker.close()  # else a late answer would be taken for that of another call
+            worker.close()  # otherwise a late answer would be taken for that of another call
             self._workers.discard(worker)
             raise
         self._idle.append(worker)
-        return seen
+        return observation
 
-    def _hire(self):
+    def _add_worker(self):
         worker = Worker(self.limits)
         self._workers.add(worker)
         return worker
 
 
 class SilentTool(PythonTool):
-    """The tool of the embedded world, which sometimes falls silent: its calls time out.
+    """The tool of the embedded world, which is silent at some turns: their calls time out.
 
     rate     chance that it is silent at a turn
     persist  the same chance where it was silent at the turn before
@@ -1315,135 +1324,168 @@ class SilentTool(PythonTool):
         return finished(noting_ignored(call, Observation(TIMEOUT_TEXT, "timeout", 0.0)))
 
     def is_silent(self, place):
-        """True if no call is answered at this place: follow the chain from turn 0 to its turn."""
+        """Follow the chain of silent and answered turns from turn 0 to the turn of this place."""
         draws, silent = random.Random(f"silence {place[:-1]}"), False
         for _ in range(place[-1] + 1):
             silent = draws.random() < (self.persist if silent else self.rate)
         return silent
 
 
-def finished(seen):
+def finished(observation):
     """A future that already has its result."""
     future = Future()
-    future.set_result(seen)
+    future.set_result(observation)
     return future
 
 
-def noting_ignored(call, seen):
-    """Tell the model, too, that only the first call of its turn was taken."""
+def noting_ignored(call, observation):
+    """The observation; where a turn made several calls, the model is told that only one ran."""
     note = f"\n(Only the first call of this turn ran; {call.ignored} did not.)"
-    return replace(seen, text=seen.text + note) if call.ignored else seen
-
-
-# --- The sandbox: the trainer's handle on a worker ----------------------------------------------
-
-PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
-ENVIRONMENT = {  # all a program sees of the trainer's: nothing
-    "HOME": "/", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
-    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",  # an arena a thread would eat the address space
-}
-
-
-class Line:
-    """A socket that carries one JSON value a line."""
-
-    def __init__(self, sock):
-        self.sock, self.file = sock, sock.makefile("rb")
-
-    def send(self, value):
-        self.sock.sendall(json.dumps(value).encode() + b"\n")
-
-    def receive(self):
-        text = self.file.readline()
-        if not text.endswith(b"\n"):
-            raise ConnectionError("the other side has gone")
-        return json.loads(text)
-
-    def close(self):
-        self.file.close()
-        self.sock.close()
+    return replace(observation, text=observation.text + note) if call.ignored else observation
 
 
 class Worker:
     """The trainer's handle on a process that runs one program after the other.
 
-    That process ends when the trainer closes the line to it, or ends itself in whatever way.
+    That process ends when the trainer closes the socket between them, or ends itself.
     """
 
     def __init__(self, limits):
-        ours, theirs = socket.socketpair()
+        self.limits, self.asked = limits, 0
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            # A session of its own: Ctrl-C in the trainer's terminal does not reach it.
-            # The line becomes its descriptor 0, whose place a program's stdin takes.
+            # A session of its own keeps Ctrl-C in the trainer's terminal away from the worker.
+            # The socket is descriptor 0 there, which in a child gives way to the program's stdin.
             self.process = subprocess.Popen(
                 [*PYTHON, "--worker", json.dumps(asdict(limits))], env=ENVIRONMENT, cwd="/",
                 stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
-        self.line, self.asked = Line(ours), 0
-        ours.settimeout(180)  # it imports; on a busy machine that may take its time
+        self.socket.settimeout(180)  # its imports may take long on a busy machine
         try:
-            self.line.receive()
+            receive(self.socket)
         except (OSError, ValueError):
             self.close()
             raise OSError("its process was not ready in time, or ended with status "
                           f"{self.process.returncode} and said why on stderr") from None
-        ours.settimeout(limits.wall + 20)  # it keeps its own time; this is for a dead one
+        self.socket.settimeout(limits.wall + 20)  # a living worker stops a program well before
 
     def ask(self, request):
+        """The Observation of one program, from (code, stdin, raw)."""
+        code, stdin, raw = request
         self.asked += 1
-        self.line.send([self.asked, *request])
-        match self.line.receive():
-            case [self.asked, str(text), outcome, float(seconds)] if outcome in OUTCOMES:
-                return Observation(text, outcome, seconds)
-        raise UserError("its answer is malformed, or belongs to another request")
+        with (memory_file(code.encode("utf-8", "surrogatepass")) as program,
+              memory_file(stdin.encode("utf-8", "replace")) as given):
+            send(self.socket, [self.asked, raw], program, given)
+        match receive(self.socket):
+            case [[self.asked, int(status), "" | "timeout" | "output_truncated" as stopped,
+                   float(seconds)], [output]]:
+                with output:
+                    output.seek(0)
+                    return observe(output.read(), status, stopped, seconds, raw, self.limits)
+        raise ValueError("an answer is malformed, or belongs to another request")
 
     def close(self):
-        self.line.close()
+        self.socket.close()
         self.process.kill()
         self.process.wait()
 
 
-# --- The sandbox: worker ------------------------------------------------------------------------
+def memory_file(content):
+    """A file without a name that holds these bytes, to be read from its start."""
+    file = os.fdopen(os.memfd_create("sandbox"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
 
-READY = b"+"     # the child's first byte: every lock holds, and no line of the program has run
-MEMORY = 201     # exit status of a child whose program ended on a MemoryError
-WARM_UP = {  # the first use of a library is slow; every child inherits the second
+
+def send(sock, value, *files):
+    """Send a value as JSON, and open files with it."""
+    socket.send_fds(sock, [json.dumps(value).encode()], [file.fileno() for file in files])
+
+
+def receive(sock):
+    """(value, files) of one message."""
+    message, descriptors, _, _ = socket.recv_fds(sock, 4096, 2)
+    files = [os.fdopen(descriptor, "rb") for descriptor in descriptors]
+    if not message:
+        raise ConnectionError("a process at the other end of a socket has ended")
+    return json.loads(message), files
+
+
+def observe(output, status, stopped, seconds, raw, limits):
+    """The Observation of a child, from its output, exit status and why it was stopped, or ""."""
+    if output[:1] != READY:
+        why = output.decode("utf-8", "replace") or stopped or f"status {status}"
+        raise OSError(f"no program was begun ({why})")
+    ended = "crashed" if status < 0 else {0: "ok", MEMORY_STATUS: "memory"}.get(status, "error")
+    outcome, output = stopped or ended, output[1:1 + MAX_OUTPUT]
+    text = output.decode("utf-8", "replace")
+    return Observation(text if raw else shown_text(text, outcome, status, limits), outcome, seconds)
+
+
+def shown_text(text, outcome, status, limits):
+    """What the model is shown: the output, without addresses of this machine, and how it ended.
+
+    Differs from the authors' code: there time-outs and failures read "no stdout here", and count
+    as success; and text over 256 characters loses its middle without a word.
+    """
+    text = re.sub(r"\bat 0x[0-9a-f]{6,}(?=>)", "at 0x0", text.rstrip("\n"))  # <object at 0x7f..>
+    half = limits.max_chars // 2
+    if len(text) > 2 * half:
+        left_out = f"[... {len(text) - 2 * half:,} characters left out ...]"
+        text = f"{text[:half]}\n{left_out}\n{text[-half:]}"
+    notes = {
+        "error": f"[exit status {status}]" if status > 1 or not text else "",
+        "timeout": f"[stopped: out of time, {limits.timeout:g} s of computing "
+                   f"or {limits.wall:g} s in all]",
+        "memory": f"[out of memory, {MEMORY_MB} MB]",
+        "crashed": f"[crashed: signal {-status}]",
+        "output_truncated": f"[stopped: it printed more than {MAX_OUTPUT:,} bytes]",
+    }
+    return "\n".join(filter(None, [text, notes.get(outcome)])) or "[no output]"
+
+
+# --- The sandbox: in the worker -----------------------------------------------------------------
+
+WARM_UP = {  # the first use of a library is slow, so the worker makes it, once for all children
     "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.default_rng(0)",
     "sympy": "from sympy import *; x = symbols('x'); solve(x**2 - x - 6); simplify(sin(x)**2);"
              "integrate(x * exp(x), x); factorint(60); print(x)",
 }
+# These load shared libraries from outside Python's own folders, which no child can read.
 FOREIGN = ("sqlite3", "ssl", "hashlib", "bz2", "lzma", "decimal", "ctypes", "uuid", "zoneinfo")
 
 
-def work(limits):
-    """A worker's life: import once, give up rights once, then one program after the other."""
-    set_limit("NOFILE", FILES, FILES)  # while only 0, 1 and 2 are open
-    line = Line(socket.socket(fileno=0))
+def worker_main(limits):
+    """Import libraries and give up rights, once; then run one program after the other."""
+    set_limit("NOFILE", FILES, FILES)  # at this moment only 0, 1 and 2 are open
+    trainer = socket.socket(fileno=0)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, a program is killed and not the trainer
-    import_what_programs_use(limits)
-    give_up_rights(limits)
-    keeper = None if limits.unsafe else thread_keeper()
+        file.write("1000")  # where memory runs out, the kernel kills a program and not the trainer
+    import_modules(limits)
+    restrict_worker(limits)
+    listener = None if limits.unsafe else thread_listener()
     gc.collect()
-    gc.freeze()  # children neither see nor touch what was imported
-    line.send("ready")
-    with contextlib.suppress(ConnectionError):  # the trainer has let go of this worker, or ended
+    gc.freeze()  # children neither see nor touch the objects of these imports
+    send(trainer, "ready")
+    with contextlib.suppress(ConnectionError):  # the trainer has ended, or has closed the socket
         while True:
-            number, *request = line.receive()
-            line.send([number, *attempt(line, keeper, *request, limits)])
+            (number, raw), (code, stdin) = receive(trainer)
+            with code, stdin, memory_file(b"") as output:
+                ended = run_child(trainer, listener, limits, raw, code, stdin, output)
+                send(trainer, [number, *ended], output)
 
 
-def import_what_programs_use(limits):
-    """Libraries warmed up, random numbers seeded, nothing of the project on the path."""
+def import_modules(limits):
+    """Import and warm up libraries; seed random numbers; take the project off the path."""
     sys.path[:] = [entry for entry in sys.path if entry.startswith(python_folders())]
     sys.argv[:] = ["<code>"]
     sys.set_int_max_str_digits(0)
-    with warnings.catch_warnings(), contextlib.redirect_stderr(None):  # deprecations, many
+    with warnings.catch_warnings(), contextlib.redirect_stderr(None):  # many deprecations
         for name in limits.modules:
             if importlib.util.find_spec(name):
                 importlib.import_module(name)
                 exec(WARM_UP.get(name, ""), {})
-        for name in FOREIGN:  # these need libraries that lie outside Python's own folders
+        for name in FOREIGN:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
     if "numpy" in sys.modules:
@@ -1459,158 +1501,116 @@ def python_folders():
     return tuple(sorted({*paths, *map(os.path.realpath, paths)}, key=len, reverse=True))
 
 
-def attempt(line, keeper, code, stdin, raw, limits):
-    """Fork a child for one program, watch it, reap it, and judge; an Observation's fields."""
+def run_child(trainer, listener, limits, raw, code, stdin, output):
+    """Fork a child for one program, wait until it ends or must be stopped, and reap it.
+
+    returns  exit status (below 0: the signal that ended it), why it was stopped or "", seconds
+    """
     started = time.monotonic()
-    given = os.memfd_create("stdin")
-    os.write(given, stdin.encode("utf-8", "replace"))
-    os.lseek(given, 0, os.SEEK_SET)
-    out, theirs = os.pipe()
+    printed, theirs = os.pipe()
     worker, pid = os.getpid(), os.fork()
     if pid == 0:
-        child(worker, (given, theirs), code, raw, limits)
-    os.setpgid(pid, pid)  # with all that it may start it is killed as one
-    os.close(given)
+        child_main(worker, code, (stdin.fileno(), theirs), raw, limits)
+    os.setpgid(pid, pid)  # the kill below then reaches all that the child may have started
     os.close(theirs)
-    output, stopped = watch(pid, out, line, keeper, limits)
-    os.killpg(pid, signal.SIGKILL)  # dead or alive: until reaped, the id is no other's
+    stopped = poll_child(pid, printed, output, trainer, listener, limits)
+    os.killpg(pid, signal.SIGKILL)  # even if it has ended: nobody gets its id before it is reaped
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(out)
-    seconds = time.monotonic() - started
-    if output[:1] != READY:
-        why = output.decode("utf-8", "replace") or stopped or f"status {status}"
-        print("sandbox: no program was begun:", why, file=sys.stderr)
-        return "", "sandbox_error", seconds
-    ended = "crashed" if status < 0 else {0: "ok", MEMORY: "memory"}.get(status, "error")
-    outcome = stopped or ended
-    return describe(output[1:], outcome, status, raw, limits), outcome, seconds
+    os.close(printed)
+    return status, stopped, time.monotonic() - started
 
 
-def watch(pid, out, line, keeper, limits):
-    """Read what the child prints until it ends; with it the reason, where it must be stopped."""
-    output, poll, most = bytearray(), select.poll(), len(READY) + MAX_OUTPUT
-    end = os.pidfd_open(pid)
-    poll.register(out, select.POLLIN)
-    poll.register(end, select.POLLIN)
-    poll.register(line.sock, 0)  # only a hang-up
-    if keeper:
-        poll.register(keeper, select.POLLIN)
+def poll_child(pid, printed, output, trainer, listener, limits):
+    """Move what the child prints to a file until it ends. Returns "", or why it must be stopped."""
+    poll, size, end = select.poll(), 0, os.pidfd_open(pid)
+    for descriptor in filter(None, (printed, end, listener)):
+        poll.register(descriptor, select.POLLIN)
+    poll.register(trainer, 0)  # reports only a hang-up
     deadline, cpu_clock = time.monotonic() + limits.wall, ~pid << 3 | 2
     with os.fdopen(end):
         while (left := min(deadline - time.monotonic(),
                            limits.timeout - time.clock_gettime(cpu_clock))) > 0:
             ready = dict(poll.poll(max(1, 1000 * left)))
-            if line.sock.fileno() in ready:
-                break  # nobody waits any more; the answer will fail to send
-            if keeper in ready:
-                permit_thread(keeper)
-            if out in ready:
-                chunk = os.read(out, 65536)
-                output += chunk
-                if not chunk:
-                    poll.unregister(out)  # it closed its output, which is not yet its end
-                if len(output) > most:
-                    return output[:most], "output_truncated"
+            if trainer.fileno() in ready:
+                break  # nobody waits for an answer any more, and sending it will fail
+            if listener in ready:
+                permit_thread(listener)
+            if printed in ready:
+                moved = os.splice(printed, output.fileno(), 65536)  # not through our own memory
+                size += moved
+                if not moved:
+                    poll.unregister(printed)  # it closed its output, but may still run
+                if size > len(READY) + MAX_OUTPUT:
+                    return "output_truncated"
             elif end in ready:
-                return output, None  # ended, and every byte has been read
-    return output, "timeout"
+                return ""  # it has ended, and every byte is moved
+    return "timeout"
 
 
-def describe(output, outcome, status, raw, limits):
-    """What the model is shown: the output, freed of the host's traces, and how it ended.
+# --- The sandbox: in the child ------------------------------------------------------------------
 
-    Differs from the authors' code: there time-outs and failures read "no stdout here", and count
-    as success; and text over 256 characters loses its middle without a word.
-    """
-    text = output.decode("utf-8", "replace")
-    if raw:
-        return text
-    text = shorten(ADDRESS.sub("at 0x0", text.rstrip("\n")), limits)
-    notes = {
-        "error": f"[exit status {status}]" if status > 1 or not text else "",
-        "timeout": f"[stopped: out of time, {limits.timeout:g} s of computing "
-                   f"or {limits.wall:g} s in all]",
-        "memory": f"[out of memory, {MEMORY_MB} MB]",
-        "crashed": f"[crashed: signal {-status}]",
-        "output_truncated": f"[stopped: it printed more than {MAX_OUTPUT:,} bytes]",
-    }
-    return "\n".join(filter(None, [text, notes.get(outcome)])) or "[no output]"
-
-
-ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}(?=>)")  # <object at 0x7f..>: another one on every run
-
-
-def shorten(text, limits):
-    """Keep head and tail, and say how much is gone."""
-    half = limits.max_chars // 2
-    if len(text) <= 2 * half:
-        return text
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
-
-
-# --- The sandbox: child -------------------------------------------------------------------------
-
-
-def child(worker, fds, code, raw, limits):
-    """Shut every door, then run the program; never returns."""
-    leave, status = os._exit, 1  # our own reference: the program may replace os._exit
+def child_main(worker, program, descriptors, raw, limits):
+    """Restrict this process, then run the program; never returns."""
+    leave, status = os._exit, 1  # our own reference, because the program may replace os._exit
     try:
-        given, theirs = fds
-        os.setpgid(0, 0)  # here too, for nobody knows whose turn comes first
-        die_with(worker)
-        os.dup2(1 if raw else theirs, 2)  # the worker's 1 is /dev/null
-        os.dup2(theirs, 1)
-        os.dup2(given, 0)
-        os.closerange(3, FILES)  # all there can be: see `work`
-        enclose(limits)
+        code = program.read().decode("utf-8", "surrogatepass")
+        stdin, stdout = descriptors
+        os.setpgid(0, 0)  # the worker does the same; either may come first
+        die_with_parent(worker)
+        os.dup2(1 if raw else stdout, 2)  # the worker's 1 is /dev/null
+        os.dup2(stdout, 1)
+        os.dup2(stdin, 0)
+        os.closerange(3, FILES)  # the worker's limit allows no descriptor beyond these
+        restrict_child(limits)
         os.write(1, READY)
-        status = perform(code, raw)
+        status = exec_code(code, raw)
     except BaseException as error:
         os.write(1, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
     finally:
         leave(status)
 
 
-def perform(code, raw):
+def exec_code(code, raw):
     """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", closefd=False)
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
+    sys.stdout = sys.__stdout__ = output_stream(1, "surrogateescape")
+    sys.stderr = sys.__stderr__ = output_stream(2, "backslashreplace")
     random.seed(0)  # random takes a new seed after every fork
     run, raised, error = exec, sys.exc_info, None  # our own: the program may take them away
     try:
-        for part in compiled(code, raw):
+        for part in compile_code(code, raw):
             run(part, vars(main))
-    except:  # noqa: E722, for even the name BaseException may have been rebound
+    except:  # noqa: E722, because the program may have given the name BaseException to another
         error = raised()[1]
     del main
-    return finish(error)
+    return run_exit_handlers(error)
 
 
-def stream(fd):
-    """Unbuffered: what was printed survives whatever happens next, in the order of printing."""
-    return io.TextIOWrapper(open(fd, "wb", 0, closefd=False), "utf-8", write_through=True,
-                            errors="backslashreplace" if fd == 2 else "surrogateescape")
+def output_stream(descriptor, errors):
+    """A stream without a buffer, so that what was printed is kept however the program ends."""
+    return io.TextIOWrapper(open(descriptor, "wb", 0, closefd=False), "utf-8", errors=errors,
+                            write_through=True)
 
 
-def compiled(code, raw):
+def compile_code(code, raw):
     """The program as code objects: all of it, or its body and a last expression to be echoed.
 
     Differs from the authors' code: there the last line is rewritten to print(<line>), which breaks
     a program that ends in a loop, an assignment, an import or a comment.
     """
-    code = unfenced(code.lstrip("\ufeff"))
+    code = without_fence(code.lstrip("\ufeff"))
     lines = [line + "\n" for line in code.split("\n")]
     linecache.cache["<code>"] = (len(code), None, lines, "<code>")  # tracebacks quote from here
     tree = ast.parse(code, "<code>")
     echo = not raw and tree.body and isinstance(tree.body[-1], ast.Expr)
     last = ast.Interactive([tree.body.pop()] if echo else [])
-    # "single" is what a notebook does: the value of an expression goes to sys.displayhook.
+    # As in a notebook, mode "single" gives the value of an expression to sys.displayhook.
     return [compile(part, "<code>", mode, dont_inherit=True)
             for part, mode in ((tree, "exec"), (last, "single"))]
 
 
-def unfenced(code):
+def without_fence(code):
     """A program without the Markdown that some models write around it."""
     try:
         "```" in code and ast.parse(code)
@@ -1619,29 +1619,29 @@ def unfenced(code):
         return last_program(code) or code
 
 
-def finish(error):
-    """What Python does after the last line; returns the exit status."""
-    flush()
+def run_exit_handlers(error):
+    """What Python does after the last line of a program; returns the exit status."""
+    flush_output()
     status = 0 if error is None else exit_status(error)
     sys.modules.pop("__main__", None)
     for task in (threading._shutdown, atexit._run_exitfuncs, functools.partial(gc.collect, 1)):
         with contextlib.suppress(BaseException):
-            task()  # the last one runs the destructors, while the program's globals are whole
-    flush()
+            task()  # gc.collect runs destructors while the program's globals still exist
+    flush_output()
     return status
 
 
-def flush():
+def flush_output():
     for stream in (vars(sys).get("stdout"), vars(sys).get("stderr")):
         with contextlib.suppress(BaseException):
-            stream.flush()  # whatever the program put in its place
+            stream.flush()  # the program may have put any object in its place
 
 
 def exit_status(error):
     """As Python itself ends on an exception, or takes the argument of sys.exit."""
     if not isinstance(error, SystemExit):
-        report(error)
-        return MEMORY if isinstance(error, MemoryError) else 1
+        print_traceback(error)
+        return MEMORY_STATUS if isinstance(error, MemoryError) else 1
     if error.code is None:
         return 0
     if isinstance(error.code, int):
@@ -1650,25 +1650,25 @@ def exit_status(error):
     return 1
 
 
-def report(error):
-    """Print the traceback with the program's own lines only, not those of libraries or of us."""
+def print_traceback(error):
+    """Print the traceback with the lines of the program alone, without libraries and this file."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # the reserve, for this very report
-    story = traceback.TracebackException.from_exception(error, lookup_lines=False)
-    waiting = [story]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # the reserve that restrict_worker left
+    whole = traceback.TracebackException.from_exception(error, lookup_lines=False)
+    waiting = [whole]
     while waiting:
         part = waiting.pop()
         part.stack[:] = [frame for frame in part.stack if frame.filename.startswith("<")
                          and not frame.filename.startswith("<frozen")]
-        part.stack = part.stack or None  # None: no heading above nothing
+        part.stack = part.stack or None  # None prints no heading where no frame is left
         nested = [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
         waiting += [other for other in nested if other and other.stack]
-    sys.__stderr__.write("".join(story.format()))
+    sys.__stderr__.write("".join(whole.format()))
 
 
-# --- The sandbox: locks -------------------------------------------------------------------------
+# --- The sandbox: Landlock, seccomp and limits --------------------------------------------------
 
-# What a program may ask of the kernel, by name and number on x86_64; all else is refused.
+# The system calls of a program, by name and number on x86_64; all others are refused.
 ALLOWED = """
 open files        read 0  write 1  close 3  fstat 5  lseek 8  pread64 17  pwrite64 18  pipe 22
                   dup 32  dup2 33  fsync 74  dup3 292  pipe2 293
@@ -1695,15 +1695,15 @@ CONDITIONAL = """
     openat 257  prlimit64 302
 """
 NUMBERS = {name: int(number) for name, number in re.findall(r"(\w+) (\d+)", ALLOWED + CONDITIONAL)}
-YOUNG = 424  # from here on (clone3, openat2, io_uring...): not there, so libc takes the old ones
+NEWER = 424  # calls from here on (clone3, openat2, io_uring) seem missing, so libc uses older ones
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_NO_NEW_PRIVS = 1, 15, 16, 38
 SECCOMP, SET_FILTER, NEW_LISTENER = 317, 1, 8
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(function, *arguments):
-    """A call into C: integers as wide as the kernel reads them, and failure raises."""
+def checked_call(function, *arguments):
+    """Call a function of libc with integers as wide as the kernel reads them; a failure raises."""
     wide = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
     result = function(*wide)
     if result < 0:
@@ -1711,59 +1711,63 @@ def call(function, *arguments):
     return result
 
 
-def die_with(parent):
+def die_with_parent(parent):
     """Ask the kernel to kill this process when its parent ends, however that ends."""
-    call(libc.prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    checked_call(libc.prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(1)  # it ended before we could ask
+        os._exit(1)  # the parent ended before the request
 
 
 def missing_locks():
     """What this machine lacks to contain a program; "" where it has everything."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "Linux on x86_64"
-    if libc.syscall(LANDLOCK_CREATE, None, ctypes.c_ulong(0), ctypes.c_ulong(1)) < 1:  # its version
+    # With these arguments Landlock returns its version.
+    if libc.syscall(LANDLOCK_CREATE, None, ctypes.c_ulong(0), ctypes.c_ulong(1)) < 1:
         return "Landlock"
-    # A kernel with all that we use of seccomp misses only the filter.
+    # A kernel that knows these flags finds no filter at address 0, which is the error EFAULT.
     libc.syscall(SECCOMP, SET_FILTER, NEW_LISTENER, None)
     return "" if ctypes.get_errno() == errno.EFAULT else "seccomp"
 
 
-def give_up_rights(limits):
-    """What a worker can give up at once for all its children."""
+def restrict_worker(limits):
+    """Give up what no child needs, once for all of them."""
     with open("/proc/self/statm") as file:
         space = int(file.read().split()[0]) * resource.getpagesize() + (MEMORY_MB << 20)
-    set_limit("AS", space, space + (64 << 20))  # a reserve to report a MemoryError with
+    set_limit("AS", space, space + (64 << 20))  # the reserve is there to report a MemoryError
     set_limit("STACK", 8 << 20, 8 << 20)
     set_limit("CORE", 0, 0)
     if limits.unsafe:
         return
-    call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    read_only_from(python_folders())
-    # Root without capabilities owns files and nothing more. The user id stays: Python may live in
-    # a folder that only this user can read.
-    call(libc.capset, struct.pack("Ii", 0x20080522, 0), bytes(24))
+    checked_call(libc.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    allow_reading_only(python_folders())
+    # Without capabilities, root may do no more than the owner of its files. It stays root, because
+    # Python may stand in a folder that only this user can read.
+    checked_call(libc.capset, struct.pack("Ii", 0x20080522, 0), bytes(24))
 
 
-def read_only_from(folders):
-    """Landlock: these folders can be read, and no other file; seccomp knows no paths."""
+def allow_reading_only(folders):
+    """Landlock: let this process read these folders and use no other file.
+
+    seccomp cannot do this, because a filter sees the address of a path and not its text.
+    """
     every_right = struct.pack("Q", (1 << 13) - 1)
-    rules = call(libc.syscall, LANDLOCK_CREATE, every_right, len(every_right), 0)
+    rules = checked_call(libc.syscall, LANDLOCK_CREATE, every_right, len(every_right), 0)
     for folder in filter(os.path.isdir, folders):
         fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
         read_file_and_folder = struct.pack("=Qi", 4 | 8, fd)
-        call(libc.syscall, LANDLOCK_ADD, rules, 1, read_file_and_folder, 0)
+        checked_call(libc.syscall, LANDLOCK_ADD, rules, 1, read_file_and_folder, 0)
         os.close(fd)
-    call(libc.syscall, LANDLOCK_RESTRICT, rules, 0)
+    checked_call(libc.syscall, LANDLOCK_RESTRICT, rules, 0)
     os.close(rules)
 
 
-def enclose(limits):
-    """What each child gives up: resources, then almost every way of asking the kernel."""
-    set_limit("CPU", *[2 * math.ceil(limits.timeout) + 1] * 2)  # should the worker come too late
+def restrict_child(limits):
+    """Give up what only the worker needs: CPU time, writing to files, most system calls."""
+    set_limit("CPU", *[2 * math.ceil(limits.timeout) + 1] * 2)  # in case the worker stops it late
     set_limit("FSIZE", 0, 0)
     if not limits.unsafe:
-        install(seccomp_filter(os.getpid()))
+        install_filter(seccomp_filter(os.getpid()))
 
 
 def set_limit(name, soft, hard):
@@ -1774,16 +1778,17 @@ def set_limit(name, soft, hard):
     resource.setrlimit(which, (min(soft, hard), hard))
 
 
-# A seccomp filter is a small program the kernel runs before every system call. It has one
-# register; jumps count the instructions to skip if true, and if false.
+# A seccomp filter is a small program that the kernel runs before every system call. It has one
+# register. A jump says how many instructions to skip if its test is true, and how many if not.
 LOAD, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # REFUSE + the errno to answer with
-ASK = 0x7FC00000  # whoever holds the listener of this filter
+NOTIFY = 0x7FC00000  # ask the process that holds the filter's listener
 AUDIT_ARCH, ANY_BIT, CLONE_THREAD = 0xC000003E, 0xFFFFFFFF, 0x10000
 NOTIF_RECV, NOTIF_SEND = 0xC0502100, 0xC0182101  # ioctl on a listener
 
 
 def op(code, value, if_true=0, if_false=0):
+    """One instruction of a filter."""
     return struct.pack("HBBI", code, if_true, if_false, value)
 
 
@@ -1799,20 +1804,21 @@ def only_if(*conditions):
 
 
 def seccomp_filter(own):
-    """The whole filter of the process with id `own`: one rule after the other, then a refusal."""
+    """The filter of the process with the id `own`: one rule for each call, then a refusal."""
     rules = {name: op(RETURN, ALLOW) for name in NUMBERS} | rules_on_arguments(own)
     return (op(LOAD, 4) + op(EQUAL, AUDIT_ARCH, 1) + op(RETURN, KILL) + op(LOAD, 0)
             + b"".join(op(EQUAL, NUMBERS[name], 0, len(body) // 8) + body
                        for name, body in rules.items())
-            + op(AT_LEAST, YOUNG, 0, 1) + op(RETURN, REFUSE + errno.ENOSYS)
+            + op(AT_LEAST, NEWER, 0, 1) + op(RETURN, REFUSE + errno.ENOSYS)
             + op(RETURN, REFUSE + errno.EPERM))
 
 
 def rules_on_arguments(own):
+    """The rules of the calls in CONDITIONAL."""
     write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     namespaces = 0x7E020080
     pair = ANY_BIT ^ socket.SOCK_CLOEXEC ^ socket.SOCK_NONBLOCK
-    itself = only_if((0, ANY_BIT, [own]))  # an abort, an alarm of its own
+    itself = only_if((0, ANY_BIT, [own]))  # it may abort, or set an alarm
     return {
         "open": only_if((1, write, [0])), "openat": only_if((2, write, [0])),  # to read
         "kill": itself, "tkill": itself, "tgkill": itself,
@@ -1821,7 +1827,7 @@ def rules_on_arguments(own):
         "prctl": only_if((0, ANY_BIT, [PR_SET_NAME, PR_GET_NAME])),
         # asyncio wants a pair; datagram pairs could send to any other socket of the machine.
         "socketpair": only_if((0, ANY_BIT, [socket.AF_UNIX]), (1, pair, [socket.SOCK_STREAM])),
-        # Not F_SETOWN and F_SETSIG, by which the kernel sends signals for us; no leases.
+        # Not F_SETOWN and F_SETSIG, by which the kernel sends signals for a program; no leases.
         "fcntl": only_if((1, ANY_BIT, [fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD,
                                        fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL])),
         "ioctl": only_if((1, ANY_BIT, [termios.TCGETS, termios.TIOCGWINSZ, termios.FIONREAD,
@@ -1829,40 +1835,39 @@ def rules_on_arguments(own):
     }
 
 
-def install(program, flags=0):
-    code = ctypes.create_string_buffer(program, len(program))
-    head = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
-    return call(libc.syscall, SECCOMP, SET_FILTER, flags, head)
+def install_filter(instructions, flags=0):
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    head = struct.pack("HxxxxxxP", len(instructions) // 8, ctypes.addressof(code))
+    return checked_call(libc.syscall, SECCOMP, SET_FILTER, flags, head)
 
 
-def thread_keeper():
+def thread_listener():
     """A descriptor on which the kernel asks this worker before a child of it starts a thread.
 
-    RLIMIT_NPROC is of no use: it does not bind root, and for others counts the whole user.
+    RLIMIT_NPROC is of no use: it does not bind root, and for others it counts all their processes.
     """
-    return install(op(LOAD, 0) + op(EQUAL, NUMBERS["clone"], 0, 4) + op(LOAD, 16)
-                   + op(AND, CLONE_THREAD) + op(EQUAL, CLONE_THREAD, 0, 1)
-                   + op(RETURN, ASK) + op(RETURN, ALLOW), NEW_LISTENER)
+    return install_filter(op(LOAD, 0) + op(EQUAL, NUMBERS["clone"], 0, 4) + op(LOAD, 16)
+                          + op(AND, CLONE_THREAD) + op(EQUAL, CLONE_THREAD, 0, 1)
+                          + op(RETURN, NOTIFY) + op(RETURN, ALLOW), NEW_LISTENER)
 
 
-def permit_thread(keeper):
+def permit_thread(listener):
     """Answer one such question: yes, or EAGAIN where the child has THREADS threads already.
 
-    Started but not yet counted are at most as many as have asked, hence twice THREADS in a race.
+    Threads that ask at the same time are not counted yet, so there may be twice THREADS of them.
     """
-    asked = bytearray(80)
-    with contextlib.suppress(FileNotFoundError):  # the child that asked is gone
-        fcntl.ioctl(keeper, NOTIF_RECV, asked)
-        number, thread = struct.unpack_from("QI", asked)
-        few = os.stat(f"/proc/{thread}/task").st_nlink - 2 < THREADS  # . and .. and the threads
+    request = bytearray(80)
+    with contextlib.suppress(FileNotFoundError):  # the child that asked has ended
+        fcntl.ioctl(listener, NOTIF_RECV, request)
+        number, thread = struct.unpack_from("QI", request)
+        few = os.stat(f"/proc/{thread}/task").st_nlink - 2 < THREADS  # . and .. are counted, too
         answer = struct.pack("QqiI", number, 0, 0 if few else -errno.EAGAIN, few)
-        fcntl.ioctl(keeper, NOTIF_SEND, answer)
+        fcntl.ioctl(listener, NOTIF_SEND, answer)
 
 
 # --- The command line ---------------------------------------------------------------------------
 
-
-ATTEMPTS = {  # guarantee: what must not succeed
+GUARANTEES = {  # guarantee: a program that must not succeed
     "reads no file": f"open({SELF!r}).read()",
     "writes no file": "import os; p = '/tmp/python_tool_probe'; open(p, 'w'); os.remove(p)",
     "no network": "import socket; socket.socket()",
@@ -1874,24 +1879,24 @@ ATTEMPTS = {  # guarantee: what must not succeed
         f"[threading.Thread(target=wait, daemon=True).start() for _ in range({THREADS})]",
 }
 PROBE = f"""
-for name, attempt in {ATTEMPTS}.items():
+for name, forbidden in {GUARANTEES}.items():
     try:
-        exec(attempt)
+        exec(forbidden)
     except Exception as error:
         print(name * isinstance(error, (PermissionError, MemoryError, RuntimeError)))
 """
 
 
 def guarantees():
-    """{guarantee: whether it holds on this machine}, as a program finds that attempts it all."""
-    with PythonTool(unsafe=True) as tool:
-        seen = tool.run([PROBE], raw=True)[0]
-    return {name: name in seen.text.splitlines() for name in ATTEMPTS}
+    """{guarantee: whether it holds on this machine}; a program tries to break each of them."""
+    with PythonTool(unsafe=True, modules=()) as tool:
+        observation = tool.run([PROBE], raw=True)[0]
+    return {name: name in observation.text.splitlines() for name in GUARANTEES}
 
 
 def main(arguments):
     if arguments[:1] == ["--worker"]:
-        work(Limits(**json.loads(arguments[1])))
+        worker_main(Limits(**json.loads(arguments[1])))
     elif arguments:
         sys.exit(__doc__)
     else:

@@ -1,13 +1,13 @@
-"""A checkpoint behind a server, held to the rollouts that this project samples.
+"""Compare a checkpoint that a server runs with the rollouts that this project samples from it.
 
     pip install accelerate fastapi openai uvicorn
     transformers serve MODEL --port 8000 --device cpu --dtype float32
     python tests/client.py MODEL PROBLEMS --system "..."
 
-Greedily, each problem is solved twice: by a client that sends the tool's schema, runs the calls that
-the server parses and sends the tool's answers back; and by `sample_rollouts`. `transformers serve`
-drops the words before a call from the history it is sent, so that later turns differ; with --as_text
-the client sends a turn with a call back as the text it was, and whole conversations agree.
+Each problem is solved twice, greedily: by a client that sends the tool's schema, runs the calls
+that the server parses and sends the tool's answers back; and by `sample_rollouts`.
+`transformers serve` drops the words before a call from the history it is sent, so later turns
+differ. With --as_text the client sends such a turn back as text, and whole conversations agree.
 """
 import argparse
 import json
@@ -54,7 +54,7 @@ def converse(ask, tool, messages, max_turns, as_text):
 
 
 def turns_of(rollout):
-    """The same of a rollout."""
+    """The turns of a rollout in the form that `converse` returns."""
     return [(turn.text.partition("<tool_call>")[0].strip(), call and call.code)
             for turn in rollout.turns for call in [tools.parse_tool_call(turn.text)]]
 
@@ -66,7 +66,8 @@ def main():
     parser.add_argument("--url", default="http://localhost:8000/v1")
     parser.add_argument("--limit", type=int, default=12, help="problems to solve [12]")
     parser.add_argument("--system", default=sod.SYSTEM, help="system text")
-    parser.add_argument("--max_response", type=int, default=400, help="tokens of a rollout, or a turn")
+    parser.add_argument("--max_response", type=int, default=400,
+                        help="tokens of a rollout; for the server, of a turn [400]")
     parser.add_argument("--as_text", action="store_true", help="send calls back as text")
     given = parser.parse_args()
     config = sod.Config(**sod.PRESETS["gpu"] | dict(
@@ -78,7 +79,7 @@ def main():
     with sod.load_tool(config)[0] as tool:
         agent = sod.Agent(config, model, None, tokenizer, tool)
         prompts = [(p, sod.encode_prompt(tokenizer, p, given.system)) for p in problems]
-        # so small a top-p keeps the likeliest token alone: greedy
+        # So small a top-p leaves only the likeliest token, which is greedy sampling.
         rollouts = sod.sample_rollouts(agent, model, prompts, (0, "client", 0), top_p=1e-6)
         server = partial(ask, given.url, given.model, most=given.max_response)
         first = whole = calls = 0
@@ -86,15 +87,16 @@ def main():
             start = [{"role": "system", "content": given.system},
                      {"role": "user", "content": rollout.problem.question}]
             served = converse(server, tool, start, config.max_turns, given.as_text)
-            ours = turns_of(rollout)
-            if rollout.finish_reason == "length":  # it cut the last turn; the server has one for each turn
+            ours, finish_reason = turns_of(rollout), rollout.finish_reason
+            if finish_reason == "length":  # its last turn is cut where the server's is not
                 ours, served = ours[:-1], served[:len(ours) - 1]
             first += served[:1] == ours[:1]
             whole += served == ours
             calls += sum(program is not None for _, program in served)
-            print(json.dumps({"served": served, "ours": ours, "finish_reason": rollout.finish_reason}), flush=True)
-    print(f"{len(rollouts)} problems: first turn the same in {first}, whole conversation in {whole}; "
-          f"{calls} calls parsed by the server")
+            line = dict(served=served, ours=ours, finish_reason=finish_reason)
+            print(json.dumps(line), flush=True)
+    print(f"{len(rollouts)} problems: first turn the same in {first}, whole conversation in "
+          f"{whole}; {calls} calls parsed by the server")
 
 
 if __name__ == "__main__":

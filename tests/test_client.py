@@ -1,4 +1,4 @@
-"""The client that holds a served checkpoint to our rollouts (client.py), with a scripted server."""
+"""client.py, which compares a served checkpoint with our rollouts, with a scripted server."""
 import json
 
 import pytest
@@ -34,7 +34,8 @@ def test_client_runs_the_parsed_call_and_sends_its_answer_back(as_text):
 
 
 def test_what_the_client_sends_is_what_a_rollout_shows_its_model(tokenizer):
-    model, (rollout,) = play(tokenizer, [f"{WORDS}\n{tools.render_tool_call(PROGRAM)}", "\\boxed{42}"])
+    said = [f"{WORDS}\n{tools.render_tool_call(PROGRAM)}", "\\boxed{42}"]
+    model, (rollout,) = play(tokenizer, said)
     turns, messages = conversation(as_text=True)
     sent = tokenizer.apply_chat_template(messages, tools=[tools.TOOL_SCHEMA], tokenize=False,
                                          add_generation_prompt=True)

@@ -7,7 +7,6 @@
 Canaries (files, listeners on loopback, a secret in the environment) stand in a temporary folder.
 """
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -37,12 +36,18 @@ except ImportError:  # run as a script by an interpreter that has none
                                           "__call__": lambda s, *a, **k: lambda f: f})()
 
 CORPUS = HERE.parents[2] / "shared" / "hostile_snippets.jsonl"
-OUTCOMES = {"ok", "error", "timeout", "memory", "crashed", "output_truncated", "sandbox_error"}
 
 
 @pytest.fixture(scope="module")
 def tool():
     with PythonTool(timeout=0.8) as tool:
+        yield tool
+
+
+@pytest.fixture(scope="module")
+def quick_tool():
+    """For programs that have to be stopped: all at once, after half a second."""
+    with PythonTool(timeout=0.3, workers=8, modules=()) as tool:
         yield tool
 
 
@@ -90,14 +95,13 @@ def test_two_sandboxes_say_the_same(tool):
     if run(tool, "import numpy").outcome == "ok":
         codes += ["import numpy\nnumpy.random.rand()",
                   "import numpy\nnumpy.random.default_rng().random()"]
-    with PythonTool(timeout=0.8) as other:
+    with PythonTool(timeout=0.8, modules=("numpy",)) as other:
         assert [o.text for o in tool.run(codes)] == [o.text for o in other.run(codes)]
 
 
 def test_cut_text_says_how_much_is_gone(tool):
-    seen = run(tool, "print('a' * 5000 + 'z')")
-    assert seen.outcome == "ok" and "[... 3,001 characters left out ...]" in seen.text
-    assert seen.text.startswith("a" * 1000 + "\n") and seen.text.endswith("a" * 999 + "z")
+    assert run(tool, "print('a' * 5000 + 'z')").text == (
+        "a" * 1000 + "\n[... 3,001 characters left out ...]\n" + "a" * 999 + "z")
 
 
 def test_raw_text_is_stdout_alone(tool):
@@ -107,13 +111,13 @@ def test_raw_text_is_stdout_alone(tool):
     assert run(tool, "print(len(open(0).read()))", "x" * 300_000, raw=True).text == "300000\n"
 
 
-def test_output_survives_what_ends_the_program(tool):
+def test_output_survives_what_ends_the_program(quick_tool):
     ends = {"timeout": "while True: pass", "crashed": "import ctypes; ctypes.string_at(0)",
             "memory": "bytearray(10 ** 12)", "error": "1 / 0", "ok": "import os; os._exit(0)",
             "output_truncated": "while True: print('x' * 9999)"}
-    seen = tool.run([f"print('kept', end=' ')\n{end}" for end in ends.values()])
-    assert [one.outcome for one in seen] == list(ends)
-    assert all(one.text.startswith("kept ") for one in seen)
+    observations = quick_tool.run([f"print('kept', end=' ')\n{end}" for end in ends.values()])
+    assert [one.outcome for one in observations] == list(ends)
+    assert all(one.text.startswith("kept ") for one in observations)
 
 
 def test_no_text_makes_it_raise(tool):
@@ -121,9 +125,9 @@ def test_no_text_makes_it_raise(tool):
              "x = '" + "a" * 10 ** 6, "```", "```python", "\r\n\x0c",
              "import sys\nsys.stdout.buffer.write(bytes(range(256)))", "print('\\ud800')",
              "-" * 100_000 + "1", "[" * 90 + "]" * 90, "print('\\r\\0\\x1b[0m')"]
-    for seen in tool.run(texts, ["\ud800\0"] * len(texts)):
-        assert seen.outcome in OUTCOMES - {"sandbox_error"}
-        json.dumps(seen.text).encode() and seen.text.encode()
+    for observation in tool.run(texts, ["\ud800\0"] * len(texts)):
+        assert observation.outcome in set(tools.OUTCOMES) - {"sandbox_error"}
+        json.dumps(observation.text).encode() and observation.text.encode()
 
 
 # --- Outcomes -----------------------------------------------------------------------------
@@ -180,10 +184,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("outcome", HOSTILE)
-def test_hostile_programs_get_their_own_outcome_and_no_other(tool, outcome):
-    seen = tool.run(HOSTILE[outcome])
-    assert [c for c, one in zip(HOSTILE[outcome], seen) if one.outcome != outcome] == []
-    assert run(tool, "1").text == "1"
+def test_hostile_programs_get_their_own_outcome_and_no_other(tool, quick_tool, outcome):
+    tool = quick_tool if outcome == "timeout" else tool
+    observations = tool.run(HOSTILE[outcome])
+    wrong = [c for c, one in zip(HOSTILE[outcome], observations) if one.outcome != outcome]
+    assert (wrong, run(tool, "1").text) == ([], "1")
 
 
 def test_calls_share_no_state(tool):
@@ -207,7 +212,7 @@ def test_numbers_of_calls_are_those_of_the_kernel_headers():
 
 
 def test_every_guarantee_holds_here():
-    assert len(tools.guarantees()) == 7 and all(tools.guarantees().values())
+    assert [*tools.guarantees().values()] == [True] * 7
 
 
 def test_another_machine_lacks_the_locks(monkeypatch):
@@ -222,7 +227,7 @@ def test_where_a_lock_is_missing_it_refuses_unless_told(monkeypatch):
     ends = {"ok": "6 * 7", "error": "1 / 0", "timeout": "import os\nos.fork()\nwhile True: pass",
             "output_truncated": "print('x' * 10 ** 7)", "memory": "bytearray(10 ** 12)",
             "crashed": "import os\nos.abort()"}
-    with PythonTool(unsafe=True, timeout=0.8, modules=()) as tool:
+    with PythonTool(unsafe=True, timeout=0.3, modules=()) as tool:
         assert [one.outcome for one in tool.run([*ends.values()])] == [*ends]
         assert run(tool, "input()", "typed").text == "'typed'"
         assert not any(descendants(worker.process.pid) for worker in tool._workers)
@@ -262,62 +267,93 @@ time.sleep(0.5)
 """
 
 
-@pytest.mark.parametrize("files, programs", [(0, 2), (100, 2), (1100, 2), (0, 32)])
+@pytest.mark.parametrize("files, programs", [(1100, 2), (0, 32)])
 def test_a_program_holds_stdin_stdout_stderr_and_no_other_descriptor(files, programs):
     with open_files(files), PythonTool(workers=programs, modules=()) as tool:
         assert {one.text for one in tool.run([OPEN] * programs)} == {"[0, 1, 2]"}
         assert len(tool._workers) == programs
 
 
-@pytest.mark.parametrize("forged", ["5", '["forged", "ok", 0.1]', '[1, "forged", "ok", 0.1]'])
-def test_a_program_that_writes_to_every_descriptor_keeps_its_outcome(forged):
-    code = f"""
-        import os
-        for fd in range(3, 4097):
-            try: os.write(fd, b'{forged}\\n')
-            except OSError: pass
-        os._exit(7)
-    """
-    with open_files(100), PythonTool(workers=1, modules=()) as tool:
-        seen = tool.run([textwrap.dedent(code), "6 * 7", "7 * 7"])
-    assert [one.text for one in seen] == ["[exit status 7]", "42", "49"]
+MALFORMED = [  # an answer, and the file that comes with it
+    *((answer, b"+7") for answer in (
+        "5", "null", "no JSON", "[" * 100_000, "[]", '[0, "", 0.1]', '[1, 0, ""]',
+        '[1, 0, "", 0.1, 0]', '[1, "0", "", 0.1]', '[1, 0, null, 0.1]', '[1, 0, "forged", 0.1]',
+        '[1, 0, ["timeout"], 0.1]', '[1, 0, "", "soon"]', '[0, 0, "", 0.1]')),  # 0: a late answer
+    ('[1, 0, "", 0.1]', None), ('[1, 0, "", 0.1]', b""), ('[1, 1, "", 0.1]', b"MemoryError: "),
+]
 
 
-MALFORMED = ["5", "null", "no JSON", "[" * 100_000, "[]", '["forged", "ok", 0.1]',
-             '[1, "forged", "ok"]', '[1, "forged", "ok", 0.1, 0]', '[1, 5, "ok", 0.1]',
-             '[1, "forged", "fine", 0.1]', '[1, "forged", ["ok"], 0.1]',
-             '[1, "forged", "ok", "soon"]', '[0, "of the request before", "ok", 0.1]']
+@contextlib.contextmanager
+def answering(worker, answer, content):
+    """In the body, such an answer is what the trainer receives from this worker."""
+    kept = worker.socket
+    worker.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    worker.asked = 0
+    with worker.socket, theirs, tools.memory_file(content or b"") as file:
+        socket.send_fds(theirs, [answer.encode()], [] if content is None else [file.fileno()])
+        yield
+    worker.socket = kept
 
 
-def test_a_worker_with_a_malformed_or_late_answer_is_replaced_and_the_call_tried_again():
+def test_a_worker_with_a_malformed_or_late_answer_is_replaced_and_the_call_tried_again(capfd):
     with PythonTool(workers=1, modules=()) as tool:
-        tool.run(["1"])
-        for number, answer in enumerate(MALFORMED, 1):
-            worker, = tool._workers
-            worker.asked, worker.line.file = 0, io.BytesIO(f"{answer}\n".encode())
-            assert (run(tool, "6 * 7").text, tool.retried) == ("42", number), answer
-            assert worker.process.returncode and worker not in tool._workers, answer
+        assert run(tool, "6 * 7").text == "42"
+        worker, = tool._workers
+        for answer, content in MALFORMED:
+            with answering(worker, answer, content):
+                with pytest.raises((OSError, ValueError, RecursionError)):
+                    worker.ask(("6 * 7", "", False))
+        with answering(worker, *MALFORMED[-1]):
+            assert (run(tool, "6 * 7").text, tool.retried) == ("42", 1)
+        assert worker.process.returncode and worker not in tool._workers
+        worker.close()
+    said = "sandbox: no program was begun (MemoryError: ); the call is tried again\n"
+    assert capfd.readouterr().err == said
 
 
-def test_malformed_answers_at_every_attempt_are_a_sandbox_error(monkeypatch):
-    monkeypatch.setattr(tools, "PAUSES", (0,))
-    monkeypatch.setattr(tools.Line, "receive", lambda line: "ready")
+# Every page of memory next to an object of the interpreter. A pipe refuses to take what is not
+# mapped, where reading it would be a crash.
+SCAN = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = ctypes.c_void_p
+out, into = os.pipe()
+def page(n):
+    return os.read(out, 4096) if libc.write(into, ctypes.c_void_p(n << 12), 4096) > 0 else b""
+places = [id(thing) for module in list(sys.modules.values()) for thing in vars(module).values()]
+read, found = set(), set()
+for place in [libc.sbrk(0) - 1, *places]:
+    for step in (-1, 1):
+        n = (place >> 12) + (step == 1)
+        while n not in read and (text := page(n)):
+            read.add(n)
+            found |= {part for part in ("code", "stdin", "output", "own text")
+                      if b"the %s of " % part.encode() + b"a program" in text}
+            n += step
+print(len(read) > 1000, *sorted(found))
+"""
+
+
+def test_a_program_finds_nothing_of_an_earlier_one_in_its_memory():
+    printing = "print('the {} of a program\\n'.format('output') * 40_000)"
+    code = "# the code of a program\n" * 1000 + printing
     with PythonTool(workers=1, modules=()) as tool:
-        assert run(tool, "1").outcome == "sandbox_error" and not tool._workers
+        assert run(tool, code, "the stdin of a program\n" * 1000).outcome == "ok"
+        assert run(tool, SCAN + "# the own text of a program").text == "True own text"
 
 
 # --- Threads --------------------------------------------------------------------------------
 
 
 def test_3000_threads_end_in_an_error_at_once(tool):
-    seen = run(tool, """
+    observation = run(tool, """
         import threading
         threading.stack_size(32768)
         for n in range(3000):
             threading.Thread(target=threading.Event().wait, daemon=True).start()
     """)
-    assert (seen.outcome, "can't start new thread" in seen.text) == ("error", True)
-    assert seen.seconds < 2
+    assert observation.outcome == "error" and "can't start new thread" in observation.text
+    assert observation.seconds < 2
 
 
 CLONES = """
@@ -343,8 +379,8 @@ CLONES = """
 @pytest.mark.parametrize("bombers, most", [(1, 64), (60, 128)])
 def test_threads_that_c_code_starts_are_counted_too(bombers, most):
     with PythonTool(workers=1, modules=()) as tool:
-        seen = run(tool, CLONES.replace("{bombers}", str(bombers)))
-    assert seen.outcome == "ok" and 1 < int(seen.text) <= most
+        observation = run(tool, CLONES.replace("{bombers}", str(bombers)))
+    assert observation.outcome == "ok" and 1 < int(observation.text) <= most
 
 
 def test_32_threads_at_once_do_their_work_and_a_thousand_in_turn(tool):
@@ -385,9 +421,9 @@ def test_silence_is_a_chain_of_its_place_alone():
         after = [chain[k + 1] for chain in chains for k in range(3) if chain[k]]
         assert abs(sum(after) / len(after) - 0.5) < 0.06
         places = [(0, "train", i, 5, 2) for i in range(40)]
-        seen = [tool.submit(ToolCall("6 * 7"), place).result() for place in places]
-        assert [one.outcome == "timeout" for one in seen] == [chain[2] for chain in chains[:40]]
-        assert {one.text for one in seen} == {"42", tools.TIMEOUT_TEXT}
+        answers = [tool.submit(ToolCall("6 * 7"), place).result() for place in places]
+        assert [one.outcome == "timeout" for one in answers] == [chain[2] for chain in chains[:40]]
+        assert {one.text for one in answers} == {"42", tools.TIMEOUT_TEXT}
         fault = tools.parse_tool_call("<tool_call>x</tool_call>")
         assert {tool.submit(fault, place).result().outcome for place in places} == {"not_json"}
 
@@ -414,56 +450,22 @@ def descendants(root):
     return found
 
 
-SLOW_ANSWER = "import time\ntime.sleep(0.7)\nprint('answer')"
-
-
-@contextlib.contextmanager
-def killing(tool, times):
-    """While the body runs: kill, so many times, every worker of the tool."""
-    over = threading.Event()
-
-    def kill():
-        for _ in range(times):
-            if over.wait(0.3):
-                break
-            for worker in list(tool._workers):
-                worker.process.kill()
-    killer = threading.Thread(target=kill)
-    killer.start()
-    yield
-    over.set()
-    killer.join()
-
-
 def test_workers_killed_in_mid_call_are_replaced():
     with PythonTool(workers=2, modules=()) as tool:
         tool.run(["1"])
-        with killing(tool, times=1):
-            seen = tool.run([SLOW_ANSWER] * 3)
-        assert [one.text for one in seen] == ["answer"] * 3
+        kill = threading.Timer(0.2, lambda: [w.process.kill() for w in list(tool._workers)])
+        kill.start()
+        answers = tool.run(["import time\ntime.sleep(0.5)\nprint('answer')"] * 3)
+    assert [one.text for one in answers] == ["answer"] * 3 and tool.retried
 
 
-def test_a_fault_at_every_attempt_is_a_sandbox_error(monkeypatch):
-    monkeypatch.setattr(tools, "PAUSES", (0,))
-    with PythonTool(workers=1, modules=()) as tool:
-        tool.run(["1"])
-        with killing(tool, times=99):
-            assert run(tool, SLOW_ANSWER).outcome == "sandbox_error"
-        assert run(tool, "1").text == "1"
-
-
-def test_many_callers_get_their_own_answers(tool, callers=16):
+def test_16_callers_at_once_get_their_own_answers(tool):
     answers = {}
     threads = [threading.Thread(target=lambda i=i: answers.update(
-        {i: [seen.text for seen in tool.run([f"{i} * 3", str(i)])]})) for i in range(callers)]
+        {i: [one.text for one in tool.run([f"{i} * 3", str(i)])]})) for i in range(16)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert answers == {i: [str(3 * i), str(i)] for i in range(callers)}
-
-
-@pytest.mark.slow
-def test_1024_callers_at_once_get_their_own_answers(tool):
-    test_many_callers_get_their_own_answers(tool, 1024)
+    assert answers == {i: [str(3 * i), str(i)] for i in range(16)}
 
 
 def trainer(script):
@@ -496,9 +498,7 @@ def test_ctrl_c_stops_a_batch_and_the_tool_goes_on():
 
 
 def test_nothing_outlives_a_killed_trainer():
-    process = trainer("""
-        tool.run(["while True: pass"] * 4)
-    """)
+    process = trainer('tool.run(["while True: pass"] * 4)')
     below = descendants(process.pid)
     assert len(below) >= 3
     process.kill()
@@ -514,7 +514,7 @@ def test_nothing_is_left_after_close():
         first.run(["1"])
     descriptors = len(os.listdir("/proc/self/fd"))
     before = descendants(os.getpid())
-    with PythonTool(modules=(), timeout=0.4) as tool:
+    with PythonTool(modules=(), timeout=0.2) as tool:
         tool.run(["1", "import os\nos.fork()", "import time\ntime.sleep(9)"])
         assert len(descendants(os.getpid())) > len(before)
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -526,72 +526,67 @@ def test_nothing_is_left_after_close():
 # --- The hostile corpus --------------------------------------------------------------------
 
 
-class Canaries:
-    """Files, listeners and a secret that no program may touch."""
+LISTENERS = [(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 47123)),
+             (socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 47124)),
+             (socket.AF_UNIX, socket.SOCK_STREAM, "{root}/sock"),
+             (socket.AF_UNIX, socket.SOCK_STREAM, "\0canary47123")]
 
-    def __enter__(self):
-        self.root, self.visitors = pathlib.Path(tempfile.mkdtemp()), []
-        (self.root / "project").mkdir()
-        (self.root / "drop").mkdir()
-        (self.root / "drop").chmod(0o777)
-        for name in ("secret.txt", "project/.env", "project/train.py"):
-            (self.root / name).write_text("CANARY-SECRET")
-        os.environ["CANARY"] = "CANARY-SECRET"
-        self.before, self.listeners = self.state(), []
-        for family, kind, address in (
-                (socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 47123)),
-                (socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 47124)),
-                (socket.AF_UNIX, socket.SOCK_STREAM, str(self.root / "sock")),
-                (socket.AF_UNIX, socket.SOCK_STREAM, "\0canary47123")):
-            listener = socket.socket(family, kind)
+
+@contextlib.contextmanager
+def canaries():
+    """Files, listeners and a secret that no program may touch: (their folder, what was touched)."""
+    root, touched = pathlib.Path(tempfile.mkdtemp()), []
+    (root / "project").mkdir()
+    (root / "drop").mkdir()
+    (root / "drop").chmod(0o777)
+    for name in ("secret.txt", "project/.env", "project/train.py"):
+        (root / name).write_text("CANARY-SECRET")
+    os.environ["CANARY"] = "CANARY-SECRET"
+
+    def files():
+        return {path: (path.stat().st_mode, path.is_file() and path.read_text())
+                for path in root.rglob("*") if not path.is_socket()}
+    before = files()
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket(*kind)) for *kind, _ in LISTENERS]
+        for listener, (_, kind, address) in zip(listeners, LISTENERS):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+            listener.bind(address.format(root=root) if isinstance(address, str) else address)
             listener.setblocking(False)
             if kind == socket.SOCK_STREAM:
                 listener.listen()
-            self.listeners.append(listener)
-        return self
-
-    def state(self):
-        return {str(path): (path.stat().st_mode, path.is_file() and path.read_text())
-                for path in self.root.rglob("*") if not path.is_socket()}
-
-    def touched(self):
-        for listener in self.listeners:
+        yield root, touched
+        for listener in listeners:
             with contextlib.suppress(BlockingIOError):
                 tcp = listener.type == socket.SOCK_STREAM
-                self.visitors.append(listener.accept() if tcp else listener.recvfrom(9))
-        return self.visitors or self.state() != self.before
-
-    def __exit__(self, *_):
-        [listener.close() for listener in self.listeners]
-        shutil.rmtree(self.root)
-        del os.environ["CANARY"]
+                touched.append(listener.accept() if tcp else listener.recvfrom(9))
+    touched += ["files"] if files() != before else []
+    shutil.rmtree(root)
+    del os.environ["CANARY"]
 
 
-def faults(row, seen):
+def faults(row, observation):
     """What is wrong with one answer, as a list of sentences."""
     allowed = [word.replace("killed", "crashed") for word in [row["expect"], *row.get("also", [])]]
-    wrong = [] if seen.outcome in allowed else [f"{seen.outcome}, not {allowed}"]
-    wrong += [f"lacks {row['stdout']!r}"] if row.get("stdout", "") not in seen.text else []
-    wrong += [f"shows {text!r}" for text in row.get("must_not", []) if text in seen.text]
-    wrong += ["slow"] if seen.seconds > row.get("max_s", 30) else []
+    wrong = [] if observation.outcome in allowed else [f"{observation.outcome}, not {allowed}"]
+    wrong += [f"lacks {row['stdout']!r}"] if row.get("stdout", "") not in observation.text else []
+    wrong += [f"shows {text!r}" for text in row.get("must_not", []) if text in observation.text]
+    wrong += ["slow"] if observation.seconds > row.get("max_s", 30) else []
     return [f"{row['name']}: {fault}" for fault in wrong]
 
 
 def run_corpus(rows, **options):
     """Every fault of a run over the corpus, and over what it must have left alone."""
-    with Canaries() as canaries:
-        before = set(descendants(os.getpid()))
+    before = set(descendants(os.getpid()))
+    with canaries() as (root, touched):
         with PythonTool(**options) as tool:
-            here = {name: run(tool, f"import {name}").outcome == "ok"
-                    for name in ("numpy", "sympy")}
-            rows = [row for row in rows if here.get(row.get("needs"), True)]
-            seen = tool.run([row["code"].replace("@CANARY@", str(canaries.root)) for row in rows])
-            wrong = sum(map(faults, rows, seen), [])
+            rows = [row for row in rows
+                    if "needs" not in row or run(tool, f"import {row['needs']}").outcome == "ok"]
+            codes = [row["code"].replace("@CANARY@", str(root)) for row in rows]
+            wrong = sum(map(faults, rows, tool.run(codes)), [])
             wrong += ["the tool is dead"] if run(tool, "6 * 7").text != "42" else []
-        wrong += ["canaries touched"] if canaries.touched() else []
-        wrong += ["processes left"] if set(descendants(os.getpid())) - before else []
+    wrong += [f"canaries touched: {touched}"] if touched else []
+    wrong += ["processes left"] if set(descendants(os.getpid())) - before else []
     return wrong
 
 
@@ -601,21 +596,17 @@ def corpus():
     return [json.loads(line) for line in CORPUS.read_text().splitlines()]
 
 
-def test_hostile_corpus_quick_part(workers=0):
+@pytest.mark.slow
+def test_quick_part_of_the_hostile_corpus_32_programs_at_once():
     patient = ("time", "memory", "library")
     rows = [row for row in corpus() if row["category"] not in patient and row["expect"] != "timeout"
             and "timeout" not in row.get("also", []) and "sleep" not in row["code"]]
     assert len(rows) > 120
-    assert run_corpus(rows, timeout=3, workers=workers) == []
+    assert run_corpus(rows, timeout=3, workers=32) == []
 
 
 @pytest.mark.slow
-def test_hostile_corpus_quick_part_32_programs_at_once():
-    test_hostile_corpus_quick_part(workers=32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("files", [0, 100, 1100])
+@pytest.mark.parametrize("files", [0, 1100])
 def test_hostile_corpus(files):
     with open_files(files):
         assert run_corpus(corpus(), timeout=3) == []
