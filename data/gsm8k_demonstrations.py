@@ -58,7 +58,7 @@ def same_numbers(text, result):
         return False
 
 
-def conversation(row, tool, slips, most, rng):
+def conversation(row, tool, slips, most, rng, render=tools.render_tool_call):
     """The messages of one row of GSM8K, or None where it cannot be told as calls."""
     steps = calculations(row["answer"])
     if not steps or len(steps) > most:
@@ -77,7 +77,7 @@ def conversation(row, tool, slips, most, rng):
         return None
     messages = [{"role": "user", "content": row["question"]}]
     for (words, program), text in zip(calls, seen):
-        messages += [{"role": "assistant", "content": f"{words}\n{tools.render_tool_call(program)}"},
+        messages += [{"role": "assistant", "content": f"{words}\n{render(program)}"},
                      {"role": "tool", "content": text}]
     return messages + [{"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."}]
 
@@ -89,9 +89,12 @@ def command(argv):
     parser.add_argument("--rows", type=int, default=400, help="conversations to write [400]")
     parser.add_argument("--slips", type=float, default=0.2, help="share with a failed call [0.2]")
     parser.add_argument("--most", type=int, default=4, help="most calculations of a row [4]")
+    parser.add_argument("--calls", choices=tools.CALLS, default="hermes",
+                        help="form of the calls, as in sod_mini.py [hermes]")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     rng, written, left_out = random.Random(given.seed), [], 0
+    render = tools.CALLS[given.calls]().render
     rows = [row for _, row in tools.read_json(given.source, tools.read_text(given.source))]
     if not all(isinstance(row.get("answer"), str) and "question" in row for row in rows):
         raise sod.UserError(f"{given.source} is not GSM8K: needed a question and an answer in each "
@@ -100,7 +103,7 @@ def command(argv):
         for row in rows:
             if len(written) == given.rows:
                 break
-            if messages := conversation(row, tool, given.slips, given.most, rng):
+            if messages := conversation(row, tool, given.slips, given.most, rng, render):
                 written.append(json.dumps({"messages": messages}) + "\n")
             else:
                 left_out += 1

@@ -78,7 +78,7 @@ def main():
     model = sod.load_model(given.model, torch.device("cpu"), torch.float32)
     with sod.load_tool(config)[0] as tool:
         agent = sod.Agent(config, model, None, tokenizer, tool)
-        prompts = [(p, sod.encode_prompt(tokenizer, p, given.system)) for p in problems]
+        prompts = [(p, sod.encode_prompt(tokenizer, p, sod.Context(system=given.system))) for p in problems]
         # So small a top-p leaves only the likeliest token, which is greedy sampling.
         rollouts = sod.sample_rollouts(agent, model, prompts, (0, "client", 0), top_p=1e-6)
         server = partial(ask, given.url, given.model, most=given.max_response)

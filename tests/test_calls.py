@@ -1,5 +1,6 @@
 """Forms of calls, tools of a user's own, and what student and teacher read before a question."""
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import tools
 from conftest import ROOT, SMALL, command, json_lines, play, scored_batch, small
 from tools import PythonCalls
 
+sys.path.insert(0, str(ROOT / "data"))
 PYTHON = PythonCalls()
 BLOCK = PYTHON.render
 
@@ -42,6 +44,19 @@ def test_a_block_without_an_end_is_a_fault_that_is_told():
     for text in ("```python\nprint(1)", "so\n```python\n"):
         call = PYTHON.parse(text)
         assert call.fault == "unclosed" and not call.code and BLOCK("...") in call.message
+
+
+def test_demonstrations_of_gsm8k_are_written_in_either_form(tmp_path):
+    row = {"question": "How many?", "answer": "He has 6*7=<<6*7=42>>42.\n#### 42"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    import gsm8k_demonstrations
+    for calls, form in tools.CALLS.items():
+        target = tmp_path / f"{calls}.jsonl"
+        assert gsm8k_demonstrations.main([str(tmp_path / "rows.jsonl"), str(target), "--calls",
+                                          calls, "--slips", "0"]) == 0
+        ((_, (turn, answer, last)),) = tools.load_demonstrations(target)
+        assert form().parse(turn["content"]).code.strip() == "print(6*7)"
+        assert answer["content"] == "42" and form().parse(last["content"]) is None
 
 
 @pytest.mark.parametrize("text", ["42", "a\n```\n\\boxed{1}", "````\n```output", "", "`" * 9])

@@ -217,7 +217,8 @@ WORKED = turns("uatau", "What is 2 * 3?", "I ask. " + tools.render_tool_call("pr
 
 def test_the_call_of_a_worked_example_is_the_tokens_a_model_has_to_write(tmp_path, tokenizer):
     problem = load_one(tmp_path, {"messages": WORKED, "answer": "42"})
-    ids, plain = (sod.encode_prompt(tokenizer, p, "Be brief.") for p in (problem, Problem("Q")))
+    context = sod.Context(system="Be brief.")
+    ids, plain = (sod.encode_prompt(tokenizer, p, context) for p in (problem, Problem("Q")))
     more = {token: ids.count(at) - plain.count(at)
             for token, at in tokenizer.get_added_vocab().items() if ids.count(at) > plain.count(at)}
     of_calls = ["<tool_call>", "</tool_call>"]

@@ -8,7 +8,7 @@ import torch
 
 import sod_mini as sod
 import tools
-from conftest import WORLD, SMALL, command, json_lines, small
+from conftest import WORLD, SMALL, command, small
 from test_resume import RUN, SFT, act_at, folder, resume  # noqa: F401, a fixture
 
 MEASURED = dict(SFT, eval_data="held.jsonl", eval_problems=2, eval_samples=1, silent_rate=0)
@@ -158,7 +158,7 @@ def test_the_longer_prompt_of_a_self_teacher_is_held_against_the_window(folder, 
     (folder / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = small(method="opsd_gt", train_data="two.jsonl")
     tokenizer = sod.load_tokenizer(SMALL["student"])
-    longest = max(len(sod.encode_prompt(tokenizer, p, "", "answer"))
+    longest = max(len(sod.encode_prompt(tokenizer, p, sod.teacher_context(config)))
                   for p in tools.load_problems("two.jsonl"))
     for window, left in ((longest + config.max_response, 2), (longest + config.max_response - 1, 1)):
         assert len(sod.load_train_set(tokenizer, config, window)) == left
