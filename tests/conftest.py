@@ -140,7 +140,9 @@ def tiny(family="Qwen3", dtype=torch.float32, **changes):
                  max_position_embeddings=256, pad_token_id=0, tie_word_embeddings=True)
     kind = next(k for k in (f"{family}TextConfig", f"{family}Config") if hasattr(transformers, k))
     config = getattr(transformers, kind)(**{**shape, **changes})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    names = (f"{family}ForCausalLM", f"{family}LMHeadModel")
+    model = next(getattr(transformers, n) for n in names if hasattr(transformers, n))(config)
+    model = model.to(dtype)
     model.generation_config = GenerationConfig()
     return model.eval()
 

@@ -389,7 +389,7 @@ def test_every_option_shows_its_comment_and_default_in_help(capsys):
 
 
 def test_presets_set_the_papers_numbers_and_options_win_over_them():
-    paper, _ = sod.parse_config(["--preset", "paper"])
+    paper, _ = sod.parse_config(["--preset", "paper", "--train_data", "x.jsonl"])
     assert (paper.prompts, paper.group_size, paper.num_minibatches) == (64, 16, 4)
     assert (paper.max_prompt, paper.max_response, paper.max_turns) == (2560, 20480, 16)
     assert (paper.lr, paper.delta, paper.epsilon, paper.clip_high) == (1e-6, 0.2, 1e-6, 0.28)
@@ -407,8 +407,9 @@ def test_other_models_or_data_ask_for_a_preset_by_name(arguments, capsys):
         sod.parse_config(arguments)
     said = capsys.readouterr().err
     assert f"{arguments[-2][2:]} is {arguments[-1]!r}" in said and "--preset world" in said
+    data = ["--train_data", "x.jsonl"] * ("--train_data" not in arguments)  # gpu names none
     for preset in sod.PRESETS:
-        assert sod.parse_config([*arguments, "--preset", preset])[1] == preset
+        assert sod.parse_config([*arguments, *data, "--preset", preset])[1] == preset
 
 
 def test_the_world_spelled_otherwise_needs_no_preset_and_what_one_replaces_is_told(capsys):
