@@ -1160,7 +1160,6 @@ FILES = 64              # descriptors that a worker, and so a program, may have
 READY = b"+"            # a child's first byte: it is restricted, and no line of the program has run
 MEMORY_STATUS = 201     # exit status of a child whose program ended with a MemoryError
 PAUSES = (0, 1, 4)      # seconds before a call that the sandbox failed is tried again
-OUTCOMES = "ok error memory timeout crashed output_truncated sandbox_error".split()
 SELF = os.path.abspath(__file__)
 PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
 ENVIRONMENT = {  # all that a program sees; nothing of it is the trainer's
@@ -1189,7 +1188,7 @@ class Limits:
 class Observation:
     """What one program did."""
     text: str       # what the model is shown
-    outcome: str    # one of OUTCOMES (see the top of this file), or a ToolCall's fault
+    outcome: str    # listed at the top of this file, or a ToolCall's fault
     seconds: float  # on the clock, without the wait for a free worker
 
 

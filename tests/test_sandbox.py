@@ -126,7 +126,7 @@ def test_no_text_makes_it_raise(tool):
              "import sys\nsys.stdout.buffer.write(bytes(range(256)))", "print('\\ud800')",
              "-" * 100_000 + "1", "[" * 90 + "]" * 90, "print('\\r\\0\\x1b[0m')"]
     for observation in tool.run(texts, ["\ud800\0"] * len(texts)):
-        assert observation.outcome in set(tools.OUTCOMES) - {"sandbox_error"}
+        assert observation.outcome != "sandbox_error"
         json.dumps(observation.text).encode() and observation.text.encode()
 
 
@@ -262,7 +262,7 @@ import os, time
 def is_open(fd):
     try: return bool(os.fstat(fd))
     except OSError: return False
-time.sleep(0.5)
+time.sleep(1)  # so that no worker is idle before the last program begins
 [fd for fd in range(4097) if is_open(fd)]
 """
 
