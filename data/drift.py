@@ -27,7 +27,7 @@ def read(folder):
     """([(Rollout, [(d, w, entropy) of each step]), ...], how many more the machine failed) of a run;
     the turns of a Rollout know their outcomes."""
     path = folder / "rollouts.jsonl"
-    rows = [evaluate.rollout(*line) for line in evaluate.lines_of(path)]
+    rows = [evaluate.read_rollout(*line) for line in evaluate.lines_of(path)]
     found = [(sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"]) for turn in row["turns"]]),
               [tuple(map(turn.get, ("d", "w", "entropy_t"))) for turn in row["turns"]])
              for row in rows if row.get("finish_reason") != "infrastructure"]
