@@ -1,4 +1,4 @@
-"""Put models against benchmarks: average@k with its interval, and a verdict on two models.
+"""Evaluate models on benchmarks: average@k with its interval, and which of two models is better.
 
     python evaluate.py                                    the embedded models, half a minute
     python evaluate.py --model Qwen/Qwen3-0.6B --data aime2024 aime2025
@@ -6,15 +6,15 @@
     python evaluate.py --rescore FILE                     grade stored samples again
     python evaluate.py --page runs/NAME 1 25              iterations of a run, as a web page
 
-Each model on each benchmark has one file of samples, a JSON line a sample, named after everything
-that decides what is in it. The same command continues an interrupted file, and ends with the same
-table: what is random depends on the seed and the place in the file alone.
+The samples of one model on one benchmark are stored in one file, a JSON line for each sample. The
+name of the file changes with everything that decides what is in it. The same command continues an
+interrupted file and ends with the same table, because the random numbers of a sample depend only
+on the seed and on its place in the file.
 
 Notation
     P, R, k     problems, runs (each with random numbers of its own), samples of a problem in a run
-    n, c        samples of one problem, right ones among them
-    score       share of right samples of one problem
-    correct     (R, P, k) of 0 and 1, or P rows of samples in the functions of one number
+    n, c        samples of one problem, correct ones among them
+    score       share of correct samples of one problem
 """
 import argparse
 import base64
@@ -45,21 +45,20 @@ from tools import UserError
 
 # --- Settings --------------------------------------------------------------------------------
 
-WORLD = sod.Config  # its defaults
 BOUNDS = {**sod.BOUNDS, "k": (1, math.inf), "runs": (1, math.inf),
           "top_p": sod.BOUNDS["eval_top_p"]}
 
 
 @dataclass
 class EvalConfig(sod.Sampling):
-    """How to evaluate. Defaults are those of the embedded world; PAPER is for all other data."""
-    k: int = WORLD.eval_samples                   # samples a problem in one run: average@k
-    runs: int = 1                                 # runs, as the paper has them: mean and deviation
-    limit: int = 0                                # first problems to take, 0 for all
-    temperature: float = WORLD.eval_temperature   # of sampling
-    top_p: float = WORLD.eval_top_p               # nucleus of sampling
-    benchmarks: str = "benchmarks"                # folder of downloaded benchmarks
-    out: str = "runs/evaluate"                    # folder of the files of samples
+    """How to evaluate. The defaults are for the embedded world, PAPER is for all other data."""
+    k: int = sod.Config.eval_samples                   # samples of a problem in one run: average@k
+    runs: int = 1                                      # runs; the deviation is taken over them
+    limit: int = 0                                     # how many problems to take, 0 for all
+    temperature: float = sod.Config.eval_temperature   # of sampling
+    top_p: float = sod.Config.eval_top_p               # nucleus of sampling
+    benchmarks: str = "benchmarks"                     # folder of downloaded benchmarks
+    out: str = "runs/evaluate"                         # folder of the files of samples
 
     def __post_init__(self):
         sod.check_values(self, BOUNDS)
@@ -73,21 +72,22 @@ PAPER.update(k=32, runs=5, temperature=1.0, top_p=0.6, max_prompt=4096, rollout_
 def benchmark_config(data, given):
     """The settings of one benchmark: the world's or the paper's, then the command line's."""
     is_world = data == "world" or Path(os.path.realpath(data)).parent == Path(sod.WORLD).resolve()
-    return EvalConfig(**{**(dict(limit=WORLD.eval_problems) if is_world else PAPER), **given})
+    defaults = dict(limit=sod.Config.eval_problems) if is_world else PAPER
+    return EvalConfig(**{**defaults, **given})
 
 
 def stored_settings(config):
-    """All settings but the folders, which decide nothing about a sample."""
+    """All settings but the folders, which do not change any sample."""
     return {k: v for k, v in vars(config).items() if k not in ("benchmarks", "out")}
 
 
-# --- Benchmarks: what they are and where they lie ----------------------------------------------
+# --- Benchmarks: what they are and where they are ----------------------------------------------
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A file that other people's numbers come from."""
-    rows: int           # what the whole file holds
+    """A benchmark on which other people have published results."""
+    rows: int           # of the whole file
     repo: str           # data set on the Hub
     file: str           # file of that data set
     months: tuple = ()  # first and last month of the contests that count
@@ -100,7 +100,7 @@ BENCHMARKS = {
     "aime2025": Benchmark(30, "math-ai/aime25", "test.jsonl", paper="26.13, 41.72, 60.42"),
     "gpqa_diamond": Benchmark(198, "Idavidrein/gpqa", "gpqa_diamond.csv",
                               paper="22.19, 38.72, 55.19"),
-    # The sixth file has 175 rows from 2025-01 on; how many lie in these months is told.
+    # The sixth file begins in January 2025, and the paper's months in February.
     "livecodebench_v6": Benchmark(175, "livecodebench/code_generation_lite", "test6.jsonl",
                                   ("2025-02", "2025-05"), "27.72, 40.63, 63.13"),
     "gsm8k": Benchmark(1319, "openai/gsm8k", "main/test-00000-of-00001.parquet"),
@@ -112,24 +112,23 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 def find_file(data, folder):
     """The file of a benchmark's name, or the file itself."""
     if data == "world":
-        return Path(WORLD.eval_data)
+        return Path(sod.Config.eval_data)
     if data not in BENCHMARKS:
         if not Path(data).exists():
             raise UserError(f"{data} is neither a file nor a benchmark; the benchmarks are world, "
                             + ", ".join(BENCHMARKS))
         return Path(data)
     benchmark, place = BENCHMARKS[data], Path(folder) / data
-    paths = [Path(f"{place}{suffix}") for suffix in SUFFIXES] + [place / benchmark.file]
-    existing = [path for path in paths if path.exists()]
-    if not existing:
-        raise UserError(f"found no file {place} with an ending {', '.join(SUFFIXES)}; put it "
-                        f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} "
-                        f"--repo-type dataset --local-dir {place}")
-    return existing[0]
+    for path in [*(Path(f"{place}{suffix}") for suffix in SUFFIXES), place / benchmark.file]:
+        if path.exists():
+            return path
+    raise UserError(f"found no file {place} with an ending {', '.join(SUFFIXES)}; put it there, or "
+                    f"fetch it: hf download {benchmark.repo} {benchmark.file} --repo-type dataset "
+                    f"--local-dir {place}")
 
 
 def load_benchmark(data, config):
-    """The problems of a benchmark or a file, its count checked, its repairs told."""
+    """The problems of a benchmark or a file. The number of rows of a benchmark is checked."""
     path, benchmark = find_file(data, config.benchmarks), BENCHMARKS.get(data)
     rows = list(read_rows(path))
     if benchmark and len(rows) != benchmark.rows:
@@ -141,9 +140,9 @@ def load_benchmark(data, config):
         print(f"{len(rows)} of {benchmark.rows} problems of {data} are dated {first} to {last}",
               file=sys.stderr)
     problems = tools.read_problems(path, rows, read_row)
-    twice = [name for name, times in Counter(p.id for p in problems).items() if times > 1]
-    if twice:
-        raise UserError(f"{path}: the id {twice[0]} stands in several rows; ids tell problems "
+    repeated = [name for name, times in Counter(p.id for p in problems).items() if times > 1]
+    if repeated:
+        raise UserError(f"{path}: the id {repeated[0]} stands in several rows; ids tell problems "
                         "apart, so make them unique or delete the column.")
     return problems[:config.limit or None]
 
@@ -152,7 +151,7 @@ def load_benchmark(data, config):
 
 
 def read_rows(path):
-    """(line number, row) of any file; parquet counts rows."""
+    """(line number, row) for each row of a file; in parquet the number of the row."""
     if path.suffix == ".parquet" and path.exists():
         return enumerate(read_parquet(path), start=1)
     text = tools.read_text(path, SUFFIXES)
@@ -173,7 +172,7 @@ def read_csv(path, text):
 
 
 def read_parquet(path):
-    """Rows as plain dicts, by pyarrow where it happens to be installed."""
+    """Rows as plain dicts. This needs pyarrow, which is not among the requirements."""
     try:
         from pyarrow import parquet
     except ImportError as fault:
@@ -183,14 +182,15 @@ def read_parquet(path):
 
 
 def read_row(row):
-    """The Problem of a row, understood by its columns; their names are in lower case."""
+    """The Problem of a row. Its columns, in lower case, say which benchmark it is from."""
     if "correct answer" in row:
         return read_gpqa(row)
     return read_livecodebench(row) if "question_content" in row else tools.read_general(row)
 
 
 def read_gpqa(row):
-    """Four options in an order drawn from the question: the same in every run, on any machine."""
+    """The order of the four options is drawn with the question as the seed, so that it is the same
+    in every run and on any machine."""
     names = ["correct answer", *(f"incorrect answer {number}" for number in (1, 2, 3))]
     options = [tools.first_text(row, name).strip() for name in names]
     question = tools.first_text(row, "question").strip()
@@ -204,7 +204,8 @@ def read_gpqa(row):
 
 
 def read_livecodebench(row):
-    """Public and private tests, stdin or functional; the starter code becomes part of the task."""
+    """A program to write. It is graded by the public and the private tests; where the row has
+    starter code, this is part of the question."""
     function = json.loads(row.get("metadata") or "{}").get("func_name", "")
     tests = [test for name in ("public_test_cases", "private_test_cases")
              for test in tools.read_tests(unpack(row.get(name)), function)]
@@ -227,13 +228,13 @@ def unpack(packed):
     try:
         data = zlib.decompress(base64.b64decode(packed, validate=True))
         return json.loads(TextOnly(io.BytesIO(data)).load())
-    except Exception as fault:  # a hostile pickle can raise anything; all of it means one thing
+    except Exception as fault:  # a hostile pickle can raise any exception
         raise UserError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
                         "pickled JSON string in zlib in base64; fetch the file again.") from fault
 
 
 class TextOnly(pickle.Unpickler):
-    """Unpickles plain data. A pickle that names a class or function, to call it, fails."""
+    """Unpickles plain data. A pickle that names a class or function, to call it, is refused."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
@@ -243,10 +244,10 @@ class TextOnly(pickle.Unpickler):
 
 
 def pass_at_k(n, c, k):
-    """Chance that k of n samples, drawn without replacement, hold one of the c right ones.
+    """The chance that k of n samples, drawn without replacement, hold one of the c correct ones.
 
-    1 - C(n-c, k) / C(n, k), unbiased for 1 - (1-p)^k (Chen et al. 2021, Eq. 1). Integers until
-    the last division, so nothing overflows or cancels.
+    1 - C(n-c, k) / C(n, k), unbiased for 1 - (1-p)^k (Chen et al. 2021, Eq. 1). All is integer
+    until the last division, so that nothing overflows or cancels.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -258,55 +259,78 @@ def pass_at_k(n, c, k):
 
 
 def majority(answers, correct):
-    """Whether the most frequent of k answers to a problem is right: maj@k is its mean over them.
+    """Whether the most frequent of k answers to a problem is correct: maj@k is its mean.
 
     answers  k texts, None for a sample without an answer: it has no vote
     correct  k of 0 and 1
 
-    Answers that the grader calls equal are one, however they are spelled. Of two that tie for
-    first, one of them right, 1/2 counts, the expectation of a coin. Without votes it is 0.
+    Spellings that the grader calls equal are one answer. Where several answers are the most
+    frequent, the result is the share of correct ones among them, as if a coin decided. Without any
+    vote it is 0.
 
     >>> majority(["7", "x = 7", "8"], [1, 1, 0]), majority(["7", "8", None], [1, 0, 0])
     (1.0, 0.5)
     """
     votes = defaultdict(list)
-    for answer, right in zip(tools.group_answers(answers), correct, strict=True):
+    for answer, grade in zip(tools.group_answers(answers), correct, strict=True):
         if answer is not None:
-            votes[answer].append(right)
+            votes[answer].append(grade)
     most = max(map(len, votes.values()), default=0)
     first = [np.mean(grades) for grades in votes.values() if len(grades) == most]
     return float(np.mean(first)) if first else 0.0
 
 
-def mean_and_std(runs):
-    """(mean, standard deviation with ddof 1) of R values, one a run; nan for the std of one.
+def mean_and_std(values):
+    """(mean, standard deviation with ddof 1); the deviation of one value is nan.
 
     >>> mean_and_std([0.25, 0.75, 0.5])
     (0.5, 0.25)
     """
-    return float(np.mean(runs)), float(np.std(runs, ddof=1)) if len(runs) > 1 else math.nan
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def t_interval(values):
-    """(mean, low, high): Student's 95% interval of the mean; one value alone has none, only nan.
+    """(mean, low, high): Student's 95% interval of the mean. One value has no interval, only nan.
 
     >>> mean, low, high = t_interval([1.0, 2.0, 3.0])
     >>> round(mean, 2), round(low, 2), round(high, 2)  # 2 -+ 4.303 / sqrt(3)
     (2.0, -0.48, 4.48)
     """
     mean, std = mean_and_std(values)
-    reach = sod.t_975(len(values) - 1) * std / math.sqrt(len(values)) if std == std else math.nan
-    return mean, mean - reach, mean + reach
+    half = sod.t_975(len(values) - 1) * std / math.sqrt(len(values)) if std == std else math.nan
+    return mean, mean - half, mean + half
 
 
-# Where two models score alike on all but n problems, chance lets one of them win all n with a
-# probability of 2 / 2^n: 1 in 16 for 5 of them, more often than the 1 in 20 a 95% interval allows.
+def skew_interval(values):
+    """(mean, low, high): at each end the farther of two 95% intervals of the mean. One is
+    Student's. The other one, Hall's (1992), takes the skewness out of Student's t:
+
+        g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6,    a = skewness / sqrt(n)
+
+    It is needed where a few values are large and all others lie a little on the other side of 0: a
+    sample with too few of the large ones has its mean too far on that side and too small a spread.
+    """
+    mean, low, high = t_interval(values)
+    n = len(values)
+    if n < 3 or low == high:
+        return mean, low, high
+    z = (np.asarray(values) - mean) / np.std(values)
+    a = float(np.mean(z ** 3)) * math.sqrt(n - 1) / (n - 2)
+    a = round(a, 9)  # a skewness of 1e-12 is a rounding error, and 1 / a would make it large
+    t, error = sod.t_975(n - 1), (high - mean) / sod.t_975(n - 1)
+    inverse = lambda g: 3 / a * (np.cbrt(1 + a * (g - a / 6)) - 1) if a else g
+    return (mean, float(min(low, mean - error * inverse(t))),
+            float(max(high, mean - error * inverse(-t))))
+
+
+# Where two models score alike on all but n problems, one of them wins all n by chance with a
+# probability of 2 / 2^n. For n = 5 that is 1 in 16, more than the 1 in 20 of a 95% interval.
 FEWEST_DIFFERING = 6
 
 
 @dataclass
 class Comparison:
-    """B minus A over the problems both answered, in points (0.01 of a fraction of 1)."""
+    """B minus A over the problems that both answered, in points (0.01 of a fraction of 1)."""
     problems: int
     differing: int  # problems with two different scores
     difference: float
@@ -314,45 +338,18 @@ class Comparison:
     high: float
 
 
-def skew_interval(values):
-    """(mean, low, high): at each end the farther of two 95% intervals of the mean. Student's, and
-    that of Hall (1992), which takes the skewness out of Student's t:
-
-        g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6,    a = skewness / sqrt(n)
-
-    Where few values are large and all others are a little on the other side of 0, a sample that has
-    missed the large ones lies on that side with too small a spread; its skewness tells.
-    """
-    mean, low, high = t_interval(values)
-    n = len(values)
-    if n < 3 or low == high:
-        return mean, low, high
-    z = (np.asarray(values) - mean) / np.std(values)
-    a = round(float(np.mean(z ** 3)) * math.sqrt(n - 1) / (n - 2), 9)  # 0, or too large to cancel
-    t, error = sod.t_975(n - 1), (high - mean) / sod.t_975(n - 1)
-    inverse = lambda g: 3 / a * (np.cbrt(1 + a * (g - a / 6)) - 1) if a else g
-    return (mean, float(min(low, mean - error * inverse(t))),
-            float(max(high, mean - error * inverse(-t))))
-
-
 def compare(a, b, names=("A", "B")):
     """The paired difference by problem, with its interval over problems (skew_interval).
 
     a, b  {problem: score} of two models on the same problems
 
-    Pairing takes out how hard the problems are: only the differences b_p - a_p count. Two equal
-    models are called different in at most about one comparison of twenty, from 6 problems on. Where
-    they are equal on average alone, it hangs on the law of the differences: over 8, 30 and 100
-    problems (tests/test_metrics.py simulates it), and what it would be by Student's interval alone:
-
-        normal                                        3%,  5%,  5%     5%,  5%,  5%
-        exponential, less its mean                    6%,  4%,  4%    11%,  7%,  6%
-        lognormal, less its mean                      8%,  6%,  4%    17%, 12%,  8%
-        gamma(1/4), less its mean                     9%,  4%,  4%    23%, 13%,  8%
-        .4 on one problem of five, else about -.1    17%,  1%,  3%    18%,  7%,  5%
-        .95 on one of twenty, else about -.05        65%, 22%,  1%    67%, 22%, 10%
-
-    The last two show what no interval mends: problems of a rare kind that the sample has not met.
+    Only the differences b_p - a_p count, so that it does not matter how hard the problems are. From
+    6 problems on, two equal models are called different in at most about one comparison of twenty.
+    Where they are equal only on average, it depends on the law of the differences. In simulations
+    (tests/test_metrics.py) it was between 3% and 9% for laws from the normal to gamma(1/4). It was
+    17% over 8 problems and 3% over 100 where one problem of five made the whole difference, and
+    65%, 22% and 1% over 8, 30 and 100 problems where one of twenty did: no interval can know about
+    problems of a rare kind that are not in the sample.
     """
     if a.keys() != b.keys() or not a:
         raise UserError(f"{names[0]} has {len(a.keys() - b.keys())} problems that {names[1]} "
@@ -360,14 +357,14 @@ def compare(a, b, names=("A", "B")):
                         "a paired comparison needs the same problems, in the same words, in both, "
                         "at least one.")
     differences = 100 * np.array([b[problem] - a[problem] for problem in a], dtype=float)
-    differences = differences.round(9) + 0.0  # 0.1 + 0.2 - 0.3 is no difference, nor is -0.0
+    differences = differences.round(9) + 0.0  # 0.1 + 0.2 - 0.3 becomes 0, and -0.0 becomes 0.0
     mean, low, high = skew_interval(differences)
     low, high = (max(low, -100.0), min(high, 100.0)) if len(a) > 1 else (-100.0, 100.0)
     return Comparison(len(a), int(np.count_nonzero(differences)), mean, low, high)
 
 
 def verdict(result, names=("A", "B")):
-    """The sentence of a comparison; the interval is always given, also when it decides nothing."""
+    """The sentence of a comparison. It gives the interval also where this decides nothing."""
     low, high, size = (round(x, 1) + 0.0 for x in (result.low, result.high, result.difference))
     excludes_0 = result.low > 0 or result.high < 0
     if excludes_0 and result.differing >= FEWEST_DIFFERING:
@@ -393,33 +390,34 @@ class Evaluation:
     """One model on one benchmark, as its file holds it."""
     model: str       # folder or Hub id
     data: str        # benchmark or file
-    problems: int    # P: those that were put to the model
-    skipped: int     # those whose prompt is longer than max_prompt
+    problems: int    # P: how many the model was asked
+    skipped: int     # how many were left out, because the prompt is longer than max_prompt
     weights: int     # CRC of the model's parameters
-    questions: list  # digests_of the problems that were put to the model
-    settings: dict   # EvalConfig, without the folders
+    questions: list  # digests_of the P problems
+    settings: dict   # stored_settings of the EvalConfig, with the true device and dtype
     rows: list = field(default_factory=list)  # samples, by run, problem, sample
 
     @property
     def header(self):
-        """The first line of the file: everything that decides what the others are."""
+        """The first line of the file: all that decides what the samples are."""
         return {name: value for name, value in vars(self).items() if name != "rows"}
 
     @property
     def expected(self):
+        """How many samples the finished file holds."""
         return self.settings["runs"] * self.problems * self.settings["k"]
 
-    def cells(self, name):
-        """One column of the rows, (R, P, k)."""
+    def column(self, name):
+        """(R, P, k) of one value of every row."""
         values = np.array([row[name] for row in self.rows], dtype=object)
         return values.reshape(self.settings["runs"], self.problems, self.settings["k"])
 
     def correct(self):
         """(P, R k) of 0 and 1: all samples of a problem, its runs side by side."""
-        return np.concatenate(self.cells("correct").astype(float), axis=1)
+        return np.concatenate(self.column("correct").astype(float), axis=1)
 
     def scores(self):
-        """{digest of a problem: share of right samples}; its id may hang on the file's name."""
+        """{digest of a problem: its score}; an id would not do, for it may hold the file's name."""
         if not isinstance(self.questions, list):
             raise UserError(f"the samples of {self.model} on {self.data} were stored by an older "
                             "version, without what was asked; use --rescore on their file first")
@@ -431,24 +429,25 @@ COLUMNS = {"run", "problem", "sample", "correct", "reason", "vote", "final", "fi
 
 
 def lines_of(path):
-    """[(where, line)] of a log. A last line without its end, still being written, is left out."""
+    """[(place, line)] of a log. A last line without its end is still being written: it is left
+    out."""
     lines = tools.read_text(path).split("\n")[:-1] if path.is_file() else []
     return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1)]
 
 
-def parse_line(where, line):
-    """A JSON object; NaN and infinity, which JSON does not know, become null."""
+def parse_line(place, line):
+    """A JSON object. NaN and infinity, which JSON does not know, become null."""
     try:
         row = json.loads(line, parse_constant=lambda name: None)
     except ValueError as fault:
-        raise UserError(f"{where}: found broken JSON ({fault}); cut the file off there") from None
+        raise UserError(f"{place}: found broken JSON ({fault}); cut the file off there") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: found a {type(row).__name__}; needed a JSON object")
+        raise UserError(f"{place}: found a {type(row).__name__}; needed a JSON object")
     return row
 
 
 def read_samples(path, finished=True):
-    """The Evaluation in a file, which must hold every sample unless it need not be finished."""
+    """The Evaluation in a file. Samples may be missing only where it need not be finished."""
     lines = lines_of(Path(path))
     header, *rows = [parse_line(*line) for line in lines] or [{}]
     try:
@@ -457,9 +456,9 @@ def read_samples(path, finished=True):
     except (TypeError, KeyError):
         raise UserError(f"{path} is no file of samples of evaluate.py, or one of another version; "
                         "its first line must hold model, data and all settings") from None
-    for (where, _), row in zip(lines[1:], rows):
+    for (place, _), row in zip(lines[1:], rows):
         if lacking := COLUMNS - row.keys():
-            raise UserError(f"{where}: found no sample, for it lacks {', '.join(sorted(lacking))};"
+            raise UserError(f"{place}: found no sample, for it lacks {', '.join(sorted(lacking))};"
                             " cut the file off there")
     if finished and len(rows) != expected:
         raise UserError(f"{path} holds {len(rows)} of {expected} samples: the evaluation was "
@@ -468,13 +467,13 @@ def read_samples(path, finished=True):
 
 
 def write_samples(path, evaluation):
-    """Write a whole file, which never carries its name while it is half written."""
+    """Write the whole file at once, so that nobody ever finds half of it."""
     lines = [evaluation.header, *evaluation.rows]
     tools.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def file_of(evaluation, folder):
-    """The file's name says whose samples it holds; its last word changes with any setting."""
+    """Where the samples are stored. The last word of the name changes with the header."""
     digest = zlib.crc32(json.dumps(evaluation.header, sort_keys=True).encode())
     words = [*Path(evaluation.model).parts[-2:], *Path(evaluation.data).parts[-2:]]
     name = re.sub(r"[^\w.-]+", "-", "-".join(words)).strip(".-")
@@ -482,14 +481,14 @@ def file_of(evaluation, folder):
 
 
 def digests_of(problems):
-    """A word for each problem that changes with what is asked and what counts as right, and with
-    nothing else. Of two problems that are alike the second has a word of its own."""
-    digests, seen = [], Counter()
+    """A word for each problem. It changes with the question and with what counts as correct, and
+    with nothing else. Where a problem is repeated, each copy has a word of its own."""
+    digests, copies = [], Counter()
     for p in problems:
         text = repr((p.question, p.messages, p.kind, p.answer, p.tests))
-        seen[text] += 1
-        whole = f"{seen[text]} {text}".encode("utf-8", "surrogatepass")
-        digests.append(hashlib.sha256(whole).hexdigest()[:12])
+        copies[text] += 1
+        numbered = f"{copies[text]} {text}".encode("utf-8", "surrogatepass")
+        digests.append(hashlib.sha256(numbered).hexdigest()[:12])
     return digests
 
 
@@ -497,12 +496,12 @@ def digests_of(problems):
 
 
 def sample_benchmark(name, data, problems, model, tokenizer, config):
-    """Sample what the file lacks, a line a sample; the finished Evaluation and its path."""
+    """Sample what the file lacks and add it, a line a sample; the finished Evaluation, its path."""
     prompts, skipped = sod.fitting_prompts(problems, tokenizer, config)
-    used = stored_settings(config) | {"device": model.device.type,
-                                      "dtype": str(model.dtype).removeprefix("torch.")}
+    settings = stored_settings(config) | {"device": model.device.type,
+                                          "dtype": str(model.dtype).removeprefix("torch.")}
     evaluation = Evaluation(name, data, len(prompts), skipped, sod.weights_crc(model),
-                            digests_of([problem for problem, _ in prompts]), used)
+                            digests_of([problem for problem, _ in prompts]), settings)
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     evaluation.rows = sod.all_gather(resume(path, evaluation))[0]  # those of rank 0
@@ -526,10 +525,10 @@ def sample_benchmark(name, data, problems, model, tokenizer, config):
 def resume(path, evaluation):
     """Begin the file with the rows that an interrupted evaluation has written; these rows.
 
-    Only whole batches are kept: a sample's random numbers are its own, but the last digits of its
-    scores may depend on who is sampled beside it.
+    Only whole batches are kept. A sample has random numbers of its own, but the last digits of a
+    model's output may depend on which samples are computed beside it.
     """
-    if lines_of(path):  # else it was killed within its header, or never began
+    if lines_of(path):  # there are none where the first line is not finished
         evaluation.rows = read_samples(path, finished=False).rows
     done, batch = len(evaluation.rows), evaluation.settings["rollout_batch"]
     if batch and done < evaluation.expected:
@@ -554,9 +553,9 @@ def sample_the_rest(agent, evaluation, prompts):
 
 
 def sample_row(r, run, sample, calls="hermes"):
-    """One sample as it is stored. Without a final turn there is nothing to grade: final is "".
+    """One sample as it is stored. Its "final" is the final turn, "" where there is none to grade.
 
-    A final turn that the sandbox failed to judge is stored all the same, to be judged later.
+    A final turn that the sandbox failed to judge is stored, too, so that it can be judged later.
     """
     ended = r.finish_reason in ("answer", "infrastructure") and not r.turns[-1].outcome
     final = sod.final_text(replace(r, finish_reason="answer"), calls) if ended else ""
@@ -568,7 +567,7 @@ def sample_row(r, run, sample, calls="hermes"):
 
 
 def rescore(path, given):
-    """Grade the stored final turns again, as graders and answers are today; what to print."""
+    """Grade the stored final turns by today's graders and answers; returns what to print."""
     old = read_samples(path)
     known = {f.name: old.settings[f.name] for f in fields(EvalConfig) if f.name in old.settings}
     config = EvalConfig(**{**known, **given})
@@ -577,91 +576,93 @@ def rescore(path, given):
         raise UserError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
                         "...); rescoring needs the file that was evaluated")
     with sod.load_tool(config)[0] as tool:
-        rows = [graded_again(row, problems[row["problem"]], tool)
+        rows = [grade_again(row, problems[row["problem"]], tool)
                 for row in tqdm(old.rows, disable=None)]
     changed = sum(a["correct"] != b["correct"] for a, b in zip(old.rows, rows))
-    asked = [problems[name] for name in old.cells("problem")[0, :, 0]]
+    asked = [problems[name] for name in old.column("problem")[0, :, 0]]
     new = replace(old, settings=stored_settings(config), questions=digests_of(asked), rows=rows)
     rescored = Path(path).with_suffix(".rescored.jsonl")
     write_samples(rescored, new)
-    return f"{changed} of {len(rows)} verdicts changed\nsamples  {rescored}\n\n{report([new])}"
+    return f"{changed} of {len(rows)} grades changed\nsamples  {rescored}\n\n{markdown([new])}"
 
 
-def graded_again(row, problem, tool):
-    """The row with the verdict of today. Without a final turn there is nothing to judge."""
+def grade_again(row, problem, tool):
+    """The row with today's grade of its final turn, if it has one."""
     if not row["final"]:
         return row
-    seen = tools.grade(problem, row["final"], tool)
-    finish = "infrastructure" if "sandbox_error" in seen.reason else "answer"
-    return row | {"correct": seen.correct, "reason": seen.reason, "finish_reason": finish,
+    grade = tools.grade(problem, row["final"], tool)
+    finish = "infrastructure" if "sandbox_error" in grade.reason else "answer"
+    return row | {"correct": grade.correct, "reason": grade.reason, "finish_reason": finish,
                   "vote": tools.voted_answer(problem, row["final"])}
 
 
-# --- Reports -----------------------------------------------------------------------------------
+# --- Tables ------------------------------------------------------------------------------------
 
 
-def report(evaluations):
-    """Everything about some models on one benchmark, as markdown."""
+def markdown(evaluations):
+    """All that is known about some models on one benchmark."""
     first, s = evaluations[0], evaluations[0].settings
     lines = [f"average@{s['k']}, {s['runs']} x {first.problems} problems of {first.data}",
              f"temperature {s['temperature']}, top-p {s['top_p']}, {s['max_turns']} turns, prompt "
              f"{s['max_prompt']}, response {s['max_response']} tokens, silent tool "
-             f"{s['silent_rate']:.0%}, seed {s['seed']}, {s['dtype']} on {s['device']}", ""]
-    lines += [sod.results_table({one.model: one.correct() for one in evaluations})]
+             f"{s['silent_rate']:.0%}, seed {s['seed']}, {s['dtype']} on {s['device']}", "",
+             sod.results_table({each.model: each.correct() for each in evaluations})]
     if first.data in BENCHMARKS and BENCHMARKS[first.data].paper:
         lines += ["", "the paper (average@32, 5 runs), SOD 0.6B, SOD 1.7B, their 4B teacher: "
                   f"{BENCHMARKS[first.data].paper}"]
-    details = [detail(one) for one in evaluations]
-    lines += ["", f"| | {' | '.join(one.model for one in evaluations)} |",
+    columns = [details(each) for each in evaluations]
+    lines += ["", f"| | {' | '.join(each.model for each in evaluations)} |",
               "|---" * (len(evaluations) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(one[name] for one in details)} |" for name in details[0]]
+    lines += [f"| {name} | {' | '.join(column[name] for column in columns)} |"
+              for name in columns[0]]
     for other in evaluations[1:]:
         try:
-            lines += ["", verdict_of(first, other, (first.model, other.model))]
-        except ValueError as error:  # the prompts of one model left out other problems
+            lines += ["", compare_evaluations(first, other, (first.model, other.model))]
+        except UserError as error:  # the two tokenizers left out other problems
             lines += ["", f"no verdict: {error}"]
     return "\n".join(lines)
 
 
-def verdict_of(a, b, names):
-    """The sentence that compares two evaluations of the same problems."""
+def compare_evaluations(a, b, names):
+    """The verdict on two evaluations of the same problems, with the settings that differ."""
     others = [f"{name} {a.settings.get(name)!r} and {value!r}"
               for name, value in b.settings.items() if a.settings.get(name) != value]
     note = f"; NOTE: the settings differ, too: {', '.join(others)}" if others else ""
     return verdict(compare(a.scores(), b.scores(), names), names) + note
 
 
-def detail(one):
+def details(evaluation):
     """{what: text} of one model on one benchmark."""
-    correct, P, samples = one.correct(), one.problems, len(one.rows)
-    n, counts = correct.shape[1], correct.sum(1).astype(int).tolist()
-    mean, std = mean_and_std([100 * np.mean(run) for run in one.cells("correct")])
-    finish = Counter(row["finish_reason"] for row in one.rows)
-    wrong = Counter(row["reason"] for row in one.rows if not row["correct"])
-    calls = Counter(outcome for row in one.rows for outcome in row["calls"])
-    # What the machine failed is no failure of the model's.
-    failed = {name: n for name, n in calls.items()
+    rows, correct = evaluation.rows, evaluation.correct()
+    n, counts, k = correct.shape[1], correct.sum(1).astype(int), evaluation.settings["k"]
+    mean, std = mean_and_std([100 * np.mean(run) for run in evaluation.column("correct")])
+    finish = Counter(row["finish_reason"] for row in rows)
+    wrong = Counter(row["reason"] for row in rows if not row["correct"])
+    calls = Counter(outcome for row in rows for outcome in row["calls"])
+    # A call that the sandbox failed is not a failure of the model.
+    failed = {name: times for name, times in calls.items()
               if name not in (*sod.OK_OUTCOMES, "sandbox_error")}
-    k_s = [2 ** e for e in range(n.bit_length()) if 2 ** e < n] + [n]
-    votes, right = (one.cells(name).reshape(-1, one.settings["k"]) for name in ("vote", "correct"))
-    majorities = [majority(*cell) for cell in zip(votes.tolist(), right.tolist())]
+    sizes = [2 ** e for e in range(n.bit_length()) if 2 ** e < n] + [n]
+    votes, grades = (evaluation.column(name).reshape(-1, k) for name in ("vote", "correct"))
+    majorities = [majority(*cell) for cell in zip(votes.tolist(), grades.tolist())]
     return {
-        "problems left out, prompt too long": str(one.skipped),
+        "problems left out, prompt too long": str(evaluation.skipped),
         "mean ± std over runs": f"{mean:.2f} ± {std:.2f}" if std == std else "1 run",
-        f"pass@k, k = {', '.join(map(str, k_s))}": ", ".join(
-            f"{100 * sum(pass_at_k(n, c, k) for c in counts) / P:.1f}" for k in k_s),
-        f"maj@{one.settings['k']}": f"{100 * np.mean(majorities):.1f}" if votes.any() else "none",
-        "tool calls a trajectory": f"{calls.total() / samples:.2f}",
+        f"pass@k, k = {', '.join(map(str, sizes))}": ", ".join(
+            f"{100 * np.mean([pass_at_k(n, int(c), size) for c in counts]):.1f}"
+            for size in sizes),
+        f"maj@{k}": f"{100 * np.mean(majorities):.1f}" if votes.any() else "none",
+        "tool calls a trajectory": f"{calls.total() / len(rows):.2f}",
         "failed calls": shares(failed, max(calls.total(), 1)),
-        "cut off, by": shares({"length": finish["length"], "turns": finish["turns"]}, samples),
-        "sampled tokens a trajectory": f"{np.mean([row['tokens'] for row in one.rows]):,.0f}",
-        "not right, because": shares(wrong, samples),
-        "samples the sandbox failed, counted as not right": str(finish["infrastructure"]),
+        "cut off, by": shares({name: finish[name] for name in ("length", "turns")}, len(rows)),
+        "sampled tokens a trajectory": f"{np.mean([row['tokens'] for row in rows]):,.0f}",
+        "not correct, because": shares(wrong, len(rows)),
+        "samples the sandbox failed, counted as not correct": str(finish["infrastructure"]),
     }
 
 
 def shares(counts, total):
-    """12.0% (timeout 9.5%, error 2.5%): all of them, then each, the most frequent first."""
+    """Their sum, then each of them, the most frequent first: 12.0% (timeout 9.5%, error 2.5%)."""
     counts = sorted(((n, name) for name, n in counts.items() if n), reverse=True)
     parts = ", ".join(f"{name} {n / total:.1%}" for n, name in counts)
     return f"{sum(n for n, _ in counts) / total:.1%}" + f" ({parts})" * bool(parts)
@@ -679,7 +680,7 @@ def patterns(outcomes):
     erroneous  the newest call that ran has failed
     recovery   a call has failed before, and the newest one worked
 
-    d and w take no part in it, so that what they do in each pattern can be looked at.
+    d and w are not used, so that one can see what they do in each pattern.
 
     >>> patterns(["ok", "timeout", "error", "ok", ""])
     ['stable', 'erroneous', 'erroneous', 'recovery', 'recovery']
@@ -692,35 +693,44 @@ def patterns(outcomes):
     return names[1:]
 
 
-def write_page(folder, *iterations):
-    """Write rollouts.html of a run, one file that asks for no other; its path and a summary."""
-    data, path = page_data(Path(folder), iterations), Path(folder) / "rollouts.html"
+def write_page(folder, *asked):
+    """Write rollouts.html of a run: a single file, which needs no other one.
+
+    asked    iterations to show; without any the first, the middle and the last
+    returns  its path and what it holds, as a line of text
+    """
+    data, path = page_data(Path(folder), asked), Path(folder) / "rollouts.html"
     tools.write_whole(path, page_html(data))
     return (f"{path}  iterations {', '.join(data['iterations']) or 'none'}, "
             f"{path.stat().st_size / 2**20:.1f} MiB")
 
 
-def page_data(folder, iterations):
-    """Everything the page shows, as plain values; every number stands in the files of the run."""
+def page_data(folder, asked):
+    """All that the page shows, as plain values. Every number is one of the run's files."""
     stored = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
-    # Not a sod.Config, which refuses what cannot be run: a method that is gone can be looked at.
+    # A sod.Config would refuse a method that no longer exists, and its page can still be made.
     config = SimpleNamespace(**{f.name: f.default for f in fields(sod.Config)} | stored)
     curves = [parse_line(*line) for line in lines_of(folder / "metrics.jsonl")]
-    stored = defaultdict(list)  # as text, since all of a long run would fill the memory
-    for where, line in lines_of(folder / "rollouts.jsonl"):
-        stored[str(rollout(where, line)["iteration"])].append((where, line))
-    chosen = choose_iterations(list(stored), iterations, folder)
+    lines = defaultdict(list)  # parsed only where they are shown: a long run would fill the memory
+    for place, line in lines_of(folder / "rollouts.jsonl"):
+        lines[str(read_rollout(place, line)["iteration"])].append((place, line))
+    known = list(lines)
+    if unknown := [n for n in asked if n not in known]:
+        raise UserError(f"iteration {unknown[0]} is not in {folder / 'rollouts.jsonl'}; choose "
+                        f"from {', '.join(known) or 'none'}")
+    usual = {*known[:1], *known[len(known) // 2:][:1], *known[-1:]}
+    chosen = [n for n in known if n in (asked or usual)]
+    about, worth = describe_method(config)
     return {"name": config.name or folder.name, "curves": curves,
-            "about": f"{about(config)} Shown: {len(chosen)} of {len(stored)} iterations.",
-            "scored": any("d" in m for m in curves),
-            "delta": config.delta, "worth": worth(config),
-            "iterations": {n: [rollout(*line) for line in stored[n]] for n in chosen}}
+            "about": f"{about} Shown: {len(chosen)} of {len(known)} iterations.",
+            "scored": any("d" in m for m in curves), "delta": config.delta, "worth": worth,
+            "iterations": {n: [read_rollout(*line) for line in lines[n]] for n in chosen}}
 
 
-def rollout(where, line):
-    """One rollout, with the pattern of each step. One that the machine failed has no numbers, for
-    nobody scored it; older versions stored d 0 and w 1."""
-    row = parse_line(where, line)
+def read_rollout(place, line):
+    """One rollout, with the pattern of each step. Where the machine failed it, nobody scored it:
+    the numbers that older versions stored for it are left out."""
+    row = parse_line(place, line)
     try:
         outcomes = [turn["outcome"] for turn in row["turns"]]
         if row.get("finish_reason") == "infrastructure":
@@ -728,64 +738,50 @@ def rollout(where, line):
                             for turn in row["turns"]]
         return row | {"iteration": row["iteration"], "patterns": patterns(outcomes)}
     except (KeyError, TypeError):
-        raise UserError(f"{where}: found no rollout with iteration, turns and their outcomes; "
+        raise UserError(f"{place}: found no rollout with iteration, turns and their outcomes; "
                         "delete the line") from None
 
 
-def choose_iterations(known, asked, folder):
-    """Those asked for, else the first, the middle and the last."""
-    if unknown := [n for n in asked if n not in known]:
-        raise UserError(f"iteration {unknown[0]} is not in {folder / 'rollouts.jsonl'}; choose "
-                        f"from {', '.join(known) or 'none'}")
-    places = {0, len(known) // 2, len(known) - 1}
-    return [n for i, n in enumerate(known) if (n in asked if asked else i in places)]
-
-
-def about(config):
-    """Where the page's numbers come from, in a sentence."""
+def describe_method(config):
+    """Two texts: who has made and scored the rollouts, and the token advantage as a formula."""
     method = sod.METHODS.get(config.method)
     if not method:
-        return f"Method {config.method}, which is not known here; student {config.student}."
+        return (f"Method {config.method}, which is not known here; student {config.student}.",
+                "what that method has given it")
     scorer = {"": "nobody", "teacher": config.teacher}.get(method.scorer, "its own frozen start")
     weights = f" with the weights {config.weights}" * method.weighted
-    return f"Method {config.method}{weights}, student {config.student}, scored by {scorer}."
-
-
-def worth(config):
-    """The token advantage of this run as a formula; the template explains its words."""
-    method = sod.METHODS.get(config.method)
-    if not method:
-        return "what that method has given it"
-    term = f"{config.opd_coef} · w · (log p teacher − log p student)"
-    distils = bool(method.scorer) and config.kl == "sampled"
-    return (" + ".join(["advantage"] * method.outcome + [term] * distils)
-            or "0, for the exact KL is a loss of its own")
+    distils = bool(method.scorer) and config.kl == "sampled"  # else the exact KL is in the loss
+    terms = ["advantage"] * method.outcome + [
+        f"{config.opd_coef} · w · (log p teacher − log p student)"] * distils
+    return (f"Method {config.method}{weights}, student {config.student}, scored by {scorer}.",
+            " + ".join(terms) or "0, for the exact KL is a loss of its own")
 
 
 def page_html(data):
-    """The page. Its policy lets the browser fetch nothing.
+    """The page, whose policy forbids the browser to fetch anything.
 
-    Text that a model wrote is data: escaped here, so that it cannot close the element it stands
-    in, and put into the page as text nodes by the script.
+    Text that a model wrote stays data: its < > & are escaped here, so that it cannot close the
+    element it stands in, and the script puts it into the page as text, never as markup.
     """
     text = json.dumps(data, allow_nan=False)  # ASCII, so U+2028 and U+2029 are escaped as well
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    template = TEMPLATE.read_text(encoding="utf-8")
     name = html.escape(data["name"]).encode("ascii", "xmlcharrefreplace").decode()
     parts = {"NAME": name, "DATA": text}
-    return re.sub(r"@([A-Z_]+)@", lambda slot: parts[slot[1]], template)  # once: data stay data
+    # All places are filled in one pass, so that a @DATA@ in the data is left as it is.
+    return re.sub(r"@([A-Z_]+)@", lambda match: parts[match[1]],
+                  TEMPLATE.read_text(encoding="utf-8"))
 
 
 # --- The command -------------------------------------------------------------------------------
 
-TAKES = {  # the options of the commands that sample nothing
+TAKES = {  # the options that the commands which sample nothing take
     "compare": set(), "page": set(),
     "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"}}
 
 
-def make_parser():
-    """The command line: what to do, on which data, and an option for each setting."""
+def parse(argv=None):
+    """(arguments, {name: value} of the given settings); wrong ones end with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False,
         usage="python evaluate.py [--model MODEL ...] [--data DATA ...] [--OPTION VALUE ...]",
@@ -793,7 +789,7 @@ def make_parser():
                                                      in PAPER.items() if name != "system"),
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100))
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", nargs="+", default=[WORLD.student, WORLD.teacher],
+    what.add_argument("--model", nargs="+", default=[sod.Config.student, sod.Config.teacher],
                       help="folders or Hub ids; default: the embedded student and teacher")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"),
                       help="two files of samples: the verdict")
@@ -803,12 +799,6 @@ def make_parser():
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, EvalConfig, sod.choices())
-    return parser
-
-
-def parse(argv=None):
-    """(arguments, {name: value} of the given settings); wrong ones end with status 2."""
-    parser = make_parser()
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if hasattr(args, f.name)}
     if command := next((name for name in TAKES if getattr(args, name)), ""):
@@ -819,12 +809,12 @@ def parse(argv=None):
 
 
 def evaluate_all(models, datas, given):
-    """Every model on every benchmark; a report of each benchmark."""
+    """Every model on every benchmark; a table for each benchmark."""
     sod.transformers.utils.logging.disable_progress_bar()
     configs = {data: benchmark_config(data, given) for data in datas}
-    loaded = {data: load_benchmark(data, config) for data, config in configs.items()}
+    problems = {data: load_benchmark(data, config) for data, config in configs.items()}
     tokenizers = {}
-    for name in models:  # what would end the evaluation in an hour is said in seconds
+    for name in models:  # all models are checked before the first one samples for an hour
         for config in configs.values():
             tokenizers[name] = sod.load_tokenizer(name, config.thinking)
             sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
@@ -835,11 +825,12 @@ def evaluate_all(models, datas, given):
     for name in models:
         model = sod.load_model(name, device, dtype)
         for data, config in configs.items():
-            one, path = sample_benchmark(name, data, loaded[data], model, tokenizers[name], config)
+            evaluation, path = sample_benchmark(name, data, problems[data], model,
+                                                tokenizers[name], config)
             print(f"samples  {path}")
-            finished[data].append(one)
-    for ones in finished.values():
-        print("\n" + report(ones))
+            finished[data].append(evaluation)
+    for evaluations in finished.values():
+        print("\n" + markdown(evaluations))
 
 
 def run(args, given):
@@ -849,7 +840,7 @@ def run(args, given):
     elif args.rescore:
         print(rescore(args.rescore, given))
     elif args.compare:
-        print(verdict_of(*map(read_samples, args.compare), args.compare))
+        print(compare_evaluations(*map(read_samples, args.compare), args.compare))
     else:
         with sod.process_group():
             evaluate_all(dict.fromkeys(args.model), args.data or ["world"], given)

@@ -2,9 +2,9 @@
 
     python data/drift.py runs/NAME [FIGURE.svg]
 
-A table of d, w and the teacher's entropy by what became of the calls before a step (the patterns of
-premises.py) and of its own call; and a figure of d and entropy by step, beside the paper's.
-Rollouts that the machine failed are left out, for nobody scored them.
+It prints a table of d, w and the teacher's entropy: by what became of the calls before a step (the
+patterns of premises.py), and by what became of its own call. It writes a figure of d and entropy
+by step, beside the paper's. Rollouts that the machine failed are left out: they have no scores.
 """
 import argparse
 import sys
@@ -24,16 +24,16 @@ import study
 
 
 def read(folder):
-    """([(Rollout, [(d, w, entropy) of each step]), ...], how many more the machine failed) of a run;
-    the turns of a Rollout know their outcomes."""
+    """([(Rollout, [(d, w, entropy) of each step]), ...], how many more the machine failed).
+    Of its turns a Rollout has only the outcomes."""
     path = folder / "rollouts.jsonl"
-    rows = [evaluate.rollout(*line) for line in evaluate.lines_of(path)]
+    rows = [evaluate.read_rollout(*line) for line in evaluate.lines_of(path)]
     found = [(sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"]) for turn in row["turns"]]),
               [tuple(map(turn.get, ("d", "w", "entropy_t"))) for turn in row["turns"]])
              for row in rows if row.get("finish_reason") != "infrastructure"]
     if not found or any(None in step for _, steps in found for step in steps):
-        raise sod.UserError(f"{path} holds no rollouts with d, w and entropy_t of each step; give the "
-                            "folder of a run with a teacher")
+        raise sod.UserError(f"{path} holds no rollouts with d, w and entropy_t of each step; give "
+                            "the folder of a run with a teacher")
     return found, len(rows) - len(found)
 
 
@@ -42,10 +42,10 @@ def by_pattern(rollouts):
     steps = {name: [] for name in (*premises.PATTERNS, "its call works", "its call fails")}
     for rollout, values in rollouts:
         for pattern, turn, step in zip(premises.step_patterns(rollout), rollout.turns, values):
-            seen = (turn.failed, *step)
-            steps[pattern].append(seen)
+            row = (turn.failed, *step)
+            steps[pattern].append(row)
             if turn.outcome:
-                steps["its call fails" if turn.failed else "its call works"].append(seen)
+                steps["its call fails" if turn.failed else "its call works"].append(row)
     return {name: (len(rows), *np.mean(rows, 0)[:1], np.median(rows, 0)[1], *np.mean(rows, 0)[2:])
             for name, rows in steps.items() if rows}
 

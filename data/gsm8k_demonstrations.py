@@ -3,10 +3,11 @@
     python data/gsm8k_demonstrations.py train.jsonl demonstrations.jsonl
     python data/gsm8k_demonstrations.py train.jsonl demonstrations.jsonl --rows 400 --slips 0.2
 
-GSM8K's solutions mark each calculation: "Natalia sold 48/2 = <<48/2=24>>24 clips in May." Here each
-of these lines becomes a turn: its words without the result, a call that prints it, and what the
-real tool answers. The last turn is the answer in \\boxed{}. In a share of the conversations one call
-is slipped first, fails, and is repaired. Rows whose results Python does not confirm are left out.
+GSM8K's solutions mark each calculation: "Natalia sold 48/2 = <<48/2=24>>24 clips in May." Each line
+like this becomes a turn: its words without the result, a call that prints the result, and what the
+real tool answers. The last turn is the answer in \\boxed{}. In a share of the conversations a call
+with a slip comes first; it fails, and the next turn repeats it without the slip. Rows whose results
+Python does not confirm are left out.
 """
 import argparse
 import json
@@ -26,8 +27,8 @@ MARK = r"\s*=?\s*\$?<<([^<>=]+)=([^<>]+)>>[\d,]*(?:\.\d+)?"
 
 
 def calculations(solution):
-    """[(words without the results, program, result)] of each line of a solution that calculates, or
-    None where a line holds what is no arithmetic.
+    """[(words without the results, program, result)] of each line of a solution that calculates;
+    None where a calculation is not plain arithmetic.
 
     >>> calculations("He sold 48/2 = <<48/2=24>>24 clips.\\nThat is all.\\n#### 24")
     [('He sold 48/2 clips.', 'print(48/2)', '24')]
@@ -44,22 +45,23 @@ def calculations(solution):
 
 
 def slip(program, rng):
-    """A program as a slip leaves it: a bracket stays open, or a name is not defined."""
+    """A program with a slip: a bracket stays open, or a name is not defined."""
     return program[:-1] if rng.random() < 0.5 else re.sub(r"\d+(\.\d+)?", "total", program, count=1)
 
 
 def same_numbers(text, result):
     """Does the tool's answer hold the numbers of the annotations, but for their rounding?"""
-    seen, said = text.split(), result.split()
+    printed, marked = text.split(), result.split()
     try:
-        return len(seen) == len(said) and all(
-            abs(float(a) - float(b)) <= 0.01 * max(1, abs(float(b))) for a, b in zip(seen, said))
+        return len(printed) == len(marked) and all(
+            abs(float(a) - float(b)) <= 0.01 * max(1, abs(float(b)))
+            for a, b in zip(printed, marked))
     except ValueError:
         return False
 
 
 def conversation(row, tool, slips, most, rng, render=tools.render_tool_call):
-    """The messages of one row of GSM8K, or None where it cannot be told as calls."""
+    """The messages of one row of GSM8K, or None where it cannot be written as calls."""
     steps = calculations(row["answer"])
     if not steps or len(steps) > most:
         return None
@@ -71,12 +73,12 @@ def conversation(row, tool, slips, most, rng, render=tools.render_tool_call):
             calls.append((words, slip(program, rng)))
             words = "The call failed. Once more."
         calls.append((words, program))
-    seen = [answer.text for answer in tool.run([program for _, program in calls])]
-    answers = [text for n, text in enumerate(seen) if n != wrong]
-    if not all(same_numbers(text, step[2]) for text, step in zip(answers, steps)):
+    answers = [answer.text for answer in tool.run([program for _, program in calls])]
+    confirmed = [text for n, text in enumerate(answers) if n != wrong]
+    if not all(same_numbers(text, step[2]) for text, step in zip(confirmed, steps)):
         return None
     messages = [{"role": "user", "content": row["question"]}]
-    for (words, program), text in zip(calls, seen):
+    for (words, program), text in zip(calls, answers):
         messages += [{"role": "assistant", "content": f"{words}\n{render(program)}"},
                      {"role": "tool", "content": text}]
     return messages + [{"role": "assistant", "content": f"The answer is \\boxed{{{answer}}}."}]
@@ -108,8 +110,8 @@ def command(argv):
             else:
                 left_out += 1
     tools.write_whole(given.target, "".join(written))
-    print(f"{len(written)} conversations in {given.target}; {left_out} rows were left out: more than "
-          f"{given.most} calculations, none, or results that Python does not confirm")
+    print(f"{len(written)} conversations in {given.target}; {left_out} rows were left out: more "
+          f"than {given.most} calculations, none, or results that Python does not confirm")
 
 
 def main(argv=None):

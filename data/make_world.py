@@ -1,43 +1,46 @@
 """Make the embedded world from nothing: problems, demonstrations, tokenizer, teacher, student.
 
-    python data/make_world.py                          about 15 minutes on two cores, seeded
-    python data/make_world.py --digits 0 --out FOLDER  the same world without check digits
-    python data/make_world.py --only teacher --sure 1 --out FOLDER        a teacher that knows what
-                                                       to do after two failures in a row
-    python data/make_world.py --only teacher --practice 0.3 --out FOLDER  one that has learnt less
-        ... --start data/world                         with a short course for the models that ship
-                                                       in place of all practice: in 3 minutes
-    python data/make_world.py --quick FOLDER           the same with little of everything, to try it
-    python data/premises.py                            measures the world that is there
+    python data/make_world.py --out data/world             about 15 minutes on two cores, seeded
+    python data/make_world.py --out FOLDER --digits 0      the same world without check digits
+    python data/make_world.py --out FOLDER --only teacher --sure 1        a teacher that knows what
+                                                           to do after two failures in a row
+    python data/make_world.py --out FOLDER --only teacher --practice 0.3  one that has learnt less
+        ... --start data/world                             begin with the models that ship: a short
+                                                           course in place of the whole practice
+    python data/make_world.py --quick FOLDER               a hundredth of everything, to try it
+    python data/premises.py                                measures the world that ships
 
 A problem is a chain of instructions ("Start with 19. Multiply by 7. Subtract it from 82."). The
-models here cannot do arithmetic, they can only copy: so every instruction takes one call of the
-Python tool, and the answer is the last thing the tool printed.
+models here cannot do arithmetic, they can only copy. So every instruction takes one call of the
+Python tool, and the answer is the last thing that the tool printed.
 
 SOD rests on premises: student and teacher differ a little at every step, much where the teacher
-is lost, and little again once it has recovered. In this world they are met by construction:
+is lost, and little again once it has recovered. This world is made so that they hold:
 
-    check digits  A program ends in a comment, `print(19 * 7)  #606`, on which nothing depends.
-                  The teacher knows them by heart, with a slip now and then. The student has only
-                  seen any digits, and a run is too short to teach it a table of a hundred. So the
-                  two differ at every call, whatever else the student learns, as two language
-                  models do; d_1 does not fall to 0.
+    check digits  A program ends in a comment, `print(19 * 7)  #606`, which changes nothing that it
+                  does. The teacher knows these digits by heart and makes a mistake now and then.
+                  The student has seen only random digits, and a run is too short to teach it a
+                  table of a hundred. So the two differ at every call, whatever else the student
+                  learns, as two language models do; d_1 does not fall to 0.
     numbers       Each turn begins with its place in the chain ("Step 2. "). Without it these
-                  models count turns, and a failed call shifts the count for good.
-    teacher       reads conversations that go wrong and learns from their right turns only: before
-                  a failed call, after one, after a recovery. What it reads after two failures in a
-                  row breaks off in a jumble: there it is lost, and as unsure as it should be.
-    student       imitates noisy conversations, mistakes and all: after a failed call it often
-                  carries out another instruction. It can do everything and is reliable at nothing.
+                  models count turns, and after a failed call they count wrong until the end.
+    teacher       It reads conversations that go wrong and learns only from their right turns:
+                  before a failed call, after one, after a recovery. What it reads after two
+                  failures in a row breaks off in random words. So it is lost there, and its
+                  entropy is as high as it should be.
+    student       It imitates conversations with mistakes, mistakes included: after a failed call
+                  it often carries out another instruction. It can do everything, but not reliably.
 
-How the methods rank in this world is measured (README), and was no aim of its making.
+How the methods rank in this world is measured (README); the world was not made for a ranking.
 """
 import argparse
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,15 +81,15 @@ def make_problem(rng, lengths):
     """A row of the data files, and its steps: (program, operand) of each instruction."""
     difficulty = rng.choice(lengths)
     x = start = rng.randint(2, 99)
-    chosen, seen = [], {start}
+    chosen, values = [], {start}
     while len(chosen) < difficulty:
         sentence, program, symbol = rng.choice(INSTRUCTIONS)
         a = rng.randint(2, 99)
         value = eval(program.format(x=f"({x})", a=a))
-        # A value that came up before would let an early answer pass for a right one.
-        if 1 < abs(value) < LIMIT and value not in seen:
+        # If a value came up twice, an answer that is given too early could be correct.
+        if 1 < abs(value) < LIMIT and value not in values:
             chosen.append((sentence.format(a=a), program, a, symbol))
-            seen.add(value)
+            values.add(value)
             x = value
     return {"question": " ".join([f"Start with {start}."] + [step[0] for step in chosen]),
             "answer": str(x), "hint": "Use " + " ".join(step[3] for step in chosen) + ".",
@@ -98,31 +101,32 @@ def make_problem(rng, lengths):
 
 @dataclass(frozen=True)
 class Habits:
-    """How the conversations go from which a model learns."""
-    digits: int = 3          # check digits of a program: the dial of the gap between the models
-    care: float = 0.0        # chance that a check digit is the right one; else it is any
+    """What happens in the conversations from which a model learns."""
+    digits: int = 3          # check digits of a program: the more, the larger the gap of the models
+    care: float = 0.0        # chance that a check digit is the right one; else it is random
     lengths: tuple = (3, 4)  # instructions of a problem
-    told: float = 0.0        # share of questions that say the answer or the hint besides, and
-                             # are solved without a mistake: a self-teacher is worth asking then
-    noise: float = 0.0       # chance that a call goes wrong, in one of four cases by an answer
+    told: float = 0.0        # share of questions that also say the answer or the hint, and are
+                             # solved without a mistake: only so is a self-teacher of any use
+    mistakes: float = 0.0    # chance that a call is wrong; a quarter of these are early answers
     lost: float = 0.0        # chance that after a failed call another instruction is carried out
     silent: float = 0.0      # chance that the tool falls silent, ...
     persist: float = 0.0     # ... and that it stays so at the next call
     breaks: float = 0.0      # chance that a turn after two failures in a row breaks off
-    sure: float = 0.0        # chance that a right turn there is learnt from: the dial of the loss
+    sure: float = 0.0        # chance that a right turn there is learnt from: the more, the less the
+                             # teacher is lost
     imitates: bool = False   # also learns from mistakes, and from what follows two failures
 
 
 CLEAN = Habits(told=0.15)
-NOISY = replace(CLEAN, noise=0.2, lost=0.3, silent=0.1, persist=0.5, imitates=True)
-FAILING = replace(NOISY, noise=0.17, lost=0.25, silent=0.4)  # else it sees too few failures
-READING = Habits(care=0.75, noise=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
+NOISY = replace(CLEAN, mistakes=0.2, lost=0.3, silent=0.1, persist=0.5, imitates=True)
+FAILING = replace(NOISY, mistakes=0.17, lost=0.25, silent=0.4)  # else there are too few failures
+READING = Habits(care=0.75, mistakes=0.2, lost=0.2, silent=0.25, persist=0.4, breaks=0.35)
 
 
 def check_digits(program, digits, care, rng):
-    """The digits that belong to a program's last two, looked up in a table without a rule.
+    """The digits that belong to a program's last two, from a random table.
 
-    A rule, such as a sum modulo 10, takes models like these far longer to learn than a table.
+    With a rule, such as a sum modulo 10, models like these would need far longer to learn them.
     """
     last = re.sub(r"\D", "", program)[-2:]
     right = random.Random(f"check digits of {last}").choices(range(10), k=digits)
@@ -130,7 +134,7 @@ def check_digits(program, digits, care, rng):
 
 
 def misread(rng, x, a):
-    """Two numbers with one digit of one of them replaced, in one case of eight by itself."""
+    """Two numbers with one digit of one of them replaced; it may stay the same by chance."""
     numbers = [str(x), str(a)]
     which = rng.randrange(2)
     digits = list(numbers[which])
@@ -141,7 +145,7 @@ def misread(rng, x, a):
 
 
 def mistaken(rng, template, x, a):
-    """The program of a call gone wrong: a misread number, an open bracket, an undefined name."""
+    """A wrong program: a misread number, an open bracket or an undefined name."""
     mistake = rng.choice(["operand", "bracket", "name"])
     if mistake == "operand":
         x, a = misread(rng, x, a)
@@ -150,7 +154,7 @@ def mistaken(rng, template, x, a):
 
 
 def answer_to(program):
-    """What the real tool prints, worked out here for the programs of this file; a test compares."""
+    """What the real tool prints for a program of this file. A test compares the two."""
     code = program.partition("  #")[0]
     if not code.endswith(")"):
         return (f'  File "<code>", line 1\n    {program}\n         ^\n'
@@ -165,13 +169,13 @@ def answer_to(program):
 def demonstrate(steps, x, habits, rng, most=10):
     """The turns that carry out `steps` from the number x, one call each, the answer last.
 
-    most  calls after which the answer comes, whatever has been reached
+    most  calls after which the answer is given, however many steps are done
 
-    A turn of the assistant has a "lesson": is it to be learnt from? And the last may be "broken".
+    The "lesson" of an assistant's turn says whether it is learnt from. A "broken" one is the last.
     """
     turns, failures, silent, done = [], 0, False, 0
     while done < len(steps) and len(turns) < 2 * most:
-        wrong = rng.random() < habits.noise
+        wrong = rng.random() < habits.mistakes
         if wrong and rng.random() < 0.25:
             return turns + [assistant(f"\\boxed{{{x}}}", habits.imitates)]
         breaks = failures > 1 and rng.random() < habits.breaks
@@ -200,16 +204,16 @@ def assistant(content, lesson, broken=False):
 
 
 def demonstrations(rng, *kinds):
-    """Yield (Problem, turns) without end, of each of these Habits in turn."""
+    """Yield (Problem, turns) without end; these Habits take turns."""
     while True:
         for habits in kinds:
             row, steps = make_problem(rng, habits.lengths)
             problem = tools.Problem(**row)
-            view = rng.choice(["answer", "hint"]) if rng.random() < habits.told else ""
-            problem.question += sod.privileged_context(problem, view)
-            sure = replace(habits, noise=0.0, lost=0.0) if view else habits
+            told = rng.choice(["answer", "hint"]) if rng.random() < habits.told else ""
+            problem.question += sod.privileged_context(problem, told)
+            shown = replace(habits, mistakes=0.0, lost=0.0) if told else habits
             start = re.search(r"\d+", row["question"])[0]
-            yield problem, demonstrate(steps, start, sure, rng)
+            yield problem, demonstrate(steps, start, shown, rng)
 
 
 # --- Tokenizer -------------------------------------------------------------------------------
@@ -263,7 +267,7 @@ def make_model(tokenizer, width, layers, mlp):
 
 
 def jumble(tokenizer, ids, rng):
-    """A turn that breaks off, at each token with two chances of three, and ends in noise."""
+    """A turn that breaks off, at each token with two chances of three, and ends in random words."""
     words = [*"-+*/%()\\{}#.:[]?0123456789x", "print(", "Error", "no", "in", "line"]
     kept = 0
     while kept < len(ids) - 1 and rng.random() < 1 / 3:
@@ -273,7 +277,7 @@ def jumble(tokenizer, ids, rng):
 
 
 def token_worth(tokenizer, ids, faint):
-    """What each token of a turn counts in the loss: 1, a check digit `faint`."""
+    """The weight of each token of a turn in the loss: `faint` for a check digit, 1 for others."""
     worth, comment = [], False
     for word in tokenizer.convert_ids_to_tokens(ids):
         comment = "#" in word or comment and word.isdigit()
@@ -282,7 +286,7 @@ def token_worth(tokenizer, ids, faint):
 
 
 def practice_batch(tokenizer, demonstrated, faint, rng):
-    """Conversations as a Batch, whose `advantages` say what each token counts in the loss."""
+    """Conversations as a Batch; its `advantages` are the weights of the tokens in the loss."""
     rollouts, rows = [], []
     for problem, messages in demonstrated:
         rollout = sod.encode_demonstration(tokenizer, problem, messages)
@@ -319,13 +323,14 @@ def practise(model, tokenizer, course, source, updates, size, lr, faint=0.1):
     """Supervised updates on fresh demonstrations: 5% warm-up, then a cosine down to a twentieth.
 
     size   conversations of an update
-    faint  what a check digit counts: at full weight what cannot be told drowns what can
+    faint  weight of a check digit in the loss. The student cannot predict these digits, and at
+           full weight their loss would be much larger than that of all other tokens.
     """
     def learning_rate(n):
         done = n / updates
         return lr * min(done / 0.05, 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
-    # A short run: a beta2 of .999 would remember the first, wild updates.
+    # A course is short: with a beta2 of .999 the large gradients of its start would count long.
     optimizer = sod.Optimizer(model.train(), learning_rate, sod.Config(beta2=0.98))
     started, rng, losses = time.process_time(), random.Random(f"{SEED} {course}"), []
     for n in range(1, updates + 1):
@@ -377,7 +382,7 @@ def make_teacher(tokenizer, given):
 
 
 def save(model, tokenizer, folder):
-    """bf16 halves the file; the weights that ship are the rounded ones."""
+    """Store the model in bf16, which halves the file."""
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -410,44 +415,64 @@ def make_files(world, digits, scale):
     return make_tokenizer(texts + frame * len(shipped))
 
 
+def call_in_processes(makers, *arguments):
+    """Call each of the makers in a process of its own; these end with this one, however it ends."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=call_in_child, daemon=True,
+                                 args=(os.getpid(), make, *arguments)) for make in makers]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise tools.UserError(f"making a model failed with status {process.exitcode}; "
+                                      "see above")
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+
+def call_in_child(parent, make, *arguments):
+    """What each of these processes does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this one
+    tools.die_with(parent)
+    make(*arguments)
+
+
 def command(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", metavar="FOLDER", type=Path, help="the folder to write; files that "
+                       "are there are replaced")
+    where.add_argument("--quick", metavar="FOLDER", type=Path,
+                       help="the same with a hundredth of everything")
     parser.add_argument("--digits", type=int, default=Habits.digits, help="check digits [3]")
     parser.add_argument("--sure", type=float, default=Habits.sure, help="chance that the teacher "
                         "learns from a right turn after two failures in a row [0]")
     parser.add_argument("--practice", type=float, default=1.0,
                         help="share of its practice that the teacher gets [1]")
     parser.add_argument("--only", choices=["student", "teacher"], help="make one model")
-    parser.add_argument("--out", type=Path, default=ROOT / "world", help="folder [data/world]")
     parser.add_argument("--start", metavar="FOLDER", type=Path,
                         help="a world whose models are taught the change, in 3 minutes")
-    parser.add_argument("--quick", metavar="FOLDER", type=Path,
-                        help="a fiftieth of everything, into a folder of its own")
     given = parser.parse_args(argv)
-    given.out, given.scale = (given.quick, 0.02) if given.quick else (given.out, 1.0)
+    given.out, given.scale = (given.quick, 0.01) if given.quick else (given.out, 1.0)
     known = sod.load_tokenizer(str(given.start / "student")) if given.start else None
     given.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_files(given.out, given.digits, given.scale)
-    tokenizer = known or tokenizer  # ids that the models know
-    makers = [torch.multiprocessing.get_context("spawn").Process(
-        target=make, args=(tokenizer, given))
-        for name, make in (("student", make_student), ("teacher", make_teacher))
-        if given.only in (None, name)]
-    for maker in makers:
-        maker.start()
-    for maker in makers:
-        maker.join()
-        if maker.exitcode:
-            raise tools.UserError(f"making a model failed with status {maker.exitcode}; see above")
-    if given.only:
-        return
-    subprocess.run([sys.executable, ROOT / "premises.py", "--world", given.out, "--problems",
-                    str(max(1, int(64 * given.scale)))], check=True)
+    tokenizer = known or tokenizer  # models that exist keep the ids that they know
+    makers = {"student": make_student, "teacher": make_teacher}
+    call_in_processes([makers[given.only]] if given.only else makers.values(), tokenizer, given)
+    if not given.only:
+        subprocess.run([sys.executable, ROOT / "premises.py", "--world", given.out, "--problems",
+                        str(max(1, int(64 * given.scale)))], check=True)
 
 
 def main(argv=None):
     """The exit status."""
-    return sod.run_command(partial(command, argv), "begin again")
+    return sod.run_command(partial(command, argv), "the folder is unfinished, begin again")
 
 
 if __name__ == "__main__":

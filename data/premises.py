@@ -3,12 +3,12 @@
     python data/premises.py                 data/world, about a minute
     python data/premises.py --world FOLDER  another that make_world.py has made
 
-SOD trusts the teacher by d_1 / d_k. That is worth something where student and teacher differ a
-little at every step, much where the teacher is lost, and little again after a recovery. What that
-means in numbers is written in `premises`; the world is made so that they hold. How the methods
-rank is another matter.
+SOD trusts the teacher by d_1 / d_k. This can help only where student and teacher differ a little
+at every step, much where the teacher is lost, and little again after a recovery. The two functions
+`drift_premises` and `competence_premises` say what this means in numbers. The world is made so that
+these premises hold; how the methods rank in it is another question.
 
-The pattern of a step is what became of the calls before it:
+The pattern of a step says what became of the calls before it:
     first, clean    the first step, and later ones before which no call has failed
     after one       the last call failed, the one before it did not
     after more      the last two calls failed, or more
@@ -47,8 +47,14 @@ def step_patterns(rollout):
     return found
 
 
+def without_lost(batch):
+    """The Batch without the rollouts that the machine failed, for they have no scores."""
+    return batch.select([i for i, r in enumerate(batch.rollouts) if not r.lost])
+
+
 def drift(batch):
     """{pattern: (steps, median d, mean w, the teacher's mean entropy)}, entropy in nats a token."""
+    batch = without_lost(batch)
     steps, entropy = defaultdict(list), sod.step_entropy(batch)
     for i, rollout in enumerate(batch.rollouts):
         for k, pattern in enumerate(step_patterns(rollout)):
@@ -72,8 +78,8 @@ def instructions(question):
 def right_calls(rollout):
     """(pattern, is it right?) of each call, up to the first wrong one that the tool has answered.
 
-    Right is the call of the next instruction with its numbers, whatever its check digits. An
-    answer before the last instruction is a wrong call.
+    A call is right if it carries out the next instruction with its numbers; its check digits do
+    not matter. An answer before the last instruction counts as a wrong call.
     """
     question = rollout.problem.question
     steps, x = instructions(question), re.search(r"\d+", question)[0]
@@ -93,21 +99,21 @@ def right_calls(rollout):
 
 def share_of_right_calls(rollouts):
     """{pattern: share of right calls}"""
-    seen = defaultdict(list)
+    calls = defaultdict(list)
     for rollout in rollouts:
         for pattern, right in right_calls(rollout):
-            seen[pattern].append(right)
-    return {pattern: float(np.mean(seen[pattern])) if seen[pattern] else np.nan
+            calls[pattern].append(right)
+    return {pattern: float(np.mean(calls[pattern])) if calls[pattern] else np.nan
             for pattern in PATTERNS}
 
 
 def success(rollouts):
-    """{how its calls failed: (rollouts, share of right ones)}"""
+    """{how its calls failed: (rollouts, share of correct ones)}"""
     groups = defaultdict(list)
     for rollout in rollouts:
-        seen = set(step_patterns(rollout))
-        groups["two failures in a row" if "after more" in seen else
-               "single failures" if "after one" in seen else
+        patterns = step_patterns(rollout)
+        groups["two failures in a row" if "after more" in patterns else
+               "single failures" if "after one" in patterns else
                "no failed call"].append(rollout.correct)
     return {name: (len(groups[name]), float(np.mean(groups[name])) if groups[name] else np.nan)
             for name in ("no failed call", "single failures", "two failures in a row")}
@@ -117,15 +123,16 @@ def success(rollouts):
 
 
 def times(a, b):
-    """a over b, nan where b is 0: nothing was seen there."""
+    """a over b, nan where b is 0 because there was nothing to count."""
     return a / b if b else np.nan
 
 
 def drift_premises(batch):
-    """[(premise, measured, least, most)] of what a batch of any iteration shows."""
-    seen, d_1 = drift(batch), batch.d[:, 0]
-    _, d, w, entropy = seen["clean"]
-    (_, d_one, *_), (_, d_more, w_more, entropy_more) = seen["after one"], seen["after more"]
+    """[(premise, measured, least, most)] of a batch of any iteration."""
+    by_pattern, d_1 = drift(batch), without_lost(batch).d[:, 0]
+    _, d, w, entropy = by_pattern["clean"]
+    _, d_one, _, _ = by_pattern["after one"]
+    _, d_more, w_more, entropy_more = by_pattern["after more"]
     return [
         ("(a) d_1, median", float(d_1.median()), 0.1, 0.5),
         ("(a) share of rollouts with d_1 under .02", float((d_1 < 0.02).float().mean()), 0, 0.05),
@@ -135,15 +142,15 @@ def drift_premises(batch):
         ("(c) the teacher's entropy there, over that on clean steps", times(entropy_more, entropy),
          4, inf),
         ("(c) w there, mean", w_more, 0, 0.4),
-        ("(d) w after a recovery, mean", seen["recovered"][2], 0.65, inf)]
+        ("(d) w after a recovery, mean", by_pattern["recovered"][2], 0.65, inf)]
 
 
 def competence_premises(student, teacher):
-    """[(premise, measured, least, most)] of what rollouts of both models show."""
-    calls, lasts = share_of_right_calls(student), success(teacher)
+    """[(premise, measured, least, most)] of rollouts of both models."""
+    calls, solved = share_of_right_calls(student), success(teacher)
     return [
         ("(d) the teacher's success with single failures, over that without a failed call",
-         times(lasts["single failures"][1], lasts["no failed call"][1]), 0.75, inf),
+         times(solved["single failures"][1], solved["no failed call"][1]), 0.75, inf),
         ("(d) the student's right calls after a failed one, over those on clean steps",
          times(calls["after one"], calls["clean"]), 0.5, inf),
         ("(d) the student's right calls after a recovery, over those on clean steps",
@@ -158,7 +165,8 @@ def files_of(world):
 
 
 def sample_world(world, problems=64, **changes):
-    """A scored Batch of the student, 8 rollouts a problem, and as many rollouts of the teacher."""
+    """A scored Batch of the student, 8 rollouts a problem, and as many rollouts of the teacher; in
+    both without those that the machine failed."""
     config = sod.Config(prompts=problems, group_size=8, num_minibatches=1, iterations=1,
                         **files_of(world) | changes)
     agent = sod.load_agent(config)
@@ -166,22 +174,22 @@ def sample_world(world, problems=64, **changes):
         _, batch = next(sod.train(agent))
         prompts = sod.draw(agent.train_set, config, 1, problems, 8)
         teachers = sod.sample_rollouts(agent, agent.teacher, prompts, (config.seed, "teacher", 1))
-    return batch, teachers
+    return without_lost(batch), [r for r in teachers if not r.lost]
 
 
-def report(batch, teachers):
-    """Lines of text: what each pattern looks like, and whether the premises hold."""
-    seen, ours, theirs = drift(batch), *map(share_of_right_calls, (batch.rollouts, teachers))
+def describe(batch, teachers):
+    """Yield lines of text: the numbers of each pattern, and whether the premises hold."""
+    ours, theirs = map(share_of_right_calls, (batch.rollouts, teachers))
     yield (f"{'pattern':11} steps  median d  mean w  teacher's entropy  right calls: student, "
            "teacher")
-    for name, (steps, d, w, entropy) in seen.items():
+    for name, (steps, d, w, entropy) in drift(batch).items():
         yield (f"{name:11}{steps:6}{d:10.2f}{w:8.2f}{entropy:19.2f}{ours[name]:21.2f}"
                f"{theirs[name]:9.2f}")
     for name, rollouts in (("student", batch.rollouts), ("teacher", teachers)):
         parts = [f"{100 * share:.0f}% of {n} with {group}"
                  for group, (n, share) in success(rollouts).items()]
         cut = np.mean([r.finish_reason in ("length", "turns") for r in rollouts])
-        yield (f"{name}: right {100 * np.mean([r.correct for r in rollouts]):.0f}%, "
+        yield (f"{name}: correct {100 * np.mean([r.correct for r in rollouts]):.0f}%, "
                f"{', '.join(parts)}; cut off {100 * cut:.0f}%")
     for name, value, least, most in (drift_premises(batch)
                                      + competence_premises(batch.rollouts, teachers)):
@@ -198,7 +206,7 @@ def command(argv):
     given = parser.parse_args(argv)
     batch, teachers = sample_world(given.world, given.problems,
                                    silent_persist=given.silent_persist)
-    print(*report(batch, teachers), sep="\n")
+    print(*describe(batch, teachers), sep="\n")
 
 
 def main(argv=None):

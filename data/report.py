@@ -1,4 +1,4 @@
-"""Tables and figures of the study: study.py runs the methods, this file shows what came of it.
+"""Tables and figures of the study: study.py does the runs, this file shows their results.
 
 Results are {row: {seed: run}}; what a run holds is written by `run_one` in study.py.
 """
@@ -24,18 +24,22 @@ SUSPECTS = ("sod", "faults_10", "scored_10", "faults_30", "scored_30", "told_as_
             "unshaped", "lr_tenfold", "after_failure")  # of a collapse
 DRAWN = ("faults_30", "scored_30", "told_as_success", "lr_tenfold", "after_failure")
 APART = ("practice",)  # a dial that has a table of its own
+# A backslash joins the two parts of a row that is longer than a line of code.
 OTHERS = """
 What others published by November 2026. OPD and SOD by independent hands:
 
 | source | OPD | with SOD's weights | without a teacher |
 |---|---|---|---|
-| GATS: 1.5B from 7B, 1.5B from 14B, 3B from 7B, each with GRPO | 39.1, 40.9, 51.2 | 42.1, 39.4, 53.2 | GRPO 53.0, 61.9, 53.0 |
-| OG-OPD (2609.35319): ScienceWorld, WebShop, 3 seeds | 13.0 ± 1.4, 28.0 ± 2.6 | 3.8 ± 1.1, 32.0 ± 2.6 | |
+| GATS: 1.5B from 7B, 1.5B from 14B, 3B from 7B, each with GRPO | 39.1, 40.9, 51.2 | \
+42.1, 39.4, 53.2 | GRPO 53.0, 61.9, 53.0 |
+| OG-OPD (2609.35319): ScienceWorld, WebShop, 3 seeds | 13.0 ± 1.4, 28.0 ± 2.6 | \
+3.8 ± 1.1, 32.0 ± 2.6 | |
 | ATOD (2606.27814): 0.6B, 1.7B, 4B | 67.7, 64.9, 68.1 | 65.7, 65.6, 68.3 | |
 
-Collapse (issues 22 and 24 of the authors' code): between updates 10 and 20 tool calls a rollout fall
-from 3.7, in another run from 2.1, to .5, and AIME 2024 from 30.5 to 5.0. The controls come from
-2605.07865 (`vopd`), 2605.10889 (`wrong_only`), 2608.31046 (`negative`), 2609.04108 (`then`)."""
+Collapse (issues 22 and 24 of the authors' code): between updates 10 and 20 tool calls a rollout
+fall from 3.7, in another run from 2.1, to .5, and AIME 2024 from 30.5 to 5.0. The controls come
+from 2605.07865 (`vopd`), 2605.10889 (`wrong_only`), 2608.31046 (`negative`) and 2609.04108
+(`then`)."""
 
 # --- Tables -------------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ def score(run):
 
 
 def against(results, row, rival):
-    """Points by which a row beats its rival, paired by seed, as a table cell."""
+    """How many points a row is ahead of its rival, paired by seed, as a table cell."""
     mine, other = results.get(row, {}), results.get(rival, {})
     seeds = sorted(mine.keys() & other.keys())
     if len(seeds) < 2 or rival == row:
@@ -100,9 +104,9 @@ def tables(results, budget, dials):
 
 def rows_of(results, dial, values, usual):
     """{value: {row: runs}} of the rows that were run at each value of a dial."""
-    at = {value: "" if value == usual else f"@{dial}-{value}" for value in values}
+    ends = {value: "" if value == usual else f"@{dial}-{value}" for value in values}
     return {value: {row.partition("@")[0]: runs for row, runs in results.items()
-                    if row[len(row.partition("@")[0]):] == sign} for value, sign in at.items()}
+                    if row[len(row.partition("@")[0]):] == end} for value, end in ends.items()}
 
 
 def row_line(results, row):
@@ -131,7 +135,7 @@ def drift_lines(runs):
 
 
 def dial_lines(results, heading, values):
-    """What a dial does: the scale of d_1, the law of w on clean steps, and who is ahead.
+    """What a dial changes: d_1, the law of w on clean steps, and which method is ahead.
 
     values  {value of the dial: {row: runs}}
     """
@@ -142,7 +146,7 @@ def dial_lines(results, heading, values):
             laws = [f"{np.mean([run['first']['law'][name] for run in runs]):.2f}"
                     for name in ("d_1", "B", "M", "B/(B+M)", "w")]
             laws.append(f"{np.mean([lostness(run) for run in runs]):.1f}")
-            # A dial that turns the teacher alone leaves the start as it is.
+            # Where a dial changes only the teacher, the start is that of the usual world.
             cells = [average(rows if "vanilla" in rows else results, "vanilla"),
                      *(average(rows, row) for row in ("opd", "sod", "mask_after_error"))]
             cells += [against(rows, "sod", rival) for rival in ("opd", "mask_after_error")]
@@ -171,8 +175,9 @@ def leads(results, dials):
 
 def lead_lines(results, dials):
     """What distillation adds to GRPO, by the teacher's lead over the student."""
-    lines = ["", "What a teacher is worth by its lead over the student: gain over `grpo`, which has "
-             "none.", "", "| teacher's practice | teacher | lead | opd minus grpo | sod minus grpo |",
+    lines = ["", "What a teacher is worth by its lead over the student: gain over `grpo`, which "
+             "has none.", "",
+             "| teacher's practice | teacher | lead | opd minus grpo | sod minus grpo |",
              "|---:|---|---:|---|---|"]
     for value, (lead, rows) in leads(results, dials).items():
         gains = [against(rows | {"grpo": results.get("grpo", {})}, row, "grpo")
@@ -189,9 +194,9 @@ def collapse_lines(results):
     """Tool calls a rollout and success along training, for each suspect of a collapse."""
     lines = ["", "Suspects of a collapse: tool calls a rollout and right rollouts in percent, in "
              "training, without those that the sandbox failed; means over seeds of the first "
-             "iteration, of the lowest one (which) and of the last. The sandbox fails in iterations "
-             "4 to 9; `faults` leaves out the rollouts that it fails, `scored` scores them as wrong.",
-             "",
+             "iteration, of the lowest one (which) and of the last. The sandbox fails in "
+             "iterations 4 to 9; `faults` leaves out the rollouts that it fails, `scored` scores "
+             "them as wrong.", "",
              "| row | seeds | tool calls | right | average afterwards | minus sod |",
              "|---|---:|---|---|---|---|"]
     for row in SUSPECTS:
@@ -212,7 +217,7 @@ def path_of(curves, form):
 
 
 def signal_lines(runs):
-    """What one move along the teacher's signal of some tokens does to success, as a table."""
+    """The table of signal_of in study.py: success after one move along the teacher's signal."""
     if not runs:
         return []
     lines = ["", "One move of equal length along logp_t - logp_s of some tokens, from the start: "
@@ -222,11 +227,11 @@ def signal_lines(runs):
     cell = lambda values, form: format(np.mean([v for v in values if v is not None] or [math.nan]),
                                        form)
     for name in next(iter(runs.values()))["signal"]:
-        ones = [run["signal"][name] for run in runs.values()]
-        mean, low, high = t_interval([100 * (one["correct"] - np.mean(run["correct"]))
-                                      for one, run in zip(ones, runs.values())])
-        share = cell([o["tokens"] / run["tokens"] for o, run in zip(ones, runs.values())], ".0%")
-        both, right, wrong = (cell([one[part] for one in ones], "+.2f")
+        moves = [(run["signal"][name], run) for run in runs.values()]
+        mean, low, high = t_interval([100 * (move["correct"] - np.mean(run["correct"]))
+                                      for move, run in moves])
+        share = cell([move["tokens"] / run["tokens"] for move, run in moves], ".0%")
+        both, right, wrong = (cell([move[part] for move, _ in moves], "+.2f")
                               for part in ("mean", "in_right", "in_wrong"))
         lines.append(f"| {name} | {share} | {both} | {right}, {wrong} | "
                      f"{mean:+.1f}" + f" ({low:+.1f} to {high:+.1f})" * (low == low) + " |")
@@ -272,8 +277,8 @@ def figures(results, dials):
             "Suspects of a collapse", "Along training; in iterations 4 to 9 of faults_30 and "
             "scored_30 the sandbox fails at 30% of calls. Mean and std over seeds.",
             [curve_panel(results, suspects, *what) for what in (
-                ("Tool calls a rollout", "tool_calls", 1, ""), ("Right rollouts", "correct", 100, "%"),
-                ("Entropy", "entropy", 1, "nats/token"))])
+                ("Tool calls a rollout", "tool_calls", 1, ""),
+                ("Right rollouts", "correct", 100, "%"), ("Entropy", "entropy", 1, "nats/token"))])
     return drawn
 
 
@@ -339,7 +344,7 @@ def band(curves):
 
 
 def drift_line(runs, kind, column, fewest):
-    """[(k, mean, low, high)] over seeds; only where each seed has seen enough steps to average."""
+    """[(k, mean, low, high)] over seeds, for each k at which every seed has `fewest` steps."""
     line, K = [], max(len(table[kind]) for run in runs for table in run["steps"])
     for k in range(K):
         cells = np.array([np.sum([table[kind][k] for table in run["steps"] if k < len(table[kind])],
@@ -350,8 +355,8 @@ def drift_line(runs, kind, column, fewest):
     return line
 
 
-# A sheet is as wide as its panels, which stand one below the other: on a telephone, 360 pixels, it
-# is shown at two thirds of its size, and its words can still be read.
+# The panels of a figure stand one below the other, so that it is narrow: on a telephone with 360
+# pixels it is shown at two thirds of its size, and its words can still be read.
 WIDTH, LEFT, WIDE, TALL = 560, 56, 480, 240
 STYLE = """<style>
 text{font:16px system-ui,sans-serif;fill:#24292f}.title{font-weight:600}.small{font-size:15px}
@@ -360,7 +365,7 @@ svg{display:block;margin:auto;max-width:100%;height:auto}
 @media(prefers-color-scheme:dark){text{fill:#dde3ea}.page{fill:#0d1117}.grid{stroke:#30363d}}
 </style>"""
 COLOURS = ("#2f81f7", "#d9730d", "#2da44e", "#bf4fb5", "#8b949e")  # seen on white and on black
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "1 4")  # and told apart without colour
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "1 4")  # so that lines differ also without colour
 LETTER = 9.6  # pixels of a letter, at most on average: .6 of its height
 
 

@@ -4,13 +4,13 @@
     python data/study.py --rows sod opd mask_after_error grpo --seeds 5     half an hour
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
-continues an interrupted study. It ends with tables and figures (report.py) in runs/study, of all
-runs that are stored there; those that are shown in data/study were made so.
+continues an interrupted study. At its end it writes tables and figures (report.py) of all runs that
+are stored there. Those in data/study were made in this way.
 
-A row is a method, a weight scheme, or one of the changes below: controls, suspects of a collapse.
-row@dial-value is the same in a changed world:
-    digits     check digits of a program. They are what student and teacher differ by at every
-               call, so their number turns d_1.
+A row is a method, a weight scheme, or one of the changes below: controls, and suspects, which might
+be what makes a run collapse. row@dial-value is the same row in a changed world:
+    digits     check digits of a program. Student and teacher differ by them at every call, so that
+               their number decides how large d_1 is.
     persist    chance that a silent tool stays silent
     sure       chance that the teacher has learnt from a right turn after two failures in a row; in
                the world as it is it has not, and is lost there
@@ -63,15 +63,16 @@ def mean_weight(batch, c):
     return token_mean(sod.WEIGHTS["sod"](batch, c), tokens)
 
 
-# Is it the scale of w or its shape? SOD's mean on every token; SOD's shape at mean 1.
+# Does the scale of w matter, or its shape? "constant" has SOD's mean on every token, "rescaled" has
+# SOD's shape with a mean of 1.
 sod.WEIGHTS["constant"] = lambda batch, c: mean_weight(batch, c).expand(batch.d.shape)
 sod.WEIGHTS["rescaled"] = lambda batch, c: sod.WEIGHTS["sod"](batch, c) / mean_weight(batch, c)
-# Is it the lost teacher or the wrong student? Eq. 7 on what only the former changes, the
-# teacher's entropy.
+# Does w fall because the teacher is lost or because the student is wrong? "confident" is Eq. 7 on
+# the teacher's entropy, which only the teacher changes.
 sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(sod.step_entropy(batch), 0.1,
                                                              c.delta)
 
-# Two that ask who is to be taught: distil on wrong rollouts only, after a failed call only.
+# Where is distillation needed? Here only on wrong rollouts, or only after a failed call.
 sod.WEIGHTS["wrong_only"] = lambda batch, c: torch.tensor(
     [[0.0 if r.correct else 1.0] for r in batch.rollouts]).expand(batch.d.shape)
 sod.WEIGHTS["after_failure"] = lambda batch, c: (
@@ -81,14 +82,14 @@ sod.WEIGHTS["after_failure"] = lambda batch, c: (
 
 
 def clip(agent, batch, logp_t):
-    """logp_t - logp_s is cut to a nat either way."""
+    """logp_t - logp_s is cut to between -1 and 1 nat."""
     return batch.logp_s + (logp_t - batch.logp_s).clamp(-1, 1)
 
 
 @torch.no_grad()
 def vopd(agent, batch, logp_t):
-    """With a control variate (2605.07865): the exact KL(student || teacher) of each place is added,
-    so that the term is 0 on average, and no less useful."""
+    """With a control variate (2605.07865): the exact KL(student || teacher) at each token is added.
+    The term is then 0 on average, and its expected gradient is the same."""
     kl = torch.zeros_like(logp_t)
     for rows in sod.micro_batches(batch.lengths, agent.config.micro_batch_tokens):
         part = batch.select(rows)
@@ -114,7 +115,7 @@ CONTROLS = {f.__name__: f for f in (clip, vopd, negative, then)}
 
 # --- Suspects of a collapse: faults of the machine, and answers that say nothing -----------------
 
-FAULTY = range(4, 10)  # the iterations in which the sandbox breaks down
+FAULTY = range(4, 10)  # the iterations in which the sandbox fails calls
 FAULTS = {"faults_10": (0.1, False), "scored_10": (0.1, True), "faults_30": (0.3, False),
           "scored_30": (0.3, True)}  # row: (share of calls, is the rollout scored as wrong?)
 
@@ -132,14 +133,14 @@ def break_down(tool, rate):
 
 
 def grade_faults(r, tool, text):
-    """As the authors' code does: what the machine failed is a wrong answer of the model's."""
+    """As in the authors' code, a rollout that the machine failed is graded: as a wrong answer."""
     if r.lost:
         r.finish_reason, text = "answer", r.turns[-1].text  # which is a tool call
     sod.grade_rollout(r, tool, text)
 
 
 def say_nothing(tool):
-    """As the authors' code does: a call that timed out answers `no stdout here`, and counts as
+    """As in the authors' code, a call that timed out is answered by `no stdout here` and counts as
     success."""
     works = tool.submit
 
@@ -151,7 +152,7 @@ def say_nothing(tool):
 
 
 def change(agent, row):
-    """Do to a run what a row asks for beyond sod_mini's settings."""
+    """The changes of a row that are not settings of sod_mini."""
     if row in CONTROLS:
         def score_teacher(agent, batch):
             logp_t, entropy = sod.score_by_teacher(agent, batch)
@@ -168,7 +169,7 @@ def change(agent, row):
 # --- Rows ---------------------------------------------------------------------------------------
 
 WORLD = sod.Config()
-BUDGET = dict(             # sod_mini's settings of every run; the other ones are its defaults
+BUDGET = dict(             # settings of every run; the other ones are sod_mini's defaults
     iterations=16,         # with the next two: 2,048 rollouts and 32 updates
     prompts=16,
     group_size=8,
@@ -180,7 +181,7 @@ ROWS = {
     "vanilla": dict(method="vanilla"),
     "teacher": dict(method="vanilla", student=WORLD.teacher),
     **{name: dict(method=name) for name in sod.METHODS if name != "vanilla"},
-    "sft": dict(method="sft", sft_epochs=1, sft_lr=WORLD.lr),  # see learn: an equal budget
+    "sft": dict(method="sft", sft_epochs=1, sft_lr=WORLD.lr),  # the budget is equal: see learn
     **{name: dict(weights=name) for name in sod.WEIGHTS if name not in ("sod", "uniform")},
     "opd_full": dict(method="opd", kl="full"), "sod_full": dict(kl="full"),
     **{name: dict(method="opd") for name in CONTROLS},
@@ -222,18 +223,18 @@ def config_of(row, seed, folder, budget):
 
 
 def file_of(row, seed, folder, budget):
-    """Where one run is stored; the name changes with any setting."""
+    """Where one run is stored. The name changes with any setting."""
     text = json.dumps(asdict(config_of(row, seed, folder, budget)), sort_keys=True)
     return Path(folder) / f"{row}-{seed}-{zlib.crc32(text.encode()):08x}.json"
 
 
 def world_folder(folder, world):
-    """Where the world of a dial such as digits-5 lies."""
+    """The folder of the world of a dial, such as digits-5."""
     return Path(folder) / "worlds" / world
 
 
 def make_missing_worlds(rows, folder):
-    """Make the worlds of these rows in which other models live."""
+    """Make the changed worlds of these rows, as far as they need other models."""
     for world in sorted({row.partition("@")[2] for row in rows}):
         dial, _, value = world.rpartition("-")
         place = world_folder(folder, world)
@@ -250,7 +251,7 @@ def make_missing_worlds(rows, folder):
 
 
 def run_one(row, seed, folder, budget):
-    """Train and measure one row from one seed; its file is written once all is measured."""
+    """Train and measure one row from one seed. Its file is written at the end, all at once."""
     path, config = file_of(row, seed, folder, budget), config_of(row, seed, folder, budget)
     clock, agent = time.perf_counter(), sod.load_agent(config)
     change(agent, row.partition("@")[0])
@@ -262,7 +263,7 @@ def run_one(row, seed, folder, budget):
 
 
 def learn(agent):
-    """Train; the numbers of each iteration that the tables and the figures need."""
+    """Train; returns the numbers of each iteration that the tables and the figures need."""
     config, clock, best = agent.config, time.perf_counter(), 0.0
     result = {"curve": [], "steps": [], "patterns": [], "example": None, "tokens": 0}
     if config.method == "sft":  # as many conversations as the others have rollouts
@@ -270,8 +271,8 @@ def learn(agent):
         agent.train_set = random.Random(config.seed).sample(agent.train_set, count)
         result["tokens"] = sum(len(turn.ids) for r in agent.train_set for turn in r.turns)
     for m, batch in sod.train(agent):
-        if m.get("infrastructure"):  # these have no steps
-            batch = batch.select([i for i, r in enumerate(batch.rollouts) if not r.lost])
+        if batch:
+            batch = premises.without_lost(batch)
         result["tokens"] += m.get("tokens", 0)
         result["curve"].append({name: m[name] for name in ("reward", "d", "w", "entropy")
                                 if name in m} | (of_the_student(batch) if batch else {}))
@@ -291,16 +292,19 @@ def learn(agent):
 
 
 def of_the_student(batch):
-    """Share of right rollouts and tool calls a rollout, where the sandbox has not failed."""
-    whole = [[turn.outcome for turn in r.turns if turn.outcome] + [r.correct]
-             for r in batch.rollouts]
-    whole = [row for row in whole if "sandbox_error" not in row]
-    return {"correct": float(np.mean([row[-1] for row in whole])),
-            "tool_calls": float(np.mean([len(row) - 1 for row in whole]))}
+    """Share of correct rollouts and tool calls a rollout, where the sandbox has not failed."""
+    kept = [([turn.outcome for turn in r.turns if turn.outcome], r.correct)
+            for r in batch.rollouts]
+    kept = [(calls, correct) for calls, correct in kept if "sandbox_error" not in calls]
+    return {"correct": float(np.mean([correct for _, correct in kept])),
+            "tool_calls": float(np.mean([len(calls) for calls, _ in kept]))}
 
 
 def line_of(failed, k):
-    """Index into report.LINES for step k of a rollout, or None. failed: [did the call of step j fail?]"""
+    """Index into report.LINES for step k of a rollout, or None.
+
+    failed  for each step of the rollout: did its call fail?
+    """
     before = failed[:k]
     if not any(before) and not failed[1:2] == [True]:
         return 0
@@ -310,9 +314,10 @@ def line_of(failed, k):
 
 
 def steps_after_a_failure(batch):
-    """For each of report.LINES and each k: [steps, sum of d, sum of the teacher's entropy over step 1's].
+    """[steps, sum of d, sum of the teacher's entropy less that of step 1] for each of report.LINES
+    and each k.
 
-    What the paper's Fig. 1 shows: how both rise along a rollout whose second call fails.
+    The paper's Fig. 1 shows these: both rise along a rollout whose second call fails.
     """
     entropy = sod.step_entropy(batch)
     table = np.zeros((len(report.LINES), batch.d.shape[1], 3))
@@ -325,11 +330,11 @@ def steps_after_a_failure(batch):
 
 
 def law(batch, tokenizer):
-    """Does w = B / (B + M) hold on clean later steps? The means over them, and the median of d_1.
+    """Does w = B / (B + M) hold on clean later steps? Means over these steps, and the median d_1.
 
-    B  nats a step of |logp_s - logp_t| on check digits, which no learning takes away
-    M  nats a step on all other tokens; where a step has a mistake it is many, else hardly any, so
-       B / (B + M) is the mean over steps of the mean B with the M of each
+    B  nats a step of |logp_s - logp_t| on check digits, which the student cannot learn
+    M  nats a step on all other tokens: many where a step has a mistake, else hardly any. Therefore
+       B / (B + M) is the mean over steps of the mean B with the M of each.
     """
     gap, rows = (batch.logp_s - batch.logp_t).abs(), []
     for i, rollout in enumerate(batch.rollouts):
@@ -345,13 +350,13 @@ def law(batch, tokenizer):
 
 
 def pattern_shares(batch):
-    """Shares of report.PATTERNS in a batch; a rollout has the pattern of its last step."""
+    """Shares of report.PATTERNS in a batch. A rollout has the pattern of its last step."""
     last = Counter(patterns([turn.outcome for turn in r.turns])[-1] for r in batch.rollouts)
     return [last[name] / len(batch.rollouts) for name in report.PATTERNS]
 
 
 def recoveries(batch):
-    """How far SOD's weight rises again in each right rollout with a failed call; 0 in others."""
+    """How far SOD's weight rises again in each correct rollout with a failed call; 0 in others."""
     w = sod.step_weights(batch.d)
     return [float(w[i, len(r.turns) - 1] - w[i, :len(r.turns)].min())
             if r.correct and batch.failed[i].any() and 5 <= len(r.turns) <= 8 else 0.0
@@ -362,15 +367,17 @@ def recoveries(batch):
 
 
 def signal_of(agent):
-    """One move along logp_t - logp_s of some tokens only, from the start: what does success do?
+    """How does success change after one move along logp_t - logp_s of some of the tokens?
 
-    The classes are the patterns of steps (premises.py). All moves change each parameter by lr, as
-    AdamW's first update does, so only their directions are compared. Success is average@k on
-    held-out problems, sampled with the same random numbers each time.
+    Each move begins at the student as it is loaded. The classes of tokens are the patterns of steps
+    (premises.py). All moves change each parameter by lr, as AdamW's first update does, so that only
+    their directions are compared. Success is average@k on held-out problems, sampled with the same
+    random numbers each time.
     """
     config, clock = agent.config, time.perf_counter()
     start = copy.deepcopy(agent.student.state_dict())
-    _, batch = next(sod.train(agent))  # samples and scores; its own update is too small to count
+    _, batch = next(sod.train(agent))  # samples and scores; at this lr its update changes nothing
+    batch = premises.without_lost(batch)
     signal, result = batch.logp_t - batch.logp_s, {}  # (B, T)
     right = torch.tensor([r.correct for r in batch.rollouts])[:, None]
     mean = lambda mask: float(signal[mask].mean()) if mask.any() else None
@@ -385,7 +392,7 @@ def signal_of(agent):
 
 
 def signal_classes(batch):
-    """{class: (B, T) bool}: all tokens, then those of the steps of each pattern."""
+    """{class: (B, T) bool}: all sampled tokens, then those in the steps of each pattern."""
     number = [[premises.PATTERNS.index(p) for p in premises.step_patterns(r)]
               for r in batch.rollouts]
     kind = sod.pad(number, -1, batch.ids.device).gather(1, (batch.step_id - 1).clamp(min=0))
@@ -397,7 +404,7 @@ def signal_classes(batch):
 def move_along(model, batch, signal, config, lr=WORLD.lr):
     """Move each parameter by lr towards a larger sum of signal * log pi over the tokens.
 
-    signal  (B, T) what each token is worth, 0 for those that do not count
+    signal  (B, T) weight of each token, 0 for those that do not count
     """
     weights = list(model.parameters())
     totals = [torch.zeros_like(p) for p in weights]
@@ -415,7 +422,7 @@ def move_along(model, batch, signal, config, lr=WORLD.lr):
 
 
 def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
-    """Run what is missing, `jobs` at a time, each in its own process; then tables and figures.
+    """Run what is missing, `jobs` at a time, each in its own process; then write the tables.
 
     rows     {row: how many seeds}, of which at most `seeds` are run
     returns  the number of runs that failed
@@ -439,7 +446,7 @@ def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
 
 
 def read_runs(folder, budget, most=20):
-    """{row: {seed: run}} of all that is stored with these settings."""
+    """{row: {seed: run}} of all runs that are stored with these settings."""
     results = defaultdict(dict)
     for row in STUDY:
         for seed in range(most):
@@ -461,11 +468,12 @@ def run_all(todo, jobs, plan, budget):
 
 
 def run_apart(job, plan, budget):
-    """One run in a process of its own, with one thread: two runs side by side are faster than one
-    after the other on two cores. Says what came of it; True if it is stored."""
+    """Do one run in a process of its own and print its result; True if it is stored. It has one
+    thread, because on two cores two such runs side by side take less time than one after the
+    other."""
     (row, seed), path = job, plan[job]
-    order = json.dumps({"row": row, "seed": seed, "folder": str(path.parent), "budget": budget})
-    done = subprocess.run([sys.executable, __file__, "--worker", order], text=True,
+    task = json.dumps({"row": row, "seed": seed, "folder": str(path.parent), "budget": budget})
+    done = subprocess.run([sys.executable, __file__, "--worker", task], text=True,
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode or not path.exists():
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -485,7 +493,7 @@ def command(argv):
     parser.add_argument("--rows", nargs="+", default=list(STUDY), metavar="ROW",
                         help=f"rows of the study: {', '.join(STUDY)}")
     parser.add_argument("--seeds", type=int, default=10,
-                        help="most seeds of a row [10]; rows that decide nothing have 5")
+                        help="most seeds of a row [10]; many rows have 5")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [2]")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # one run
     args = parser.parse_args(argv)

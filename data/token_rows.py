@@ -2,11 +2,12 @@
 
     python data/token_rows.py MODEL FOLDER
 
-Its template has Hermes tool calls, but the two tokens that enclose a call have, in embedding and
-head, the row of the ids that nobody uses: 20 nats away from ever being sampled, and indistinguishable
-from 270 others, so that a cold start at a usual learning rate moves them all. Here each token gets
-the row of the piece of text it begins with ("<", "</"), a tenth longer, to be likelier than that.
-A model that tells the two apart is left as it is.
+The template of this model has Hermes tool calls. But the two tokens that enclose a call have the
+same row in embedding and head as 270 ids that nobody uses. They are 20 nats too unlikely to be
+sampled, and a cold start at a usual learning rate moves all of these rows together. Here each of
+the two tokens gets the row of the piece of text that it begins with ("<", "</"). The row is made a
+tenth longer, so that the token is likelier than the piece. A model that tells the two tokens apart
+is left as it is.
 """
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ TOKENS = ["<tool_call>", "</tool_call>"]
 
 @torch.no_grad()
 def lend_rows(model, tokenizer):
-    """{token: the piece whose row it got}, empty where the model tells the two TOKENS apart;
-    changes embedding and head, (vocabulary, hidden) each, in place."""
+    """Change embedding and head, (vocabulary, hidden) each, in place. Returns {token: the piece
+    whose row it got}, empty where the model tells the two TOKENS apart."""
     rows = tokenizer.convert_tokens_to_ids(TOKENS)
     pieces = [tokenizer.encode(token[:-1], add_special_tokens=False)[0] for token in TOKENS]
     tables = {table.weight.data_ptr(): table.weight  # one, where the head is tied
@@ -43,7 +44,8 @@ def command(source, target):
     model.save_pretrained(target)
     model.shipped_generation.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    print(f"{target}: " + ", ".join(f"{token} has the row of {piece!r}" for token, piece in lent.items()))
+    print(f"{target}: " + ", ".join(f"{token} has the row of {piece!r}"
+                                    for token, piece in lent.items()))
 
 
 def main(argv=None):

@@ -63,7 +63,7 @@ def show(seconds):
 def memory():
     """Memory of forward and backward at full size, on top of the inputs."""
     heads = [("token_logprobs", sod.token_logprobs, naive_logprobs, ((N, D_S), (V, D_S))),
-             ("kl_estimate", our_reverse_kl, naive_reverse_kl,
+             ("reverse_kl", our_reverse_kl, naive_reverse_kl,
               ((N, D_S), (V, D_S), (N, D_T), (V, D_T)))]
     for name, ours, naive, shapes in heads:
         mine, plain = peak(ours, *shapes), peak(naive, *shapes)
@@ -111,8 +111,8 @@ class SlowTool:
 class Script:
     """Rollouts that are known beforehand, so that any model takes as many turns as we like.
 
-    The engines do all their work; only which token comes next is not left to the model. Noise is
-    what they pick tokens by, and here it is the number of the token.
+    The engines do all their work, but the next token is not left to the model: each uniform number
+    by which they would pick it says here which one it is.
     """
 
     def __init__(self, tokenizer, turns, vocabulary):
@@ -130,25 +130,26 @@ class Script:
                 self.tokens += len(ids)
                 rows[-1] += ids + answer
         self.uniforms = np.zeros((len(rows), max(map(len, rows)) + 1))
-        for noise, ids in zip(self.uniforms, rows):
-            noise[:len(ids)] = (np.array(ids) + 0.5) / vocabulary
+        for uniforms, ids in zip(self.uniforms, rows):
+            uniforms[:len(ids)] = (np.array(ids) + 0.5) / vocabulary
 
     def play(self, model, engine):
         """All rollouts by one of the engines."""
-        config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0, overlong_buffer=0,
-                            max_response=self.uniforms.shape[1], tool_poll_timeout=0.0)
+        config = sod.Config(rollout_engine=engine, rollout_batch=64, silent_rate=0.0,
+                            overlong_buffer=0, max_response=self.uniforms.shape[1],
+                            tool_poll_timeout=0.0)
         agent = sod.Agent(config, model, None, self.tokenizer, SlowTool())
 
-        def pick(logits, noise, temperature, top_p):
-            PICK(logits, noise, temperature, top_p)  # takes the time it takes
-            return (noise * self.vocabulary).long()
+        def pick(logits, uniforms, temperature, top_p):
+            PICK(logits, uniforms, temperature, top_p)  # takes the time it takes
+            return (uniforms * self.vocabulary).long()
         numbers = lambda *place: SimpleNamespace(random=lambda n: self.uniforms[place[-1]])
-        with mock.patch.multiple(sod, pick_tokens=pick, random_numbers=numbers):
+        with mock.patch.multiple(sod, sample_next_token=pick, random_numbers=numbers):
             return sod.sample_rollouts(agent, model, self.prompts, (0, "script", 0))
 
 
 def rollouts():
-    """64 trajectories of several turns: the slots engine beside per-turn generate."""
+    """64 rollouts of several turns: continuous batching beside HF's generate for each turn."""
     agent = sod.load_agent(sod.Config(device="cpu", rollout_batch=64, tool_poll_timeout=0.0,
                                       silent_rate=0.0))
     prompts = [p for p in agent.train_set[:16] for _ in range(4)]
@@ -175,9 +176,9 @@ def engines(what, sample):
     names = ("continuous", "generate")
     seconds = take_turns({name: lambda name=name: work(name) for name in names}, 3,
                          time.perf_counter)
-    slots, generate = (found[name] / seconds[name] for name in names)
-    return (what, f"{np.median(slots):,.0f} tok/s, slots",
-            f"{np.median(generate):,.0f} tok/s, generate", ratio(slots, generate), ">= 1.3")
+    ours, generate = (found[name] / seconds[name] for name in names)
+    return (what, f"{np.median(ours):,.0f} tok/s", f"{np.median(generate):,.0f} tok/s, generate",
+            ratio(ours, generate), ">= 1.3")
 
 
 # --- Whole iterations -------------------------------------------------------------------------

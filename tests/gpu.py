@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import importlib
 import json
 import os
 import sys
@@ -70,6 +69,9 @@ TOY = Sizes("cpu", torch.float32, dict.fromkeys(QWEN3, (64, 2, 2, 128)), rows=10
             held=48, sampled=8, rollouts=8, group=2, few=4, words=(1, 4), lengths=(32,),
             copied=2 ** 20, rounds=1)
 
+HEADS = {"token_logprobs": (sod.token_logprobs, naive_logprobs),
+         "reverse_kl": (our_reverse_kl, naive_reverse_kl)}
+
 # --- What the sections share --------------------------------------------------------------------
 
 
@@ -118,13 +120,12 @@ def random_ids(sizes, count, seed=0):
     return np.random.default_rng(seed).integers(0, sizes.rows, count).tolist()
 
 
-def make_agent(sizes, student, offload="none", **changes):
-    """An Agent with a random student, a teacher of 4B, the settings of the preset gpu and the fast
-    engine, in the middle of a run: AdamW has its moments."""
-    settings = dict(sod.PRESETS["gpu"], rollout_engine="continuous", offload=offload, overlong_buffer=0,
-                    max_response=sizes.sampled, prompts=sizes.rollouts // sizes.group,
-                    group_size=sizes.group)
-    config = sod.Config(**{**settings, **changes})
+def make_agent(sizes, student, offload="none"):
+    """An Agent with a random student, a teacher of 4B and the settings of the preset gpu, in the
+    middle of a run: AdamW has its moments."""
+    config = sod.Config(**dict(sod.PRESETS["gpu"], offload=offload, overlong_buffer=0,
+                               max_response=sizes.sampled, group_size=sizes.group,
+                               prompts=sizes.rollouts // sizes.group))
     agent = sod.Agent(config, make_model(sizes, student).train(), None, load_tokenizer(sizes),
                       Echo())
     sod.enable_checkpointing(agent.student)
@@ -147,7 +148,7 @@ def made_rollouts(sizes, count):
         first, second = ids[sizes.prompt:][:half], ids[sizes.prompt:][half:]
         turns = [sod.Turn(first[answer:], "", "ok", "42", first[:answer]), sod.Turn(second)]
         rows.append(sod.Rollout(tools.Problem("question", "42"), ids[:sizes.prompt], turns,
-                                finish_reason="answer", right=i % 2 == 0, reward=(-1.0) ** i))
+                                finish_reason="answer", correct=i % 2 == 0, reward=(-1.0) ** i))
     return rows
 
 
@@ -166,16 +167,6 @@ def suite(sizes):
     yield "out of memory in sampling", partial(halved_sampling, sizes)
 
 
-def exact_logprobs(hidden, weight, targets):
-    return (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-
-
-def exact_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _):
-    log_p, log_q = ((h @ w.T).log_softmax(-1)
-                    for h, w in ((hidden_s, weight_s), (hidden_t.detach(), weight_t.detach())))
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
 def ops(sizes, dtype):
     """Largest error of a value, in nats, and the relative errors of the student's gradients."""
     n, v, D = sizes.exact
@@ -183,11 +174,11 @@ def ops(sizes, dtype):
     inputs = [torch.randn(count, D).div_(D ** 0.25).to(dtype) for count in (n, v, n, v)]
     targets, g = torch.randint(0, v, (n,)), torch.randn(n, dtype=torch.float64)
     values = {}
-    for name, ours, exact, count in (("token_logprobs", sod.token_logprobs, exact_logprobs, 2),
-                                     ("kl_estimate", our_reverse_kl, exact_reverse_kl, 4)):
-        found, true = (value_and_gradients(function, inputs[:count], kind, targets, g, device)
+    for name, (ours, naive) in HEADS.items():
+        given = inputs[:2] if name == "token_logprobs" else inputs
+        found, true = (value_and_gradients(function, given, kind, targets, g, device)
                        for function, kind, device in ((ours, dtype, sizes.device),
-                                                      (exact, torch.float64, "cpu")))
+                                                      (naive, torch.float64, "cpu")))
         values[f"{name}_nats"] = float((found[0] - true[0]).abs().max())
         values[f"{name}_gradient"] = max(apart(a, b) for a, b in zip(found[1:], true[1:]))
     bounds = {"nats": 1e-4 if dtype == torch.float32 else 1e-3,
@@ -284,7 +275,7 @@ def halved_gradient(sizes):
     with little_memory(sizes, extra):
         found = work()
     return judged({"halvings": agent.halvings, "gradient_apart": apart(found, plain),
-                   "micro_batch_tokens": agent.config.micro_batch_tokens},
+                   "micro_batch_tokens": sod.current_size(agent, "micro_batch_tokens")},
                   {"halvings": (">=", 1), "gradient_apart": ("<=", 1e-4)})
 
 
@@ -298,17 +289,17 @@ def halved_sampling(sizes):
     with little_memory(sizes, extra):
         found = work()
     equal = np.mean([a == b for a, b in zip(found, plain)])
-    return judged({"halvings": agent.halvings, "rollout_batch": agent.config.rollout_batch,
+    return judged({"halvings": agent.halvings, "rollout_batch": sod.current_size(agent, "rollout_batch"),
                    "share_equal": float(equal)}, {"halvings": (">=", 1), "share_equal": (">=", 1)})
 
 
 @contextlib.contextmanager
 def little_memory(sizes, extra):
-    """Leave a phase that took `extra` bytes 60% of them, so that it must halve. A CPU swaps before
-    it refuses, so there the first attempt is told that memory has run out."""
+    """Leave work that took `extra` bytes 60% of them, so that it must halve its size. A CPU swaps
+    before it refuses, so there the first attempt is told that memory has run out."""
     if sizes.device == "cpu":
         fail = {name: failing(getattr(sod, name), lambda n, *_: n == 1)
-                for name in ("hidden_states", "sample_a_look")}
+                for name in ("hidden_states", "decode_chunk")}
         with mock.patch.multiple(sod, **fail):
             yield
     else:
@@ -322,34 +313,18 @@ def little_memory(sizes, extra):
 # --- head: time and memory of token_logprobs and reverse_kl ---------------------------------------
 
 
-def trl_logprobs(hidden, weight, targets):
-    chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
-    op = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    return op.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ())[0]
-
-
-def trl_reverse_kl(hidden_s, weight_s, hidden_t, weight_t, _):
-    op = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-    return op.apply(hidden_s, weight_s, None, hidden_t.detach(), weight_t.detach(), None, 1.0)[0]
-
-
-HEADS = {"token_logprobs": (sod.token_logprobs, naive_logprobs, trl_logprobs),
-         "kl_estimate": (our_reverse_kl, naive_reverse_kl, trl_reverse_kl)}
-
-
 def head(sizes):
-    """token_logprobs and reverse_kl, forward and backward, beside other ways."""
+    """token_logprobs and reverse_kl, forward and backward, beside the naive way."""
     for name in HEADS:
-        what = f"{name}, {sizes.tokens:,} x {sizes.rows:,}, {str(sizes.dtype)[6:]}"
-        yield f"{what}, beside the naive way and the products", partial(beside_naive, sizes, name)
-        yield f"{what}, beside TRL", partial(beside_trl, sizes, name)
+        yield (f"{name}, {sizes.tokens:,} x {sizes.rows:,}, {str(sizes.dtype)[6:]}, beside the "
+               "naive way and the matrix products", partial(beside_naive, sizes, name))
 
 
 def head_inputs(sizes, name, tokens):
     """[hidden states, head, of the student, and for reverse_kl of the teacher; targets]."""
     torch.manual_seed(0)
     shapes = [(n, D) for D in sizes.widths for n in (tokens, sizes.rows)]
-    chosen = shapes if name == "kl_estimate" else shapes[:2]
+    chosen = shapes if name == "reverse_kl" else shapes[:2]
     inputs = [torch.randn(shape, device=sizes.device, dtype=sizes.dtype).div_(shape[1] ** 0.25)
               .requires_grad_() for shape in chosen]
     return [*inputs, torch.randint(0, sizes.rows, (tokens,), device=sizes.device)]
@@ -385,7 +360,7 @@ def peak_gb(sizes, function, inputs):
 
 def beside_naive(sizes, name):
     """The naive way takes fewer tokens where all do not fit; its time is then scaled to them."""
-    ours, naive, _ = HEADS[name]
+    ours, naive = HEADS[name]
     inputs = head_inputs(sizes, name, sizes.tokens)
     found = {"peak_GB": peak_gb(sizes, ours, inputs)}
     tokens, naive_inputs, found["naive_peak_GB"] = largest_naive(sizes, name)
@@ -414,25 +389,11 @@ def largest_naive(sizes, name):
         tokens //= 2
 
 
-def beside_trl(sizes, name):
-    try:
-        importlib.import_module("trl.trainer.utils")
-    except ImportError as error:
-        return {"skipped": f"TRL is not at hand: {error}"}
-    ours, _, theirs = HEADS[name]
-    inputs = head_inputs(sizes, name, sizes.tokens)
-    peak = peak_gb(sizes, theirs, inputs)
-    seconds = take_turns({"ours": lambda: both_ways(ours, inputs),
-                          "trl": lambda: both_ways(theirs, inputs)}, sizes.rounds, clock)
-    return {"trl_peak_GB": peak, "over_trl": ratio(seconds["ours"], seconds["trl"]),
-            **{f"{side}_s": float(np.median(times)) for side, times in seconds.items()}}
-
-
 # --- rollouts: engines, and a decode pass beside its bytes ----------------------------------------
 
 
 def rollouts(sizes):
-    """Engines slots and generate, and a decode pass beside the bytes that it must read."""
+    """Both engines, and a decode pass beside the bytes that it must read."""
     for name in ("0.6B", "1.7B"):
         yield f"{name}: {sizes.rollouts} rollouts of 1 to 6 turns", partial(engines, sizes, name)
         for length in sizes.lengths:
@@ -460,17 +421,17 @@ def engines(sizes, name):
 @torch.inference_mode()
 def decode_pass(sizes, name, length):
     """Seconds of a pass, beside those in which its bytes can be read: weights, keys and values."""
-    model, tokens = make_model(sizes, name), sod.Config.look
-    slots, n = sod.ContinuousBatch(model, sizes.rollouts), sizes.rollouts
-    slots.rollouts = [sod.Rollout(None, random_ids(sizes, length, i), [sod.Turn()],
-                                  noise=np.full(tokens, 0.5)) for i in range(n)]
-    slots.catch_up(n, 0)
-    look = lambda: slots.sample(n, tokens, sod.sample_next_token)
-    pass_s = lambda: float(np.median(take_turns({"": look}, sizes.rounds, clock)[""])) / tokens
+    model, tokens = make_model(sizes, name), sod.Config.decode_chunk
+    batch, n = sod.ContinuousBatch(model, sizes.rollouts), sizes.rollouts
+    batch.rollouts = [sod.Rollout(None, random_ids(sizes, length, i), [sod.Turn()],
+                                  uniforms=np.full(tokens, 0.5)) for i in range(n)]
+    batch.prefill(n, 0)
+    chunk = lambda: batch.decode(n, tokens, sod.sample_next_token)
+    pass_s = lambda: float(np.median(take_turns({"": chunk}, sizes.rounds, clock)[""])) / tokens
     found = {"pass_s": pass_s()}
-    slots.graphs = None  # as on a CPU: kernel by kernel
+    batch.graphs = None  # as on a CPU: kernel by kernel
     found["without_graphs_s"] = pass_s()
-    cells = sum(x.shape[1] * x.shape[3] for layer in slots.cache.layers
+    cells = sum(x.shape[1] * x.shape[3] for layer in batch.cache.layers
                 for x in (layer.keys, layer.values))  # numbers for one token of one rollout
     read = (sod.count_parameters(model) + cells * n * length) * sizes.dtype.itemsize
     found |= {"read_GB": read / 1e9, "bandwidth_GB_per_s": bandwidth(sizes) / 1e9}
@@ -491,24 +452,25 @@ def bandwidth(sizes):
 
 @contextlib.contextmanager
 def watching(sizes, agent, learnt):
-    """Note seconds and memory of each phase of an iteration: {phase_s, phase_GiB}, filled later.
-    The phases are left as they are, but the rollouts to learn from are `learnt`."""
-    seen = {}
+    """Yields {part_s, part_GiB}: seconds and memory of each part of an iteration, filled while it
+    goes on. It learns from the rollouts `learnt`, and not from those that it samples."""
+    costs = {}
 
     def watched(work, name, result=lambda out: out):
         def run(*args):
-            phase = "teacher" if agent.teacher in args[1:] else name
+            part = "teacher" if agent.teacher in args[1:] else name
             out, spent, peak = with_costs(sizes, partial(work, *args))
-            seen[f"{phase}_s"] = seen.get(f"{phase}_s", 0) + spent
-            seen[f"{phase}_GiB"] = max(seen.get(f"{phase}_GiB") or 0, peak) or None
+            costs[f"{part}_s"] = costs.get(f"{part}_s", 0) + spent
+            costs[f"{part}_GiB"] = max(costs.get(f"{part}_GiB") or 0, peak) or None
             return result(out)
         return run
-    phases = {name: watched(getattr(sod, name), name)
-              for name in ("score", "backpropagate")}
-    phases["sample_rollouts"] = watched(sod.sample_rollouts, "sampling", lambda _: learnt)
     step = watched(sod.Optimizer.step, "adamw")
-    with mock.patch.multiple(sod, **phases), mock.patch.object(sod.Optimizer, "step", step):
-        yield seen
+    with mock.patch.multiple(
+            sod, score=watched(sod.score, "score"),
+            backpropagate=watched(sod.backpropagate, "backpropagate"),
+            sample_rollouts=watched(sod.sample_rollouts, "sampling", lambda _: learnt)), \
+            mock.patch.object(sod.Optimizer, "step", step):
+        yield costs
 
 
 def with_costs(sizes, work):
@@ -527,24 +489,23 @@ def with_costs(sizes, work):
 def one_iteration(sizes, student, offload, count):
     """Seconds and memory of an iteration that learns from `count` rollouts of the whole budget.
 
-    Sampling is measured on `sampled` tokens behind the `held` ones, for all rollouts side by side.
+    Sampling is measured on `sampled` tokens after the `held` ones, for all rollouts side by side.
     """
     agent = make_agent(sizes, student, offload)
     let_go()
     rest = torch.cuda.memory_allocated() / GIB if sizes.device == "cuda" else None
-    with watching(sizes, agent, made_rollouts(sizes, count)) as seen:
+    with watching(sizes, agent, made_rollouts(sizes, count)) as costs:
         (m, _), whole, _ = with_costs(sizes, lambda: sod.train_step(agent, 1))
-    config = agent.config
-    return {**seen, "whole_s": whole, "at_rest_GiB": rest, "rollouts_learnt": count,
+    return {**costs, "whole_s": whole, "at_rest_GiB": rest, "rollouts_learnt": count,
             "tokens_each": sizes.prompt + sizes.response, "sampled_each": sizes.sampled,
             "sampled_of": sizes.response, "held_each": sizes.held, "halvings": agent.halvings,
-            "rollout_batch": config.rollout_batch or sizes.rollouts,
-            "micro_batch_tokens": config.micro_batch_tokens or 2 ** 16,
+            "rollout_batch": sod.current_size(agent, "rollout_batch") or sizes.rollouts,
+            "micro_batch_tokens": sod.current_size(agent, "micro_batch_tokens") or 2 ** 16,
             "updates_not_taken": m["skipped_updates"]}
 
 
 def iteration(sizes):
-    """A whole iteration of SOD with a 4B teacher: seconds and memory of each phase."""
+    """A whole iteration of SOD with a 4B teacher: seconds and memory of each part."""
     for name in ("0.6B", "1.7B"):
         yield (f"{name}, {sizes.rollouts} rollouts of the budget, "
                f"{sizes.sampled / sizes.response:.3g} of its sampling",
@@ -628,7 +589,7 @@ def measured(work):
     except Exception as error:
         traceback.print_exc()
         values = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    let_go()  # behind the except: its traceback, which held every tensor, is gone
+    let_go()  # after the except, whose traceback held every tensor
     return {**values, "measured_in_s": time.perf_counter() - started}
 
 

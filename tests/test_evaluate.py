@@ -216,7 +216,7 @@ def test_every_form_of_answer_goes_through_write_read_report_and_rescoring(
     votes = [row["vote"] for row in one.rows if row["vote"] is not None]
     assert len(votes) >= (len(ANSWERS) if kind == "math" else 1)
     started = time.process_time()
-    assert f"| maj@{len(finals)} |" in evaluate.report([one])
+    assert f"| maj@{len(finals)} |" in evaluate.markdown([one])
     assert time.process_time() - started < 5  # no vote is slow
     said(capsys, "--rescore", path, status=0)
     assert evaluate.read_samples(path.with_suffix(".rescored.jsonl")).rows == one.rows
@@ -352,15 +352,15 @@ def test_the_numbers_of_a_report_by_hand(tmp_path):
     one = evaluate.read_samples(four_by_two(tmp_path / "a.jsonl", runs=2))
     assert one.correct().tolist() == [[1, 0, 0, 0] * 2, [1, 1, 1, 0] * 2]
     assert one.scores() == {"p0": 0.25, "p1": 0.75}
-    detail = evaluate.detail(one)
+    detail = evaluate.details(one)
     assert detail["mean ± std over runs"] == "50.00 ± 0.00"
     # p0 has 2 of 8 right: 1 - C(6,2)/C(8,2) = 13/28; p1 has 6: 1 - 1/28; their mean is 71.4%
     assert detail["pass@k, k = 1, 2, 4, 8"] == "50.0, 71.4, 89.3, 100.0"
     assert detail["maj@4"] == "50.0"
-    assert detail["not right, because"] == "50.0% (wrong 50.0%)"
+    assert detail["not correct, because"] == "50.0% (wrong 50.0%)"
 
 
-UNJUDGED = "samples the sandbox failed, counted as not right"
+UNJUDGED = "samples the sandbox failed, counted as not correct"
 
 
 def test_calls_cuts_and_failures_are_counted_and_the_sandbox_apart(tmp_path):
@@ -368,19 +368,19 @@ def test_calls_cuts_and_failures_are_counted_and_the_sandbox_apart(tmp_path):
             row("p", False, sample=1, calls=["sandbox_error"], finish_reason="infrastructure"),
             row("p", False, sample=2, calls=[], finish_reason="length", reason="no boxed answer"),
             row("p", False, sample=3, calls=["not_run"], finish_reason="turns", reason="no boxed answer")]
-    detail = evaluate.detail(evaluate.read_samples(stored(tmp_path / "a.jsonl", rows, k=4)))
+    detail = evaluate.details(evaluate.read_samples(stored(tmp_path / "a.jsonl", rows, k=4)))
     assert detail["tool calls a trajectory"] == "1.50"
     assert detail["failed calls"] == "50.0% (timeout 33.3%, error 16.7%)"
     assert detail["cut off, by"] == "50.0% (turns 25.0%, length 25.0%)"
     assert detail[UNJUDGED] == "1"
-    assert detail["not right, because"] == "75.0% (no boxed answer 50.0%, wrong 25.0%)"
+    assert detail["not correct, because"] == "75.0% (no boxed answer 50.0%, wrong 25.0%)"
     assert detail["sampled tokens a trajectory"] == "10"
 
 
 def test_a_benchmark_of_the_paper_has_the_papers_result_beside_it(tmp_path):
     def told(data):
         path = four_by_two(tmp_path / f"{data}.jsonl", data=data)
-        return evaluate.report([evaluate.read_samples(path)])
+        return evaluate.markdown([evaluate.read_samples(path)])
     assert "SOD 0.6B, SOD 1.7B, their 4B teacher: 26.13, 41.72, 60.42\n" in told("aime2025")
     assert "the paper" not in told("gsm8k")
     # the means of the paper's tables: SOD 24.22 and 42.98, the teacher 61.59
@@ -391,9 +391,9 @@ def test_a_benchmark_of_the_paper_has_the_papers_result_beside_it(tmp_path):
 def test_a_report_has_a_table_and_a_verdict_where_the_problems_are_the_same(tmp_path):
     a = evaluate.read_samples(four_by_two(tmp_path / "a.jsonl"))
     b = evaluate.read_samples(four_by_two(tmp_path / "b.jsonl", model="n"))
-    assert evaluate.report([a, b]).endswith("both score the same on every problem")
+    assert evaluate.markdown([a, b]).endswith("both score the same on every problem")
     b.questions = ["p0", "p2"]
-    text = evaluate.report([a, b])
+    text = evaluate.markdown([a, b])
     assert "| n | 50.0% |" in text and "no verdict: m has 1 problems that n lacks" in text
     assert sod.results_table({"m": a.correct(), "n": b.correct()}) in text  # as in the model card
 
@@ -430,7 +430,7 @@ def test_rescoring_grades_stored_programs_without_a_model(contest_file, tmp_path
     path = stored(tmp_path / "a.jsonl", rows, data=contest_file, k=4, tool_unsafe=True,
                   tool_timeout=1.0)
     text = said(capsys, "--rescore", path, status=0)
-    assert "8 of 8 verdicts changed" in text and "| maj@4 | none |" in text
+    assert "8 of 8 grades changed" in text and "| maj@4 | none |" in text
     new = evaluate.read_samples(tmp_path / "a.rescored.jsonl")
     assert [(r["correct"], r["reason"]) for r in new.rows] == [p[2:] for p in PROGRAMS]
     assert evaluate.read_samples(path).rows == rows  # the old file is as it was
@@ -441,7 +441,7 @@ def test_rescoring_takes_the_answers_of_today_and_files_of_another_version(tmp_p
     path = four_by_two(tmp_path / "a.jsonl", data=data)
     path.write_text(path.read_text().replace('"decode_chunk": ', '"chunk": '))
     rescored = said(capsys, "--rescore", path, "--tool_unsafe", "true", status=0)
-    assert "8 of 8 verdicts changed" in rescored
+    assert "8 of 8 grades changed" in rescored
     new = evaluate.read_samples(tmp_path / "a.rescored.jsonl")
     assert list(new.scores().values()) == [0.75, 0.25] and new.settings["tool_unsafe"]
     write(tmp_path, {"question": "q", "answer": "2", "id": "p0"})
@@ -472,7 +472,7 @@ def test_what_the_sandbox_failed_to_judge_is_judged_later_or_stays_unjudged(
         patch.setattr(sod, "load_tool", lambda config: (BrokenTool(), 0.0))
         assert f"| {UNJUDGED} | 4 |" in said(capsys, "--rescore", path, status=0)
     text = said(capsys, "--rescore", tmp_path / "a.rescored.jsonl", status=0)
-    assert "1 of 4 verdicts changed" in text and f"| {UNJUDGED} | 1 |" in text
+    assert "1 of 4 grades changed" in text and f"| {UNJUDGED} | 1 |" in text
     new = evaluate.read_samples(tmp_path / "a.rescored.rescored.jsonl")
     assert [r["correct"] for r in new.rows] == [True, False, False, False]
     assert [r["finish_reason"] for r in new.rows] == ["answer"] * 3 + ["infrastructure"]

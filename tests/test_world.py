@@ -1,7 +1,10 @@
 """The embedded world: it can be made again, is as told, and SOD's premises hold in it."""
 import random
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +48,7 @@ def test_check_digits_follow_from_the_last_two_digits_of_a_program():
 
 
 def test_without_check_digits_no_program_has_a_comment():
-    conversations = talk(make_world.replace(NOISY, digits=0))
+    conversations = talk(replace(NOISY, digits=0))
     assert not any("#" in code for _, turns in conversations for code in calls_of(turns))
     assert all("  #" in code for _, turns in talk(NOISY) for code in calls_of(turns))
 
@@ -54,8 +57,8 @@ def test_answers_are_those_of_the_real_tool():
     programs = sorted({code for _, turns in talk(NOISY, 40) for code in calls_of(turns)})
     assert any("x" in code for code in programs) and any(")" not in code for code in programs)
     with tools.PythonTool() as tool:
-        for code, seen in zip(programs, tool.run(programs)):
-            assert seen.text == make_world.answer_to(code)
+        for code, answer in zip(programs, tool.run(programs)):
+            assert answer.text == make_world.answer_to(code)
 
 
 def test_clean_conversations_are_right_and_noisy_ones_often_not():
@@ -83,7 +86,7 @@ def test_the_teacher_learns_from_right_turns_only_and_breaks_off_in_bursts():
 
 def test_a_teacher_can_learn_from_right_turns_in_bursts_too():
     def lessons(sure):
-        conversations = talk(make_world.replace(make_world.READING, sure=sure))
+        conversations = talk(replace(make_world.READING, sure=sure))
         return sum(turn.get("lesson") and not turn["broken"] for turn in in_bursts(conversations))
     assert lessons(0.0) == 0 < lessons(0.5) < lessons(1.0)
 
@@ -111,41 +114,76 @@ def test_check_digits_count_a_tenth():
 
 # --- The script ------------------------------------------------------------------------------
 
-
-def test_one_model_can_be_made_alone_with_less_practice(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path,
-                           "--only", "teacher", "--practice", "0.5", "--sure", "1"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "teacher, reading 7/7" in done.stdout, done.stderr
-    assert (tmp_path / "teacher").exists() and not (tmp_path / "student").exists()
+SCRIPT = [sys.executable, str(ROOT / "data" / "make_world.py")]
 
 
-def test_the_script_makes_the_same_bytes_twice(tmp_path):
-    for name in "ab":
-        subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path / name],
-                       check=True, capture_output=True)
+def make_here(monkeypatch, *options):
+    """The script in this process, without premises.py."""
+    monkeypatch.setattr(make_world, "call_in_processes", lambda makers, *arguments: [
+        make(*arguments) for make in makers])
+    monkeypatch.setattr(make_world.subprocess, "run", lambda *_, **__: None)
+    assert make_world.main(list(map(str, options))) == 0
+
+
+def test_the_script_measures_the_world_that_it_makes_and_makes_the_same_bytes_again(
+        tmp_path, monkeypatch):
+    done = subprocess.run([*SCRIPT, "--quick", tmp_path / "a"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("student, noisy", "teacher, reading", "(a) d_1, median"):
+        assert words in done.stdout
+    make_here(monkeypatch, "--quick", tmp_path / "b")
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
     assert len(files) > 10
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    compare_with_shipped(tmp_path / "a", same_ids=False)
 
 
-@pytest.mark.parametrize("options", [[], ["--digits", "0", "--start", WORLD]],
-                         ids=["from nothing", "other digits for models that exist"])
-def test_the_whole_script_runs_with_little_of_everything(tmp_path, options):
-    done = subprocess.run([sys.executable, ROOT / "data" / "make_world.py", "--quick", tmp_path,
-                           *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for words in ("student, noisy", "teacher, reading", "(a) d_1, median"):
-        assert words in done.stdout
+def test_models_that_exist_are_taught_a_change_and_keep_their_ids(tmp_path, monkeypatch, capsys):
+    make_here(monkeypatch, "--quick", tmp_path, "--digits", 0, "--start", WORLD)
+    assert "student, noisy 3/3" in capsys.readouterr().out
+    compare_with_shipped(tmp_path, same_ids=True)
+
+
+def compare_with_shipped(world, same_ids):
+    """The models of a world have the shapes of those that ship."""
     for name in ("student", "teacher"):
-        model = sod.load_model(str(tmp_path / name), "cpu", torch.float32)
-        shipped = sod.load_model(str(WORLD / name), "cpu", torch.float32)
-        same_ids = sod.load_tokenizer(str(tmp_path / name)).get_vocab() == sod.load_tokenizer(
-            str(WORLD / name)).get_vocab()
-        assert same_ids == bool(options)
-        assert {n: p.shape for n, p in model.named_parameters() if "embed" not in n} == {
-            n: p.shape for n, p in shipped.named_parameters() if "embed" not in n}
+        vocabularies = [sod.load_tokenizer(str(place / name)).get_vocab()
+                        for place in (world, WORLD)]
+        assert (vocabularies[0] == vocabularies[1]) == same_ids
+        made, shipped = ({n: p.shape for n, p in sod.load_model(
+            str(place / name), "cpu", torch.float32).named_parameters() if "embed" not in n}
+            for place in (world, WORLD))
+        assert made == shipped
+
+
+def test_one_model_can_be_made_alone_with_less_practice(tmp_path, monkeypatch, capsys):
+    make_here(monkeypatch, "--quick", tmp_path, "--only", "teacher", "--practice", .5, "--sure", 1)
+    assert "teacher, reading 7/7" in capsys.readouterr().out
+    assert (tmp_path / "teacher").exists() and not (tmp_path / "student").exists()
+
+
+def test_nothing_is_written_without_a_folder_to_write_to(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_world.main([])
+    assert "one of the arguments --out --quick is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)])
+def test_a_script_that_is_stopped_takes_its_processes_with_it(tmp_path, number, status):
+    script = subprocess.Popen([*SCRIPT, "--quick", tmp_path], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True)
+    assert "loss" in script.stdout.readline()  # both models are under way
+    children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+    assert len(children) >= 2
+    script.send_signal(number)
+    assert script.wait(60) == status
+    deadline = time.monotonic() + 20
+    while alive := [child for child in children if Path("/proc", child, "exe").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -217,8 +255,8 @@ def test_premises_of_drift_hold_at_the_end_of_the_default_run():
     distance to clean steps, so that the first premises of (c) are asked for at nine tenths."""
     agent = sod.load_agent(sod.Config(eval_data=""))
     with agent.tool:
-        seen = [premises.drift_premises(batch) for _, batch in sod.train(agent)][-5:]
-    for rows in zip(*seen):
+        last = [premises.drift_premises(batch) for _, batch in sod.train(agent)][-5:]
+    for rows in zip(*last):
         name, _, least, most = rows[0]
         value = sum(row[1] for row in rows) / len(rows)
         least *= 0.9 if name.startswith("(c) d after") else 1.0
