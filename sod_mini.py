@@ -2567,7 +2567,9 @@ def save_run(agent, folder):
 def file_digests(config):
     """{file: digest} of what a run is made of besides models and settings: scripts and data."""
     scripts = [Path(__file__).with_name(f"{name}.py") for name in ("sod_mini", "tools", "evaluate")]
-    data = [Path(p) for p in (config.train_data, config.eval_data, config.demonstrations) if p]
+    data = [Path(path) for path in (
+        config.train_data, config.eval_data, config.demonstrations, config.examples,
+        config.teacher_examples, *config.tools.split(",")) if path]
     return {path.name if path in scripts else str(path):
             hashlib.sha256(path.read_bytes()).hexdigest() for path in scripts + data
             if path.is_file()}
@@ -2634,14 +2636,13 @@ NO_MATTER = ("rollout_batch", "micro_batch_tokens", "decode_chunk", "tool_poll_t
 
 
 def measured_with(agent, model):
-    """What a result depends on: weights, problems, how these are sampled, the grader's file. The
-    tokenizer comes with the weights."""
+    """What a result depends on: weights, problems with their prompts, sampling, the grader."""
+    prompts, _ = fitting_prompts(agent.eval_set, agent.tokenizer, agent.config)
     names = [f.name for f in fields(Sampling) if f.name not in NO_MATTER]
     names += ["eval_samples", "eval_temperature", "eval_top_p"]
     return {**{name: getattr(agent.config, name) for name in names},
-            "problems": hashlib.sha256(repr(agent.eval_set).encode("utf-8", "surrogatepass"))
-            .hexdigest(), "weights": weights_crc(model),
-            "grader": file_digests(agent.config)["tools.py"]}
+            "prompts": hashlib.sha256(repr(prompts).encode("utf-8", "surrogatepass")).hexdigest(),
+            "weights": weights_crc(model), "grader": agent.digests.get("tools.py")}
 
 
 def weights_crc(model):

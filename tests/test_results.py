@@ -44,6 +44,18 @@ def test_a_result_is_measured_again_where_anything_that_decides_it_has_changed(m
     assert shared[0] == shared[1]  # one table, one test
 
 
+def test_a_result_is_measured_again_where_the_worked_examples_have_changed(folder, monkeypatch):
+    worked = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]}
+    options = {**MEASURED, "examples": "worked.jsonl", "max_prompt": 300}
+    for n in (1, 2):
+        sod.worked_examples.cache_clear()
+        (folder / "worked.jsonl").write_text(json.dumps(worked).replace('"1"', f'"{n}"'))
+        act_at(3, options, monkeypatch) if n == 1 else resume()
+        if n == 1:
+            before = stored()["student before"]
+    assert stored()["student before"]["measured_with"] != before["measured_with"]
+
+
 @pytest.mark.parametrize("option, value", [("threads", 2), ("micro_batch_tokens", 999),
                                            ("sft_lr", 0.01)])
 def test_what_does_not_decide_it_leaves_it(monkeypatch, option, value):
