@@ -1,13 +1,11 @@
-"""Every hot path beside a plain way to do the same: medians, ratios, and what a ratio must reach.
+"""Memory and rollouts beside a plain way to do the same: medians, ratios, what these must reach.
 
-    python tests/bench.py                 all sections
-    python tests/bench.py memory head     some of them; --help lists them
+    python tests/bench.py             both sections
+    python tests/bench.py memory      one of them: memory, rollouts
 
-Where a CUDA GPU is at hand, `head` and `methods` run there. What is compared takes turns, so that
-both sides meet the same machine; ratios are medians of the ratios of neighbours. Torch has one
-thread. Arithmetic on the CPU is timed by the CPU seconds of the process, which other programs
-change less than the clock on the wall; rollouts, where tools are waited for, by the wall. Peaks of
-memory are counted on tensors without data, see tests/memory.py.
+The two ways take turns, so that the machine is the same for both; a ratio is the median of the
+ratios of neighbours. Torch has one thread. Peaks of memory are counted on tensors without data, see
+tests/memory.py. What needs a GPU is measured by tests/gpu.py.
 """
 import argparse
 import time
@@ -23,18 +21,8 @@ from memory import V, random_qwen3, sod
 import tools  # noqa: E402  (memory.py has put its folder on the path)
 from test_guards import D_S, D_T, N, naive_logprobs, naive_reverse_kl, our_reverse_kl, peak
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 # --- Measuring --------------------------------------------------------------------------------
-
-
-def clock():
-    """Seconds of arithmetic on this device."""
-    if DEVICE == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def take_turns(works, rounds, clock):
@@ -52,12 +40,7 @@ def ratio(a, b):
     return float(np.median(a / b))
 
 
-def show(seconds):
-    middle = float(np.median(seconds))
-    return f"{middle:.2f} s" if middle >= 1 else f"{1000 * middle:.3g} ms"
-
-
-# --- Head: memory and time of token_logprobs and reverse_kl ------------------------------------
+# --- Memory of token_logprobs and reverse_kl -----------------------------------------------------
 
 
 def memory():
@@ -69,24 +52,6 @@ def memory():
         mine, plain = peak(ours, *shapes), peak(naive, *shapes)
         yield (f"{name}, extra memory, {N:,} x {V:,} x {D_S}, bf16", f"{mine:.2f} GiB",
                f"{plain:.1f} GiB, naive", plain / mine, ">= 50")
-
-
-def head():
-    """Time of token_logprobs, forward and backward."""
-    n, v, dtype = (512, V // 4, torch.float32) if DEVICE == "cpu" else (8192, V, torch.bfloat16)
-    torch.manual_seed(0)
-    hidden, weight = (torch.randn(size, D_S, device=DEVICE, dtype=dtype).div_(D_S ** 0.25)
-                      .requires_grad_() for size in (n, v))
-    targets, g = torch.randint(0, v, (n,), device=DEVICE), torch.randn(n, device=DEVICE)
-
-    def both_ways(function):
-        hidden.grad = weight.grad = None
-        (function(hidden, weight, targets) * g).sum().backward()
-    seconds = take_turns({"ours": lambda: both_ways(sod.token_logprobs),
-                          "naive": lambda: both_ways(naive_logprobs)}, 5, clock)
-    yield (f"token_logprobs, time, {n:,} x {v:,} x {D_S}, {str(dtype)[6:]}, {DEVICE}",
-           show(seconds["ours"]), f"{show(seconds['naive'])}, naive",
-           ratio(seconds["ours"], seconds["naive"]), "<= 1.3")
 
 
 # --- Rollouts ---------------------------------------------------------------------------------
@@ -181,26 +146,7 @@ def engines(what, sample):
             ratio(ours, generate), ">= 1.3")
 
 
-# --- Whole iterations -------------------------------------------------------------------------
-
-
-def methods():
-    """SOD over OPD: an iteration on the same rollouts, which cost the same."""
-    agent = sod.load_agent(sod.Config(device=DEVICE, iterations=1))
-    prompts = [p for p in agent.train_set[:16] for _ in range(8)]
-    found = sod.sample_rollouts(agent, agent.student, prompts, (0, "bench", 0))
-
-    def learn(method):
-        agent.config.method, agent.iteration = method, 0
-        with mock.patch.object(sod, "sample_rollouts", lambda *_: found):
-            list(sod.train(agent))
-    seconds = take_turns({m: lambda m=m: learn(m) for m in ("sod", "opd")}, 11, clock)
-    yield (f"scoring and updates, 128 rollouts of the world, {DEVICE}",
-           f"{show(seconds['sod'])}, sod", f"{show(seconds['opd'])}, opd",
-           ratio(seconds["sod"], seconds["opd"]), "<= 1.01")
-
-
-SECTIONS = {f.__name__: f for f in (memory, head, rollouts, methods)}
+SECTIONS = {f.__name__: f for f in (memory, rollouts)}
 
 
 def main():

@@ -1,5 +1,6 @@
 """What the tests share: settings, stand-ins for models and tools, batches of the embedded world."""
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 import transformers
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sod_mini as sod
 import tools
@@ -25,9 +26,14 @@ import tools
 WORLD = ROOT / "data" / "world"
 QWEN = ROOT.parent / "shared" / "qwen3-tokenizer"
 SMALL = dict(student=str(WORLD / "student"), teacher=str(WORLD / "teacher"), iterations=2,
-             train_data=str(WORLD / "train.jsonl"), eval_data=str(WORLD / "heldout.jsonl"),
-             demonstrations=str(WORLD / "demonstrations.jsonl"), prompts=4, group_size=3,
-             max_response=200, eval_problems=4, eval_samples=2, sft_batch=16, lr=1e-3)
+             eval_data=str(WORLD / "heldout.jsonl"), prompts=4, group_size=3, max_response=200,
+             eval_problems=4, eval_samples=2, sft_batch=16, lr=1e-3)  # and those of few_rows
+
+
+# Real processes are forked from one that has imported everything, which takes seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["evaluate"])
+os.environ["PYTHONPATH"] = str(ROOT)  # where that one finds it
 
 
 def pytest_configure(config):
@@ -57,11 +63,25 @@ def tokenizer(request):
     return AutoTokenizer.from_pretrained(QWEN if request.param == "qwen3" else WORLD / "student")
 
 
+def first_rows(count, source, path):
+    """A file of the first rows of a file of the world."""
+    path.write_text("\n".join((WORLD / source).read_text().splitlines()[:count]))
+    return str(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_rows(tmp_path_factory):
+    """It takes a second to read all rows of the world."""
+    folder = tmp_path_factory.mktemp("rows")
+    for option, name, count in (("train_data", "train.jsonl", 100),
+                                ("demonstrations", "demonstrations.jsonl", 40)):
+        SMALL[option] = first_rows(count, name, folder / name)
+
+
 def a_dozen(folder):
     """Twelve problems and twelve demonstrations of the world: few.jsonl and shown.jsonl."""
-    for name, source in (("few", "train"), ("shown", "demonstrations")):
-        rows = (WORLD / f"{source}.jsonl").read_text().splitlines()[:12]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    first_rows(12, "train.jsonl", folder / "few.jsonl")
+    first_rows(12, "demonstrations.jsonl", folder / "shown.jsonl")
 
 
 @pytest.fixture
@@ -85,15 +105,6 @@ def json_lines(path):
     """The rows of a log; what JSON does not know fails the test."""
     return [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
             for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_demonstrations(tmp_path_factory):
-    """The first of the world's demonstrations, which are many."""
-    path = tmp_path_factory.mktemp("data") / "demonstrations.jsonl"
-    lines = (WORLD / "demonstrations.jsonl").read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:40]))
-    SMALL["demonstrations"] = str(path)
 
 
 def small(**changes):
@@ -140,9 +151,7 @@ def tiny(family="Qwen3", dtype=torch.float32, **changes):
                  max_position_embeddings=256, pad_token_id=0, tie_word_embeddings=True)
     kind = next(k for k in (f"{family}TextConfig", f"{family}Config") if hasattr(transformers, k))
     config = getattr(transformers, kind)(**{**shape, **changes})
-    names = (f"{family}ForCausalLM", f"{family}LMHeadModel")
-    model = next(getattr(transformers, n) for n in names if hasattr(transformers, n))(config)
-    model = model.to(dtype)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.generation_config = GenerationConfig()
     return model.eval()
 

@@ -164,7 +164,7 @@ def peak_of_iteration(config, student, teacher, prompt, response, rollouts=1):
             list(sod.train(agent))
         found["step"] = memory.peak
     assert memory.operators["_scaled_dot_product_flash_attention_for_cpu"], "no flash kernel"
-    return {phase: size / GIB for phase, size in found.items()}
+    return {part: size / GIB for part, size in found.items()}
 
 
 def agent_without_data(memory, config, student, teacher):

@@ -18,11 +18,11 @@ ROWS = [(student, offload, rollouts) for student in ("0.6B", "1.7B")
 
 def row(student, offload, rollouts):
     """A line of the table."""
-    seen = peak_of_iteration(replace(CONFIG, offload=offload), student, "4B", CONFIG.max_prompt,
+    most = peak_of_iteration(replace(CONFIG, offload=offload), student, "4B", CONFIG.max_prompt,
                              CONFIG.max_response, rollouts)
-    peak = max(seen.values())
+    peak = max(most.values())
     gpu = next((f"{size} GB" for size in GPUS if peak <= 0.9 * size), "none")
-    cells = [student, offload, str(rollouts), *(f"{seen[name]:.1f}" for name in seen), gpu]
+    cells = [student, offload, str(rollouts), *(f"{size:.1f}" for size in most.values()), gpu]
     return f"| {' | '.join(cells)} |"
 
 

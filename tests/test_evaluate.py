@@ -1,11 +1,10 @@
 """Benchmark files, files of samples, interruption, rescoring, reports and the command line."""
 import base64
+import contextlib
 import csv
 import json
 import pickle
 import re
-import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -17,10 +16,9 @@ import pytest
 import evaluate
 import sod_mini as sod
 import tools
-from conftest import ROOT, WORLD
+from conftest import PROCESSES, WORLD
 from evaluate import BENCHMARKS, PAPER, EvalConfig, Evaluation, load_benchmark
 
-SHARED = ROOT.parent / "shared"
 STUDENT = str(WORLD / "student")
 
 
@@ -155,16 +153,6 @@ def test_livecodebench_v6_has_its_months_and_says_how_many_are_in_them(tmp_path,
         "70 of 175 problems of livecodebench_v6 are dated 2025-02 to 2025-05\n")
 
 
-@pytest.mark.filterwarnings("ignore:.*backslashes restored")
-@pytest.mark.parametrize("name, place", [("aime2024", "aime/aime2024.jsonl"), (
-    "aime2025", "aime/aime2025.jsonl"), ("gsm8k", "gsm8k/test.jsonl")])
-def test_the_shared_files_are_the_benchmarks_of_that_name(name, place, tmp_path):
-    if not (SHARED / place).exists():
-        pytest.skip(f"shared/{place} is not here")
-    (tmp_path / f"{name}.jsonl").symlink_to(SHARED / place)
-    assert load_benchmark(name, EvalConfig(benchmarks=str(tmp_path)))
-
-
 def test_parquet_is_read_or_the_way_to_convert_it_is_told(tmp_path, monkeypatch):
     (tmp_path / "set.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
@@ -210,8 +198,8 @@ def test_every_form_of_answer_goes_through_write_read_report_and_rescoring(
     monkeypatch.setattr(sod, "sample_rollouts", scripted(finals, problem))
     config = EvalConfig(k=len(finals), rollout_batch=7, out=str(tmp_path), tool_unsafe=True)
     model = sod.load_model(STUDENT, "cpu", sod.torch.float32)
-    one, path = evaluate.sample_benchmark("m", str(data), loaded, model, sod.load_tokenizer(STUDENT),
-                                  config)
+    one, path = evaluate.sample_benchmark("m", str(data), loaded, model,
+                                          sod.load_tokenizer(STUDENT), config)
     assert evaluate.read_samples(path) == one and len(one.rows) == len(finals)
     votes = [row["vote"] for row in one.rows if row["vote"] is not None]
     assert len(votes) >= (len(ANSWERS) if kind == "math" else 1)
@@ -227,36 +215,33 @@ def test_every_form_of_answer_goes_through_write_read_report_and_rescoring(
 TINY = ["--model", STUDENT, "--limit", "12", "--k", "2", "--runs", "2", "--rollout_batch", "4"]
 
 
-def command(folder):
-    return [sys.executable, str(ROOT / "evaluate.py"), *TINY, "--out", str(folder)]
-
-
-def without_paths(text):
-    return re.sub(r"samples  .*\n", "", text)
+def evaluate_tiny(folder):
+    """(file of samples, what was printed but for paths) of an evaluation."""
+    with open(folder / "screen", "w") as screen, contextlib.redirect_stdout(screen):
+        assert evaluate.main([*TINY, "--out", str(folder)]) == 0
+    (path,) = folder.glob("*.jsonl")
+    return path, re.sub(r"samples  .*\n", "", (folder / "screen").read_text())
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(file of samples, what was printed) of an evaluation that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(command(folder), capture_output=True, text=True, check=True)
-    (path,) = folder.iterdir()
-    return path, without_paths(done.stdout)
+    """What an evaluation leaves that nothing interrupted."""
+    return evaluate_tiny(tmp_path_factory.mktemp("whole"))
 
 
 def test_a_killed_evaluation_continues_and_ends_with_the_same_table(whole, tmp_path, capsys):
     path = tmp_path / whole[0].name
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 9):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = PROCESSES.Process(target=evaluate_tiny, args=[tmp_path])
+    process.start()
+    while process.is_alive() and (not path.exists() or path.read_bytes().count(b"\n") < 9):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
     killed = path.read_text()
     assert 9 <= killed.count("\n") < 49  # a header, 2 runs of 12 problems, 2 samples each
     path.write_text(killed + '{"run": 0, "problem": "hel')  # killed while it wrote a line
     assert "of 48 samples: the evaluation was interrupted" in said(capsys, "--rescore", path)
-    table = without_paths(said(capsys, *TINY, "--out", tmp_path, status=0))
+    path, table = evaluate_tiny(tmp_path)
     assert table == whole[1] and path.read_text() == whole[0].read_text()
 
 
@@ -274,11 +259,11 @@ def test_an_evaluation_killed_in_its_first_line_or_amid_a_batch_continues(whole,
 
 
 def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeypatch):
-    seen = []
+    drawn = []
 
     def sample(agent, model, prompts, key, numbers, *sampling):
         assert sampling == (0.7, 0.6)
-        seen.extend(sod.random_numbers(*key, n).random() for n in numbers)
+        drawn.extend(sod.random_numbers(*key, n).random() for n in numbers)
         return [sod.Rollout(problem, [], [sod.Turn()]) for problem, _ in prompts]
     monkeypatch.setattr(sod, "sample_rollouts", sample)
     prompts = [(tools.Problem("q", "1", id=name), []) for name in "ab"]
@@ -286,12 +271,12 @@ def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeyp
     def samples(seed, done, batch):
         config = EvalConfig(k=3, runs=2, seed=seed, temperature=0.7, top_p=0.6, rollout_batch=batch)
         one = Evaluation("m", "d", 2, 0, 1, 1, vars(config), [{}] * done)
-        seen.clear()
+        drawn.clear()
         rows = [row for rows in evaluate.sample_the_rest(sod.Agent(config, *[None] * 4), one,
                                                          prompts) for row in rows]
         places = [(row["run"], row["problem"], row["sample"]) for row in rows]
         assert places == [(r, p, s) for r in (0, 1) for p in "ab" for s in range(3)][done:]
-        return list(seen)
+        return list(drawn)
     whole = samples(0, 0, 12)
     assert len({*whole, *samples(1, 0, 12)}) == 24
     assert samples(0, 0, 5) == whole and samples(0, 5, 5) == whole[5:]
@@ -335,9 +320,10 @@ def row(problem, right, run=0, sample=0, **changed):
 
 def stored(path, rows, model="m", data="d", **changed):
     """A file of samples as evaluate.py writes it."""
-    used = evaluate.stored_settings(EvalConfig(**changed)) | {"device": "cpu"}
+    settings = evaluate.stored_settings(EvalConfig(**changed)) | {"device": "cpu"}
     asked = list(dict.fromkeys(row["problem"] for row in rows))
-    evaluate.write_samples(path, Evaluation(model, str(data), len(asked), 0, 1, asked, used, rows))
+    evaluate.write_samples(path, Evaluation(model, str(data), len(asked), 0, 1, asked, settings,
+                                            rows))
     return path
 
 
@@ -367,7 +353,8 @@ def test_calls_cuts_and_failures_are_counted_and_the_sandbox_apart(tmp_path):
     rows = [row("p", True, sample=0, calls=["ok", "timeout", "error", "timeout"]),
             row("p", False, sample=1, calls=["sandbox_error"], finish_reason="infrastructure"),
             row("p", False, sample=2, calls=[], finish_reason="length", reason="no boxed answer"),
-            row("p", False, sample=3, calls=["not_run"], finish_reason="turns", reason="no boxed answer")]
+            row("p", False, sample=3, calls=["not_run"], finish_reason="turns",
+                reason="no boxed answer")]
     detail = evaluate.details(evaluate.read_samples(stored(tmp_path / "a.jsonl", rows, k=4)))
     assert detail["tool calls a trajectory"] == "1.50"
     assert detail["failed calls"] == "50.0% (timeout 33.3%, error 16.7%)"
@@ -378,11 +365,11 @@ def test_calls_cuts_and_failures_are_counted_and_the_sandbox_apart(tmp_path):
 
 
 def test_a_benchmark_of_the_paper_has_the_papers_result_beside_it(tmp_path):
-    def told(data):
+    def table(data):
         path = four_by_two(tmp_path / f"{data}.jsonl", data=data)
         return evaluate.markdown([evaluate.read_samples(path)])
-    assert "SOD 0.6B, SOD 1.7B, their 4B teacher: 26.13, 41.72, 60.42\n" in told("aime2025")
-    assert "the paper" not in told("gsm8k")
+    assert "SOD 0.6B, SOD 1.7B, their 4B teacher: 26.13, 41.72, 60.42\n" in table("aime2025")
+    assert "the paper" not in table("gsm8k")
     # the means of the paper's tables: SOD 24.22 and 42.98, the teacher 61.59
     figures = [list(map(float, b.paper.split(", "))) for b in BENCHMARKS.values() if b.paper]
     assert np.mean(figures, axis=0) == pytest.approx([24.22, 42.98, 61.59], abs=0.0101)
@@ -502,7 +489,7 @@ def test_a_file_of_problems_is_the_same_under_another_name_and_in_another_order(
         data = write(tmp_path, *asked, name=f"{name}.jsonl")
         config = EvalConfig(k=1, runs=1, out=str(tmp_path / "out"), tool_unsafe=True)
         kept.append(evaluate.sample_benchmark("m", str(data), load(data), model,
-                                      sod.load_tokenizer(STUDENT), config)[1])
+                                              sod.load_tokenizer(STUDENT), config)[1])
     assert "is better by 100.0 points" in said(capsys, "--compare", *kept[:2], status=0)
     assert "has 1 problems that" in said(capsys, "--compare", kept[0], kept[2])
 

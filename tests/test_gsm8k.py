@@ -39,7 +39,8 @@ def test_each_calculation_is_a_call_that_the_real_tool_answers(written, capsys):
     calls = [tools.parse_tool_call(turn["content"]) for turn in turns[::2]]
     assert [call and call.code for call in calls] == ["print(2*1750)", "print(1750+3500)", None]
     assert [turn["content"] for turn in turns[1::2]] == ["3500", "5250"]
-    assert "5250" not in turns[2]["content"] and turns[-1]["content"] == "The answer is \\boxed{5250}."
+    assert "5250" not in turns[2]["content"]
+    assert turns[-1]["content"] == "The answer is \\boxed{5250}."
     assert third[0]["content"].startswith("It is 1/3 of it.\n<tool_call>")
     assert "2 conversations" in capsys.readouterr().out  # the other three are left out
 

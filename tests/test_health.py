@@ -1,4 +1,4 @@
-"""What the health line says, for metrics made by hand and for rollouts that earn it."""
+"""What the health line says about metrics made by hand and about rollouts."""
 import pytest
 import torch
 
@@ -12,7 +12,7 @@ SOUND = dict(reward=0.1, correct=0.5, frac_zero_std_groups=0.2, kl_estimate=0.5,
              loss=0.1, clip_frac=0.01, grad_norm=1.0, skipped_updates=0, infrastructure=0)
 
 
-def test_a_sound_iteration_is_not_talked_about():
+def test_nothing_is_said_about_a_sound_iteration():
     assert sod.health([]) == sod.health([SOUND]) == sod.health([SOUND] * 30) == {}
 
 
@@ -48,7 +48,7 @@ def test_tool_calls_that_are_halved_within_ten_iterations_are_told():
     assert sod.health(falling[:1] + [{**SOUND, "tool_calls": 1.9}] * 10) == {}  # 4.0 is long ago
 
 
-def test_every_metric_of_the_table_has_a_trouble_here_that_earns_it():
+def test_every_metric_of_the_table_has_a_case_here():
     assert {metric for metric, *_ in TROUBLES} == {*sod.HEALTH, "correct"}
 
 
@@ -62,7 +62,8 @@ def test_a_sentence_is_not_repeated_while_it_holds():
 
 
 def test_demonstrations_have_few_metrics_and_no_false_alarm():
-    assert sod.health([{"iteration": 9, "loss": 1.0, "grad_norm": 1.0, "skipped_updates": 0}] * 20) == {}
+    row = {"iteration": 9, "loss": 1.0, "grad_norm": 1.0, "skipped_updates": 0}
+    assert sod.health([row] * 20) == {}
 
 
 # --- From rollouts ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a run holds is said before it begins, and work that runs out of memory is done again in smaller pieces."""
+"""What a run will hold is said before it begins; without memory, work is done in smaller pieces."""
 import pytest
 import torch
 
@@ -26,19 +26,19 @@ def test_a_run_holds_what_was_said(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("offload", ["none", "teacher", "all"])
-def test_the_counted_iteration_of_the_table_rests_on_what_was_said(monkeypatch, offload):
+def test_the_counted_iteration_of_the_table_holds_what_was_said(monkeypatch, offload):
     """Teacher and optimiser are counted where they are, and the gradient on top."""
     monkeypatch.setattr("memory.V", 1000)
     student, teacher = (64, 2, 2, 128), (64, 3, 2, 128)
-    seen = peak_of_iteration(small(offload=offload), student, teacher, 8, 24, 3)
+    most = peak_of_iteration(small(offload=offload), student, teacher, 8, 24, 3)
     N, M = (sum(p.numel() for p in random_qwen3(size).parameters()) for size in (student, teacher))
     rest = {"none": 14 * N + 2 * M, "teacher": 14 * N, "all": 2 * N}[offload]
-    assert seen["resident"] * GIB == pytest.approx(rest, rel=0.01)  # and a table of the positions
+    assert most["resident"] * GIB == pytest.approx(rest, rel=0.01)  # and a table of the positions
     gone = 0 if offload == "none" else 2 * M
-    assert seen["scoring"] * GIB > rest + gone
-    assert seen["gradient"] * GIB > rest + (0 if offload == "all" else 4 * N)
+    assert most["scoring"] * GIB > rest + gone
+    assert most["gradient"] * GIB > rest + (0 if offload == "all" else 4 * N)
     step = 0 if offload == "all" else 8 * N  # the gradient, and a square root of each moment
-    assert seen["step"] * GIB == pytest.approx(rest + step, rel=0.02)
+    assert most["step"] * GIB == pytest.approx(rest + step, rel=0.02)
 
 
 # --- Half the size, and again ------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_a_group_that_agrees_has_no_advantage_at_all(rewards, G):
     ("opd", [2 - 2, 2 + 1], [1, 2.5]), ("opd_only", [-2, 1], [-1, .5]),
     ("opsd_gt", [0, 3], [1, 2.5]), ("opsd_hint", [0, 3], [1, 2.5]),
     ("sod", [2 - 2, 2 + 0.5], [1, 2.25]), ("sod_only", [-2, 0.5], [-1, .25])])
-def test_methods_differ_only_in_view_and_token_advantage(method, A_it, half):
+def test_methods_differ_only_in_token_advantage(method, A_it, half):
     A, w = torch.tensor([2.0]), torch.tensor([[1.0, 0.5]])
     logp_s = torch.tensor([[0.0, -1.0, 0.0, -2.0]], requires_grad=True)
     logp_t = torch.tensor([[0.0, -3.0, math.nan, -1.0]])

@@ -44,8 +44,8 @@ def test_majority_by_hand_with_ties_shared(answers, correct, value):
 @pytest.mark.parametrize("spellings", [
     ["5", "x = 5", "5 cm", "5 dollars", "5.0"], ["50%", "50"], ["x^2", "y = x^2"],
     [r"\frac12", "1/2", ".5"], ["(1, 2)", r"\left(1,2\right)"], [r"\{2, 1\}", "1, 2"]])
-def test_spellings_that_the_grader_calls_equal_vote_together(spellings):
-    """All of them together outvote an answer that is given once less often."""
+def test_spellings_that_the_grader_calls_equal_are_one_vote(spellings):
+    """As one answer they outvote another one that is given once less often."""
     n = len(spellings)
     answers = spellings + ["77"] * (n - 1)
     assert majority(answers, [1] * n + [0] * (n - 1)) == 1.0
@@ -240,8 +240,8 @@ def test_too_little_evidence_is_no_verdict_and_the_reason_is_told():
         "alone does that too often")
     assert "better" in won(30, 6) and won(30, 2).endswith("-2.8 to 43.3)")  # it holds 0
     assert won(1, 1).startswith("1 problem cannot") and "-100.0 to 100.0" in won(1, 1)
-    noise = verdict(compare({n: 0.1 + 0.2 for n in range(30)}, {n: 0.3 for n in range(30)}))
-    assert "cannot tell" in noise and "-0.0" not in noise
+    rounding = verdict(compare({n: 0.1 + 0.2 for n in range(30)}, {n: 0.3 for n in range(30)}))
+    assert "cannot tell" in rounding and "-0.0" not in rounding
     with pytest.raises(ValueError, match="A has 1 problems that B lacks, B has 2 that A lacks"):
         compare({1: 0, 2: 0}, {1: 0, 3: 0, 4: 0})
 

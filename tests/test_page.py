@@ -229,8 +229,8 @@ def test_rollouts_without_tokens_are_shown_all_the_same_and_nan_is_null(tmp_path
 
 def test_a_rollout_that_the_machine_failed_has_no_numbers_and_is_in_no_count(tmp_path):
     stored = a_turn(outcome="sandbox_error", d=0.0, w=1.0, tokens=[])  # as older versions wrote it
-    lost = [a_row(1, [stored], finish_reason="infrastructure", correct=False),
-            a_row(1, [stored | {"d": None, "w": None}], finish_reason="infrastructure", correct=False)]
+    lost = [a_row(1, [turn], finish_reason="infrastructure", correct=False)
+            for turn in (stored, stored | {"d": None, "w": None})]
     _, data, code = page_of(a_run(tmp_path / "r", [a_row(1), *lost]))
     kept, *failed = data["iterations"]["1"]
     assert kept["turns"][0]["d"] == 0.31 and failed[0] == failed[1]

@@ -6,14 +6,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sod_mini as sod
-from conftest import small
+from conftest import WORLD, small
 
 STUDENT, TEACHER = 344_928, 771_456  # parameters
 
 
 @pytest.fixture
 def world():
-    return small(demonstrations="")
+    return small(demonstrations="", train_data=str(WORLD / "train.jsonl"))
 
 
 def test_a_sound_world_passes_before_its_weights_and_says_what_was_found(world, monkeypatch,
@@ -54,8 +54,8 @@ def test_the_memory_that_a_run_holds_for_certain_by_hand(world, monkeypatch, opt
 @pytest.mark.parametrize("text, outcome", [("", "timeout"), ("3", "ok"), ("[failed]", "error")])
 def test_a_tool_that_cannot_add_is_refused(world, monkeypatch, text, outcome):
     """And nobody is advised to drop the sandbox for it."""
-    seen = sod.tools.Observation(text, outcome, 0.1)
-    monkeypatch.setattr(sod.tools.PythonTool, "run", lambda self, codes: [seen] * len(codes))
+    answer = sod.tools.Observation(text, outcome, 0.1)
+    monkeypatch.setattr(sod.tools.PythonTool, "run", lambda self, codes: [answer] * len(codes))
     with pytest.raises(ValueError, match=f"answers '.*' .{outcome}. to .*, not 2") as stop:
         sod.load_tool(world)
     assert "unsafe" not in str(stop.value)
@@ -131,5 +131,6 @@ def test_what_success_depends_on_besides_the_model_is_said_before_a_run(world, c
     sod.preflight(replace(world, system="Be user friendly.", eval_top_p=0.6))
     said = capsys.readouterr().out
     assert ("rollouts  temperature 1.0, top-p 1.0, no top-k; at most 12 turns and 200 tokens; "
-            "thinking off; system text 'Be user friendly.'; tool schema in the system turn\n") in said
+            "thinking off; system text 'Be user friendly.'; tool schema in the system turn\n"
+            ) in said
     assert "evaluation  temperature 1.0, top-p 0.6, no top-k" in said

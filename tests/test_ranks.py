@@ -2,6 +2,7 @@
 
 Run as a script, this file is one of these processes: it does an iteration of each of CASES.
 """
+import json
 import os
 import shutil
 import signal
@@ -18,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import sod_mini as sod
 import tools
-from conftest import WORLD, json_lines, small
+from conftest import SMALL, WORLD, json_lines, small
 
 CASES = {"sod": {}, "grpo": dict(method="grpo"), "full": dict(kl="full"),
-         "sft": dict(method="sft", sft_batch=12), "of 2 lost": {}}
+         "sft": dict(method="sft", sft_batch=12), "rank 0 lost": {}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc_per_node"]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -33,12 +34,12 @@ QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 def iterate(case):
     """(gradient, texts, results of an evaluation, reward, loss) of an iteration."""
     config = small(prompts=6, group_size=2, num_minibatches=1, micro_batch_tokens=500,
-                   max_response=100, eval_problems=3, **CASES[case])
-    agent, seen, sample = sod.load_agent(config), [], sod.sample_rollouts
+                   max_response=100, eval_problems=3, seed=1, **CASES[case])
+    agent, gradients, sample = sod.load_agent(config), [], sod.sample_rollouts
     agent.optimizer = sod.make_optimizer(agent)
 
     def lose_some(*args):
-        """The machine fails every rollout that rank 0 of two has sampled."""
+        """The machine fails every rollout that rank 0 of two samples."""
         rollouts = sample(*args)
         for r in rollouts[::2] if "lost" in case else []:
             r.finish_reason = "infrastructure"
@@ -46,18 +47,17 @@ def iterate(case):
 
     def no_step(loss):
         sod.add_up_gradients(agent.optimizer.masters)
-        seen.append(torch.cat([p.grad.flatten() for p in agent.optimizer.masters]))
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.optimizer.masters]))
         return loss
     sod.sample_rollouts, agent.optimizer.step = lose_some, no_step
     m, batch = next(sod.train(agent))
     sod.sample_rollouts = sample
     texts = [[turn.text for turn in r.turns] for r in batch.rollouts] if batch else []
     correct = sod.measure(agent, agent.student).tolist() if case == "sod" else []
-    return seen[0], texts, correct, m.get("reward"), m["loss"]
+    return gradients[0], texts, correct, m.get("reward"), m["loss"]
 
 
 def main(path):
-    torch.set_num_threads(1)
     with sod.process_group():
         done = {case: iterate(case) for case in CASES}
         for case, (gradient, *_) in done.items():  # the same on every rank
@@ -68,34 +68,30 @@ def main(path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """{number of processes: {case: what iterate gave}}"""
-    found = {}
-    for ranks in (1, 2, 3):
-        path = tmp_path_factory.mktemp("ranks") / f"{ranks}.pt"
-        start = TORCHRUN + [str(ranks)] if ranks > 1 else [sys.executable]
-        run = subprocess.run([*start, __file__, path], env=QUIET, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-2000:]
-        found[ranks] = torch.load(path)
-    return found
+    """[{case: what iterate gave}] of one process, this one, and of two."""
+    path = tmp_path_factory.mktemp("ranks") / "done.pt"
+    run = subprocess.run([*TORCHRUN, "2", __file__, path, json.dumps(SMALL)], env=QUIET,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [{case: iterate(case) for case in CASES}, torch.load(path)]
 
 
 # --- Claims -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_of_several_processes_is_that_of_one(done, case, ranks):
-    one, _, _, reward, loss = done[1][case]
-    several, _, _, their_reward, their_loss = done[ranks][case]
+def test_the_gradient_of_several_processes_is_that_of_one(done, case):
+    (one, _, _, reward, loss), (several, _, _, their_reward, their_loss) = (
+        cases[case] for cases in done)
     assert float((one - several).norm() / one.norm()) < 1e-6 and float(one.norm()) > 0
     assert (their_reward, their_loss) == (reward, pytest.approx(loss, rel=1e-6))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_several_processes_sample_the_same_rollouts_in_training_and_evaluation(done, ranks):
-    for case in ("sod", "of 2 lost"):
-        assert done[ranks][case][1:3] == done[1][case][1:3]
-    assert done[1]["sod"][1] and done[1]["sod"][2]
+def test_several_processes_sample_the_same_rollouts_in_training_and_evaluation(done):
+    one, two = done
+    for case in ("sod", "rank 0 lost"):
+        assert two[case][1:3] == one[case][1:3]
+    assert one["sod"][1] and one["sod"][2]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -113,7 +109,7 @@ def start(folder, ranks, *options, **streams):
     """A run of several processes, in the background."""
     return subprocess.Popen(
         [*TORCHRUN, str(ranks), ROOT / "sod_mini.py", *options, "--out", folder], cwd=ROOT,
-        env=QUIET, text=True, **{"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, **streams})
+        env=QUIET, text=True, stderr=subprocess.PIPE, **{"stdout": subprocess.DEVNULL, **streams})
 
 
 def wait_for(path, seconds=120):
@@ -200,4 +196,5 @@ def test_evaluate_py_writes_the_same_file_with_several_processes(tmp_path):
 
 
 if __name__ == "__main__":
+    SMALL.update(json.loads(sys.argv[2]))
     main(sys.argv[1])

@@ -160,15 +160,6 @@ def test_tool_text_counts_against_the_budget_and_is_not_cut(tokenizer, more, fin
     assert rollout.step_id[-1] == 1 + more  # the last id is the student's
 
 
-def test_rows_of_unequal_length_do_not_disturb_each_other(tokenizer):
-    _, (alone,) = play(tokenizer, CASES["plain"])
-    names = ("plain", "thoughts", "several calls", "malformed")
-    for size in (256, 3, 1):
-        _, together = play(tokenizer, *(CASES[name] for name in names), rollout_batch=size)
-        assert together[0].ids == alone.ids and all(r.correct for r in together)
-        assert [len(r.turns) for r in together] == [2, 2, 2, 5]
-
-
 def test_other_end_token_of_the_model_ends_a_turn_too(tokenizer):
     _, (rollout,) = play(tokenizer, ["\\boxed{42}"], end="<|endoftext|>",
                          ends=[tokenizer.pad_token_id])
@@ -219,11 +210,11 @@ def test_shipped_sampling_settings_do_not_leak_into_rollouts(tmp_path, monkeypat
     model.save_pretrained(tmp_path)
     model = sod.load_model(str(tmp_path), "cpu", torch.float32)
     assert sod.end_ids(model, Ends) == [1, 2]
-    seen, original = [], model._get_logits_processor
+    used, original = [], model._get_logits_processor
     monkeypatch.setattr(model, "_get_logits_processor",
-                        lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
+                        lambda *a, **k: used.append(original(*a, **k)) or used[-1])
     turns = turn_after(model, [[5, 6]] * 4000, 1)
-    assert [type(one) for one in seen[0]] == [sod.InverseCDFProcessor]  # no warper, no penalty
+    assert list(map(type, used[0])) == [sod.InverseCDFProcessor]  # no warper, no penalty
     with torch.no_grad():
         probability = model(torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
     counts = torch.bincount(torch.tensor(turns)[:, 0], minlength=64) / 4000
@@ -234,8 +225,8 @@ def test_padding_with_an_end_id_does_not_spoil_the_batch():
     model = tiny()
     model.shipped_generation = GenerationConfig(eos_token_id=[1, 0])  # 0 pads and ends
     prefixes = [[5], [5, 6, 7, 8, 9, 10], [11, 12]]
-    together, alone = turn_after(model, prefixes, 8), turn_after(model, prefixes[:1], 8)
-    assert together[0] == alone[0] and len(alone[0]) > 1
+    batch, alone = turn_after(model, prefixes, 8), turn_after(model, prefixes[:1], 8)
+    assert batch[0] == alone[0] and len(alone[0]) > 1
 
 
 def test_each_token_of_a_turn_is_picked_by_its_own_number():
@@ -323,9 +314,8 @@ def test_a_token_without_probability_is_never_picked():
 
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
-    V, uniforms = 150_000, torch.linspace(0, 1, 801, dtype=torch.float64)[:-1]
-    picked = torch.cat([sod.sample_next_token(torch.zeros(1, V).expand(len(part), V), part)
-                        for part in uniforms.split(400)])
+    V, uniforms = 150_000, torch.linspace(0, 1, 201, dtype=torch.float64)[:-1]
+    picked = sod.sample_next_token(torch.zeros(1, V).expand(200, V), uniforms)
     assert (picked - (uniforms * V).floor()).abs().max() <= 1
 
 

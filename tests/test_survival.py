@@ -127,8 +127,8 @@ class Broken:
         return tools.finished(FAILED) if self.fails_now() else self.tool.submit(call, place)
 
     def run(self, codes, stdins=None, raw=False):
-        seen = self.tool.run(codes, stdins, raw)
-        return [FAILED if self.fails_now() else one for one in seen]
+        return [FAILED if self.fails_now() else answer
+                for answer in self.tool.run(codes, stdins, raw)]
 
 
 @pytest.mark.parametrize("engine", sod.ENGINES)
@@ -182,8 +182,8 @@ def test_a_tool_that_dies_in_the_middle_of_a_batch_costs_nothing(monkeypatch):
     def ask(worker, request):
         if not begun.is_set():
             begun.set()
-            for one in list(agent.tool._workers):
-                one.process.kill()
+            for other in list(agent.tool._workers):
+                other.process.kill()
         return real(worker, request)
     monkeypatch.setattr(tools.Worker, "ask", ask)
     (row,), mine = trained(agent)

@@ -36,7 +36,7 @@ def test_scores_are_those_of_the_plain_forward_pass_where_the_student_sampled(me
     load = tools.load_problems
     monkeypatch.setattr(tools, "load_problems", lambda path: [
         dataclasses.replace(p, hint="think twice") for p in load(path)])
-    agent, batch = scored_batch(method=method)
+    agent, batch = scored_batch(method=method, prompts=2)
     told = {"sod": "", "opsd_gt": "\nThe answer is {}.", "opsd_hint": "\nHint: think twice"}
     for i, r in enumerate(batch.rollouts):
         problem = dataclasses.replace(r.problem, question=r.problem.question
@@ -80,17 +80,17 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     assert sorted(i for batch in some for i in batch) == [2, 7, 9]
 
 
-@pytest.mark.parametrize("method, kl", [("sod", "sampled"), ("sod", "full"), ("opsd_gt", "full")])
+@pytest.mark.parametrize("method, kl", [("sod", "sampled"), ("opsd_gt", "full")])
 def test_scores_loss_and_gradient_do_not_depend_on_how_the_batch_was_cut(method, kl):
-    agent, batch = scored_batch(method=method, kl=kl, clip_low=0.01, clip_high=0.01)
+    agent, batch = scored_batch(method=method, kl=kl, clip_low=0.01, clip_high=0.01, prompts=2)
     for p in agent.student.parameters():
         p.data += 0.01 * torch.randn_like(p)  # so that some tokens are clipped
-    seen = []
-    for tokens in (10**6, 1500, 1):
+    found = []
+    for tokens in (10**6, 700, 1):
         vector = gradient(agent, batch, tokens)
-        seen.append((vector, *sod.backpropagate(agent, batch), sod.score(agent, agent.teacher,
-                                                                         batch)[0]))
-    (whole, loss, clipped, logp), *others = seen
+        found.append((vector, *sod.backpropagate(agent, batch), sod.score(agent, agent.teacher,
+                                                                          batch)[0]))
+    (whole, loss, clipped, logp), *others = found
     assert whole.norm() > 0 and 0 < clipped < 1
     for other in others:
         assert (other[0] - whole).norm() / whole.norm() < 1e-4
@@ -106,7 +106,7 @@ def test_gradient_checkpointing_changes_memory_not_the_gradient(scored):
 
 
 def test_full_kl_of_the_loss_is_the_weighted_token_mean():
-    agent, batch = scored_batch(kl="full", method="sod_only")
+    agent, batch = scored_batch(kl="full", method="sod_only", prompts=2)
     assert batch.advantages.eq(0).all()  # nothing is left for the policy loss
     total = count = 0
     for i, r in enumerate(batch.rollouts):
@@ -275,7 +275,8 @@ def test_every_update_of_sft_trains_down_to_the_last(total):
 
 @pytest.mark.parametrize("method", [m for m in sod.METHODS if m != "vanilla"])
 def test_every_method_trains(method):
-    agent = sod.load_agent(small(method=method, sft_epochs=1, sft_batch=20, max_response=120))
+    agent = sod.load_agent(small(method=method, sft_epochs=1, sft_batch=20, max_response=120,
+                                 prompts=2))
     before = torch.cat([p.detach().flatten().clone() for p in agent.student.parameters()])
     start = copy.deepcopy(agent.teacher).state_dict() if agent.teacher else {}
     rows = [m for m, _ in sod.train(agent)]
@@ -287,16 +288,18 @@ def test_every_method_trains(method):
 
 
 @pytest.mark.parametrize("weights", [w for w in sod.WEIGHTS if w != "sod"])
-def test_every_weight_scheme_trains(weights):
-    agent = sod.load_agent(small(weights=weights, max_response=120))
-    m, batch = next(sod.train(agent))
+def test_every_weight_scheme_trains(weights, scored, monkeypatch):
+    agent, batch = scored
+    agent.config.weights = weights
+    monkeypatch.setattr(sod, "sample_rollouts", lambda *_: batch.rollouts)
+    m, batch = sod.train_step(agent, 1)
     assert batch.w.shape == batch.d.shape and torch.equal(
         batch.w, sod.WEIGHTS[weights](batch, agent.config))
     assert (m["w"] == 1) == (weights == "uniform") and math.isfinite(m["loss"])
 
 
 def test_an_iteration_counts_its_updates_and_warms_up(monkeypatch):
-    agent = sod.load_agent(small(num_minibatches=4, warmup=4, max_response=120))
+    agent = sod.load_agent(small(num_minibatches=4, warmup=4, max_response=100, group_size=2))
     list(sod.train(agent))
     assert agent.optimizer.updates == 8 and agent.optimizer.adamw.param_groups[0]["lr"] == 1e-3
     assert [agent.optimizer.learning_rate(n) / 1e-3 for n in range(1, 7)] == pytest.approx(
@@ -324,10 +327,10 @@ def test_rollouts_learn_in_groups_of_their_problem(scored):
 
 
 def test_distillation_brings_the_student_closer_to_the_teacher():
-    agent = sod.load_agent(small(method="opd_only", iterations=6, prompts=16, group_size=4,
-                                 max_response=384, lr=1e-4))
+    agent = sod.load_agent(small(method="opd_only", iterations=4, prompts=8, group_size=4,
+                                 lr=3e-4))
     kl = [m["kl_estimate"] for m, _ in sod.train(agent)]
-    assert np.mean(kl[3:]) < 0.9 * np.mean(kl[:3])  # check digits hold what is left
+    assert np.mean(kl[2:]) < 0.9 * np.mean(kl[:2])  # the rest is the gap of the check digits
 
 
 def test_prompts_over_budget_are_counted_and_skipped(tmp_path, capsys):
