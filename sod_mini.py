@@ -659,7 +659,7 @@ def teacher_context(config):
                    scorer if scorer in ("answer", "hint") else "")
 
 
-def told_besides(problem, privileged):
+def privileged_context(problem, privileged):
     return {"answer": f"\nThe answer is {problem.answer}.",
             "hint": f"\nHint: {problem.hint}"}.get(privileged, "")
 
@@ -668,7 +668,7 @@ def encode_prompt(tokenizer, problem, context=Context()):
     """Ids up to and including the header of the first assistant turn. Differs from the authors'
     code: there row 0 decides for a whole file how prompts are made."""
     *before, last = problem.messages or [{"role": "user", "content": problem.question}]
-    last = {**last, "content": last["content"] + told_besides(problem, context.privileged)}
+    last = {**last, "content": last["content"] + privileged_context(problem, context.privileged)}
     own_system = [m for m in before if m["role"] == "system"]
     messages = [*own_system, *context.examples, *before[len(own_system):], last]
     messages = [context.calls.answer(m["content"]) if m["role"] == "tool" else m for m in messages]
