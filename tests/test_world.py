@@ -242,6 +242,18 @@ def test_patterns_and_right_calls_of_a_rollout():
         ("recovered", False)]
 
 
+def test_rollouts_that_the_machine_failed_are_left_out_of_a_sampled_world(monkeypatch):
+    sample = sod.sample_rollouts
+
+    def lose_the_first(*arguments):
+        rollouts = sample(*arguments)
+        rollouts[0].finish_reason = "infrastructure"
+        return rollouts
+    monkeypatch.setattr(sod, "sample_rollouts", lose_the_first)
+    batch, teachers = premises.sample_world(WORLD, problems=1, max_response=64)
+    assert len(batch.rollouts) == len(batch.d) == len(teachers) == 7
+
+
 def test_premises_hold_in_the_shipped_world():
     batch, teachers = premises.sample_world(WORLD, problems=32)
     for name, value, least, most in (premises.drift_premises(batch)
