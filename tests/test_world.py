@@ -184,6 +184,7 @@ def test_a_script_that_is_stopped_takes_its_processes_with_it(tmp_path, number, 
     while alive := [child for child in children if Path("/proc", child, "exe").exists()]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
+    assert not (tmp_path / "teacher").exists()  # the process was ended, it did not finish
 
 
 @pytest.mark.slow
