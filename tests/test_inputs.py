@@ -1,4 +1,4 @@
-"""Inputs from hell: each stops with one sentence and its exit status, and leaves nothing behind."""
+"""Inputs from hell: each stops with one sentence and its exit status, and leaves no file."""
 import functools
 import importlib
 import json
@@ -264,7 +264,7 @@ MODELS = {
     "no_decoder": (write("config.json", '{"model_type": "t5"}'), r"cannot load "),
     "nan": (weights("model.norm.weight", lambda t: t.fill_(float("nan"))),
             r"plain tool call .* nan nats .* random, damaged or for another tokenizer"),
-    "noise": (weights("model.embed_tokens.weight", lambda t: t.normal_()),
+    "random": (weights("model.embed_tokens.weight", lambda t: t.normal_()),
               r"plain tool call .* chance is -6.24: its weights are random"),
     "other_ids": (swap, r"give different ids for .*use two models of one family"),
     "no_answers": (reworded("{{ message.content }}\n</tool_response>", "</tool_response>"),

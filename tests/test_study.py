@@ -7,6 +7,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -202,6 +203,16 @@ def test_two_schemes_teach_only_wrong_rollouts_or_only_what_follows_a_failure():
     only = lambda name: sod.WEIGHTS[name](batch, sod.Config()).tolist()
     assert only("wrong_only") == [[1, 1, 1], [0, 0, 0]]
     assert only("after_failure") == [[0, 0, 1], [0, 0, 0]]
+
+
+def test_rollouts_that_the_machine_failed_are_left_out_of_the_premises():
+    d, outcomes = [[.1, .2], [.3, .4], [9., 8.]], [["ok", ""], ["error", ""], ["error", ""]]
+    with_lost, without = scored(d, outcomes), scored(d[:2], outcomes[:2])
+    with_lost.rollouts[2].finish_reason = "infrastructure"
+    for batch in (with_lost, without):
+        batch.w = sod.step_weights(batch.d)
+    for measure in (study.premises.drift, study.premises.drift_premises):
+        np.testing.assert_equal(measure(with_lost), measure(without))  # nan is equal to nan
 
 
 # --- Controls and suspects --------------------------------------------------------------------

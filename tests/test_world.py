@@ -184,6 +184,7 @@ def test_a_script_that_is_stopped_takes_its_processes_with_it(tmp_path, number, 
     while alive := [child for child in children if Path("/proc", child, "exe").exists()]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
+    assert not (tmp_path / "teacher").exists()  # the process was ended, it did not finish
 
 
 @pytest.mark.slow
@@ -240,6 +241,18 @@ def test_patterns_and_right_calls_of_a_rollout():
     assert list(premises.right_calls(rollout)) == [
         ("first", True), ("clean", False), ("after one", False), ("after more", True),
         ("recovered", False)]
+
+
+def test_rollouts_that_the_machine_failed_are_left_out_of_a_sampled_world(monkeypatch):
+    sample = sod.sample_rollouts
+
+    def lose_the_first(*arguments):
+        rollouts = sample(*arguments)
+        rollouts[0].finish_reason = "infrastructure"
+        return rollouts
+    monkeypatch.setattr(sod, "sample_rollouts", lose_the_first)
+    batch, teachers = premises.sample_world(WORLD, problems=1, max_response=64)
+    assert len(batch.rollouts) == len(batch.d) == len(teachers) == 7
 
 
 def test_premises_hold_in_the_shipped_world():
