@@ -438,7 +438,7 @@ def call_in_processes(makers, *arguments):
 def call_in_child(parent, make, *arguments):
     """What each of these processes does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this one
-    tools.die_with(parent)
+    tools.die_with_parent(parent)
     make(*arguments)
 
 
