@@ -2660,7 +2660,10 @@ def measure_once(agent, name, model, folder, results):
     stored = json.loads(file.read_text()) if file.exists() else {}
     if not agent.eval_set:
         return
-    how = measured_with(agent, model)
+    how, before = measured_with(agent, model), stored.get(name, {}).get("measured_with", {})
+    if name == "student before" and before.get("weights", how["weights"]) != how["weights"]:
+        print(f"NOTE: the run began with another model than this one, so {name!r} is left out")
+        return
     if stored.get(name, {}).get("measured_with") != how:
         with on_device(model, agent.student.device):
             correct = measure(agent, model)

@@ -44,6 +44,15 @@ def test_a_result_is_measured_again_where_anything_that_decides_it_has_changed(m
     assert shared[0] == shared[1]  # one table, one test
 
 
+def test_a_start_that_is_another_model_now_is_left_out_of_table_and_card(monkeypatch, capsys):
+    act_at(3, {**MEASURED, "init": "random"}, monkeypatch)
+    assert resume("--seed", 1) == 0  # by which another random model would be the start
+    assert "NOTE: the run began with another model" in capsys.readouterr().out
+    card = (RUN / "checkpoint/README.md").read_text()
+    assert "student after" in card and "| student before" not in card
+    assert "before training was not measured on this test" in card
+
+
 def test_a_result_is_measured_again_where_the_worked_examples_have_changed(folder, monkeypatch):
     worked = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]}
     options = {**MEASURED, "examples": "worked.jsonl", "max_prompt": 300}
