@@ -205,6 +205,19 @@ def test_the_prompt_shows_the_schemas_and_a_start_line_names_the_tools(tokenizer
     assert line.endswith("turn: add, circle") and "code_interpreter" not in line
 
 
+def test_the_readmes_file_of_tools_gives_the_lines_that_it_shows(tmp_path, sandbox):
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Calls, tools and contexts"):]
+    (tmp_path / "mine.py").write_text(section.partition("```python\n")[2].partition("```\n")[0])
+    config = small(tools=f"{tools.TOOL_NAME},{tmp_path / 'mine.py'}")
+    line = sod.how_sampled(sod.load_tokenizer(SMALL["student"]), config, 1.0, 1.0)
+    shown = "tool schema in the system turn: code_interpreter, is_prime, lcm"
+    assert line.endswith(shown) and shown in " ".join(section.split())
+    calls = sod.student_context(config).calls
+    for text, value in ((called("lcm", a=4, b=6), "12"), (called("is_prime", n=97), "True")):
+        assert sandbox.submit(calls.parse(text)).result().text == value
+
+
 @pytest.mark.parametrize("text, sentence", [
     ("def f(x): return x", "the function f gives no schema"),
     ('def f(x: int):\n    """No line for x."""', "the function f gives no schema"),
@@ -240,6 +253,13 @@ def test_a_student_that_knows_another_tool_meets_a_fault_which_metrics_and_rows_
     assert m["outcomes"].get("unknown_tool", 0) > 5 and m["tool_fail"] > 0.9
     card = (tmp_path / "r/checkpoint/README.md").read_text()
     assert f"with tools: `{mine}`, called in the form `hermes`" in card
+
+
+def test_a_small_random_model_trains_with_tools_of_ones_own(tmp_path, mine):
+    options = dict(SMALL, tools=mine, iterations=1, eval_data="", out=tmp_path, name="r",
+                   init="random", num_minibatches=1, max_response=60, method="grpo")
+    assert command(options) == 0
+    assert len(json_lines(tmp_path / "r/rollouts.jsonl")) == 12
 
 
 def test_calls_of_ones_own_tool_are_counted_and_stored_under_its_name(tokenizer, tmp_path):
