@@ -257,7 +257,8 @@ def test_a_student_that_knows_another_tool_meets_a_fault_which_metrics_and_rows_
 
 def test_a_small_random_model_trains_with_tools_of_ones_own(tmp_path, mine):
     options = dict(SMALL, tools=mine, iterations=1, eval_data="", out=tmp_path, name="r",
-                   init="random", num_minibatches=1, max_response=60, method="grpo")
+                   init="random", num_minibatches=1, max_response=60, overlong_buffer=0,
+                   method="grpo")
     assert command(options) == 0
     assert len(json_lines(tmp_path / "r/rollouts.jsonl")) == 12
 
