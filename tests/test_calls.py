@@ -250,7 +250,7 @@ def test_a_student_that_knows_another_tool_meets_a_fault_which_metrics_and_rows_
                    silent_rate=0, num_minibatches=1, max_response=100, method="grpo")
     assert command(options) == 0
     (m,) = json_lines(tmp_path / "r/metrics.jsonl")
-    assert m["outcomes"].get("unknown_tool", 0) > 5 and m["tool_fail"] > 0.9
+    assert m["outcomes"].get("unknown_tool", 0) > 2 and m["tool_fail"] > 0.8
     card = (tmp_path / "r/checkpoint/README.md").read_text()
     assert f"with tools: `{mine}`, called in the form `hermes`" in card
 
