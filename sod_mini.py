@@ -652,7 +652,7 @@ def student_context(config):
 
 
 def teacher_context(config):
-    """The student's, but for what the teacher is given in its place or told besides."""
+    """The student's context, with what only the teacher reads in its place or in addition."""
     scorer = METHODS[config.method].scorer
     return Context(call_form(config.calls, config.tools), config.teacher_system or config.system,
                    worked_examples(config.teacher_examples or config.examples),
@@ -848,7 +848,7 @@ def end_turn(agent, r, ends):
 
 
 def take_answer(agent, r, observation):
-    """Append what the tool said; a rollout whose budget it does not fit is cut off here."""
+    """Append the tool's answer; a rollout whose budget it does not fit is cut off here."""
     turn, calls = r.turns[-1], student_context(agent.config).calls
     ids = encode_tool_turn(agent.tokenizer, observation.text, calls)
     turn.outcome, turn.tool_text = observation.outcome, observation.text
@@ -950,11 +950,11 @@ def score(agent, model, batch):
 
 def score_by_teacher(agent, batch):
     """The teacher's log-probabilities and entropies: (B, T) and (B, T), where the student's are."""
-    seen = teacher_batch(agent, batch)
+    theirs = teacher_batch(agent, batch)
     with on_device(agent.teacher, batch.ids.device):
-        scores = score(agent, agent.teacher, seen)
+        scores = score(agent, agent.teacher, theirs)
     # Sampled tokens come in the same order in both, whatever prompt stands before them.
-    return [scatter_to_mask(x[seen.sampled], batch.sampled) for x in scores]
+    return [scatter_to_mask(x[theirs.sampled], batch.sampled) for x in scores]
 
 
 def teacher_batch(agent, batch):
@@ -1111,9 +1111,9 @@ def loss_of(agent, student, part, num_tokens):
 
 def full_kl(agent, batch, hidden):
     """Exact KL(student || teacher) where each sampled token was drawn: (N,) nats (kl="full")."""
-    seen = teacher_batch(agent, batch)
+    theirs = teacher_batch(agent, batch)
     with torch.no_grad():
-        hidden_t = sampled_hidden(agent.teacher, seen.ids, seen.step_id)
+        hidden_t = sampled_hidden(agent.teacher, theirs.ids, theirs.step_id)
     return reverse_kl(hidden, lm_head_weight(agent.student), hidden_t,
                       lm_head_weight(agent.teacher), agent.config.temperature)
 
@@ -1842,18 +1842,18 @@ HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
 def health(history):
     """{metric: sentence} of what deserves a word, from the numbers of all iterations so far."""
     m = history[-1] if history else {}
-    said = {name: sentence.format(m[name]) for name, (low, high, sentence) in HEALTH.items()
+    found = {name: sentence.format(m[name]) for name, (low, high, sentence) in HEALTH.items()
             if m.get(name, low) < low or m.get(name, high) > high}
     correct = [m["correct"] for m in history[-WINDOW:] if "correct" in m]
     if len(correct) == WINDOW and max(correct) == 0:
-        said["correct"] = (f"no rollout was correct for {WINDOW} iterations: take easier problems, "
+        found["correct"] = (f"no rollout was correct for {WINDOW} iterations: take easier problems, "
                            "imitate first (--method sft), or check the answers in the data")
     calls = [m["tool_calls"] for m in history[-WINDOW:] if "tool_calls" in m]
     if calls and calls[-1] < max(calls) / 2:  # others saw success follow, and never come back
-        said["calls"] = (f"tool calls a rollout fell from {max(calls):.1f} to {calls[-1]:.1f} in "
+        found["calls"] = (f"tool calls a rollout fell from {max(calls):.1f} to {calls[-1]:.1f} in "
                          f"{WINDOW} iterations: stop, and read in rollouts.jsonl what the student "
                          "writes and the tool answers; then lower --lr")
-    return said
+    return found
 
 
 def news(history):
@@ -2364,7 +2364,7 @@ def load_tool(config):
     tool = (tools.SilentTool(config.silent_rate, config.silent_persist, **options)
             if config.silent_rate else tools.PythonTool(**options))
     try:
-        _, seen = [tool.run(["print(1 + 1)"])[0] for _ in range(2)]  # the first call starts it
+        _, answer = [tool.run(["print(1 + 1)"])[0] for _ in range(2)]  # the first call starts it
     except RuntimeError as error:
         raise UserError(str(error)) from None
     for source in {t.source for t in call_form(config.calls, config.tools).known if t.source}:
@@ -2372,11 +2372,11 @@ def load_tool(config):
         if there.outcome != "ok":
             raise UserError(f"the file of --tools does not run in the sandbox ({there.outcome}): "
                             f"{there.text.strip()}")
-    if seen.text.strip() != "2":
-        raise UserError(f"the tool answers {seen.text.strip()!r} ({seen.outcome}) to "
+    if answer.text.strip() != "2":
+        raise UserError(f"the tool answers {answer.text.strip()!r} ({answer.outcome}) to "
                         "print(1 + 1), not 2; see what `python tools.py` says, or raise "
                         "--tool_timeout")
-    return tool, 1000 * seen.seconds
+    return tool, 1000 * answer.seconds
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -2601,7 +2601,7 @@ def restore(agent, folder):
 
 @on_rank_0
 def cut_logs_back(folder, lengths):
-    """To what they were when the run was saved; what was lost of them is told."""
+    """Cut the logs to their length when the run was saved; print what is missing from them."""
     for name in LOGS:
         if note := tools.cut_back(folder / name, lengths.get(name, 0)):
             print(note)
