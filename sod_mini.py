@@ -1846,8 +1846,9 @@ def health(history):
             if m.get(name, low) < low or m.get(name, high) > high}
     correct = [m["correct"] for m in history[-WINDOW:] if "correct" in m]
     if len(correct) == WINDOW and max(correct) == 0:
-        found["correct"] = (f"no rollout was correct for {WINDOW} iterations: take easier problems, "
-                           "imitate first (--method sft), or check the answers in the data")
+        found["correct"] = (f"no rollout was correct for {WINDOW} iterations: take easier "
+                            "problems, imitate first (--method sft), or check the answers in the "
+                            "data")
     calls = [m["tool_calls"] for m in history[-WINDOW:] if "tool_calls" in m]
     if calls and calls[-1] < max(calls) / 2:  # others saw success follow, and never come back
         found["calls"] = (f"tool calls a rollout fell from {max(calls):.1f} to {calls[-1]:.1f} in "
