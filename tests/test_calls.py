@@ -81,6 +81,16 @@ def test_a_conversation_in_python_blocks_is_the_templates_own_and_holds_no_forge
     assert forged.count(control) == plain.count(control) == 1
 
 
+def test_a_demonstration_in_python_blocks_is_the_rollout_that_would_have_written_it(tokenizer):
+    _, (rollout,) = play(tokenizer, [BLOCK("6 * 7"), "\\boxed{42}"], calls="python")
+    messages = [{"role": "assistant", "content": rollout.turns[0].text},
+                {"role": "tool", "content": rollout.turns[0].tool_text},
+                {"role": "assistant", "content": rollout.turns[1].text}]
+    context = sod.student_context(small(calls="python"))
+    shown = sod.encode_demonstration(tokenizer, rollout.problem, messages, context)
+    assert shown.ids == rollout.ids and shown.step_id == rollout.step_id
+
+
 def test_where_a_program_is_asked_for_the_last_one_that_was_called_is_judged():
     problem = tools.Problem("q", "", "program", tests=[{"input": "", "output": "2"}])
     turns = [sod.Turn(text=BLOCK("print(1)")), sod.Turn(text=BLOCK("print(2)")), sod.Turn(text="Ok.")]
