@@ -647,6 +647,7 @@ class Context:
 
 
 def student_context(config):
+    """What the student reads: in training, evaluation and its demonstrations."""
     return Context(call_form(config.calls, config.tools), config.system,
                    worked_examples(config.examples))
 
@@ -660,6 +661,7 @@ def teacher_context(config):
 
 
 def privileged_context(problem, privileged):
+    """What a self-teacher reads after the question (methods opsd_gt and opsd_hint)."""
     return {"answer": f"\nThe answer is {problem.answer}.",
             "hint": f"\nHint: {problem.hint}"}.get(privileged, "")
 
@@ -2325,9 +2327,9 @@ def call_form(calls, names):
 
 def load_functions(path):
     """The functions of a user's file as tools; their schemas come from hints and docstrings."""
-    if not Path(path).is_file():
-        raise UserError(f"tools names {path!r}, and there is no such file; name {tools.TOOL_NAME}, "
-                        "a Python file of functions, or both with a comma between them")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"tools names {path!r}, which is no Python file; name {tools.TOOL_NAME}, a "
+                        ".py file of functions, or both with a comma between them")
     spec = importlib.util.spec_from_file_location("tools_of_the_user", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -231,7 +231,7 @@ def test_the_readmes_file_of_tools_gives_the_lines_that_it_shows(tmp_path, sandb
 @pytest.mark.parametrize("text, sentence", [
     ("def f(x): return x", "the function f gives no schema"),
     ('def f(x: int):\n    """No line for x."""', "the function f gives no schema"),
-    ("x = 1", "which holds no function"), (None, "there is no such file"),
+    ("x = 1", "which holds no function"), (None, "which is no Python file"),
 ])
 def test_files_that_give_no_tool_are_refused_before_a_model_is_loaded(tmp_path, capsys, text,
                                                                       sentence):
