@@ -214,7 +214,8 @@ class PythonCalls:
 
     def __init__(self, tools=(INTERPRETER,)):
         self.known = tools
-        self.source = as_module("\n".join(dict.fromkeys(tool.source for tool in tools)).strip())
+        source = as_module("\n".join(dict.fromkeys(tool.source for tool in tools)).strip())
+        self.source = source and f"{source}__name__ = '__main__'\n"  # as in a program of its own
 
     def render(self, code):
         return f"```python\n{code}\n```"
@@ -226,7 +227,7 @@ class PythonCalls:
         return {"role": "user", "content": f"{fence}output\n{text}\n{fence}"}
 
     def parse(self, text):
-        """As above. A block after \\boxed{} is a part of the answer and does not run."""
+        """As HermesCalls.parse. A block after \\boxed{} is a part of the answer and does not run."""
         text = without_thoughts(text, "```py")
         blocks = list(self.BLOCK.finditer(text))
         if not blocks or last_boxed(text[:blocks[0].start()]) is not None:

@@ -204,6 +204,8 @@ def test_a_fault_without_the_interpreter_shows_a_call_of_a_tool_that_there_is(mi
 def test_functions_are_at_hand_in_every_python_block(mine, sandbox):
     form = sod.call_form("python", f"{tools.TOOL_NAME},{mine}")
     assert sandbox.submit(form.parse(BLOCK("add(40, 2)"))).result().text == "42"
+    guarded = 'if __name__ == "__main__":\n    print(add(40, 2))'
+    assert sandbox.submit(form.parse(BLOCK(guarded))).result().text == "42"
 
 
 def test_the_prompt_shows_the_schemas_and_a_start_line_names_the_tools(tokenizer, mine):
