@@ -100,6 +100,14 @@ def test_methods_differ_only_in_token_advantage(method, A_it, half):
         assert not got.requires_grad
 
 
+def test_with_coefficient_0_a_gap_that_is_not_finite_does_not_reach_the_outcome():
+    step_id, logp_s = torch.tensor([[0, 1]]), torch.tensor([[0.0, -1.0]])
+    logp_t = torch.tensor([[0.0, -math.inf]])
+    got = sod.token_advantages("sod", torch.tensor([2.0]), logp_s, logp_t, step_id,
+                               torch.ones(1, 1), opd_coef=0.0)
+    assert got.tolist() == [[0, 2]]
+
+
 def test_an_advantage_may_be_of_rollouts_or_of_tokens_and_nothing_else():
     step_id, A = torch.tensor([[0, 1, 1], [0, 1, 0]]), torch.tensor([2.0, -1.0])
     of_rollouts = sod.token_advantages("grpo", A, None, None, step_id, None)
