@@ -217,10 +217,18 @@ GPU = dict(train_data="", demonstrations="", eval_data="", system=SYSTEM, iterat
            lr=1e-6, sft_lr=1e-5, silent_rate=0.0, tool_modules="numpy,sympy", eval_top_p=0.6,
            threads=0, rollout_batch=0, micro_batch_tokens=0,
            gradient_checkpointing=True, show_every=1, store_tokens=16)
-# Named sets of values that replace those above; "world" replaces none of them. The paper's run
-# took its authors eight GPUs and two to three days.
+BLOCKS = ("Solve the problem with a short Python program in a ```python block that prints the "
+          "answer. Its output is shown to you. Then give the final answer in \\boxed{}.")
+# Named sets of values that replace those above; "world" replaces none of them. "cpu" is for a
+# small pretrained pair and short problems. The paper's run took its authors eight GPUs and two to
+# three days.
 PRESETS = {
     "world": {},
+    "cpu": dict(train_data="", demonstrations="", eval_data="", system=BLOCKS, calls="python",
+                dtype="bfloat16", threads=0, iterations=8, prompts=6, group_size=4,
+                num_minibatches=1, temperature=0.7, max_turns=3, max_prompt=320, max_response=144,
+                overlong_buffer=0, lr=1e-5, silent_rate=0.0, eval_problems=327, eval_samples=2,
+                eval_temperature=0.7, show_every=1, save_every=4),
     "gpu": GPU,
     "paper": dict(GPU, prompts=64, group_size=16, num_minibatches=4, max_turns=16,
                   max_prompt=2560, max_response=20_480, overlong_buffer=1024, sft_epochs=5,
@@ -294,6 +302,7 @@ class Batch:
     """Rollouts as tensors on the training device, padded on the right: (B, T) unless said."""
     rollouts: list[Rollout]
     lengths: list[int]    # tokens of each
+    shared: int           # ids that all rows begin with and that are read once; see shared_prefix
     ids: torch.Tensor
     step_id: torch.Tensor      # k for a token sampled in step k, else 0
     failed: torch.Tensor       # (B, K) bool: the call of step k failed
@@ -319,8 +328,8 @@ class Batch:
         def cut(x):
             per_token = x is not None and x.dim() == 2 and x.shape[1] == T  # K is less than T
             return x if x is None else x[rows, :max(lengths)] if per_token else x[rows]
-        tensors = {f.name: cut(getattr(self, f.name)) for f in fields(self)[2:]}
-        return Batch([self.rollouts[i] for i in rows], lengths, **tensors)
+        tensors = {f.name: cut(getattr(self, f.name)) for f in fields(self)[3:]}
+        return Batch([self.rollouts[i] for i in rows], lengths, self.shared, **tensors)
 
     def split(self, parts):
         """As many Batches of neighbouring rollouts."""
@@ -331,8 +340,8 @@ class Batch:
 def collate(rollouts, device, prompts=None):
     """Rollouts as a Batch, with other prompts than their own where these are given. A rollout that
     the machine failed has no tokens of the student's: nothing is learnt from it."""
-    ids, step_ids = [], []
-    for r, prompt in zip(rollouts, prompts or [r.prompt for r in rollouts]):
+    ids, step_ids, prompts = [], [], prompts or [r.prompt for r in rollouts]
+    for r, prompt in zip(rollouts, prompts):
         steps = [0] * r.response_len if r.lost else r.step_id[len(r.prompt):]
         ids.append(prompt + r.ids[len(r.prompt):])
         step_ids.append([0] * len(prompt) + steps)
@@ -340,8 +349,17 @@ def collate(rollouts, device, prompts=None):
         "a reward is nan or infinite, and nan is for rollouts that the machine failed")
     rewards = [math.nan if r.lost else float(r.reward) for r in rollouts]
     failed = [[turn.failed for turn in r.turns] for r in rollouts]
-    return Batch(rollouts, [len(row) for row in ids], pad(ids, 0, device), pad(step_ids, 0, device),
+    lengths, shared = [len(row) for row in ids], shared_prefix(prompts)
+    # Reading the start apart costs a second pass through the layers, and in that one a mask.
+    shared = shared if 3 * shared * len(ids) > sum(lengths) else 0
+    return Batch(rollouts, lengths, shared, pad(ids, 0, device), pad(step_ids, 0, device),
                  pad(failed, False, device), torch.tensor(rewards).to(device))
+
+
+def shared_prefix(prompts):
+    """How many ids all prompts begin with: system text, tools and worked examples, which need to be
+    read only once. The last id of a prompt never counts: from there the rows go apart."""
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
 def pad(rows, value, device):
@@ -885,16 +903,17 @@ def grade_rollout(r, tool, text):
 # --- Scoring: log-probabilities of exactly the ids that were sampled ---------------------------
 
 
-def micro_batches(lengths, max_tokens, rows=None):
+def micro_batches(lengths, max_tokens, rows=None, shared=0):
     """Cut rows into batches of at most max_tokens tokens, padding included, rows of like length
     together. A longer row is a batch of its own.
 
-    rows  which of them; default: all
+    rows    which of them; default: all
+    shared  tokens at the start of every row that count once a batch
     """
     order = sorted(range(len(lengths)) if rows is None else rows, key=lambda i: lengths[i])
     batch = []
     for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > max_tokens:
+        if batch and shared + (len(batch) + 1) * (lengths[i] - shared) > max_tokens:
             yield batch
             batch = []
         batch.append(i)
@@ -902,16 +921,33 @@ def micro_batches(lengths, max_tokens, rows=None):
         yield batch
 
 
-def hidden_states(model, ids):
-    """(B, T) ids -> (B, T, D). Right padding needs no mask: a causal model never looks at it."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def my_micro_batches(batch, max_tokens):
+    """The rows of a Batch that this process works on, cut by micro_batches."""
+    rows = my_share(range(len(batch.lengths)))
+    return micro_batches(batch.lengths, max_tokens, rows, batch.shared)
 
 
-def sampled_hidden(model, ids, step_id):
-    """(B, T) ids -> (N, D): the states from which the N sampled tokens were predicted, row by row.
-    Other tokens are never multiplied with the vocabulary."""
-    hidden = hidden_states(model, ids).flatten(0, 1)  # (B * T, D)
-    predicts = F.pad(step_id[:, 1:] > 0, (0, 1))      # (B, T): position t predicts token t+1
+def hidden_states(model, ids, shared=0):
+    """(B, T) ids -> (B, T, D). The first `shared` ids, the same in each row, are read once: the
+    later ones attend to their keys and values, through which the gradient flows back. Right
+    padding needs no mask: a causal model never looks at it."""
+    recomputed = model.training and any(getattr(m, "gradient_checkpointing", False)
+                                        for m in model.modules())  # which goes without a cache
+    if not shared or recomputed:
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    cache = DynamicCache(config=model.config)
+    read = partial(model.base_model, past_key_values=cache, use_cache=True)
+    start = read(input_ids=ids[:1, :shared]).last_hidden_state  # (1, shared, D)
+    cache.batch_repeat_interleave(len(ids))
+    rest = read(input_ids=ids[:, shared:]).last_hidden_state    # (B, T - shared, D)
+    return torch.cat([start.expand(len(ids), -1, -1), rest], 1)
+
+
+def sampled_hidden(model, batch):
+    """(N, D): the states from which a Batch's N sampled tokens were predicted, row by row. Other
+    tokens are never multiplied with the vocabulary."""
+    hidden = hidden_states(model, batch.ids, batch.shared).flatten(0, 1)  # (B * T, D)
+    predicts = F.pad(batch.sampled[:, 1:], (0, 1))  # (B, T): position t predicts token t+1
     return hidden.index_select(0, predicts.flatten().nonzero()[:, 0])
 
 
@@ -925,13 +961,12 @@ def scatter_to_mask(values, mask):
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def sampled_logprobs(model, ids, step_id, temperature):
+def sampled_logprobs(model, batch, temperature):
     """(B, T) log-probability of each sampled token, with gradient, and (B, T) entropy of what it
     was drawn from, without; nats, 0 for every other token."""
-    mask = step_id > 0
-    logp, entropy = token_logprobs(sampled_hidden(model, ids, step_id), lm_head_weight(model),
-                                   ids[mask], temperature, entropy=True)
-    return scatter_to_mask(logp, mask), scatter_to_mask(entropy, mask)
+    logp, entropy = token_logprobs(sampled_hidden(model, batch), lm_head_weight(model),
+                                   batch.ids[batch.sampled], temperature, entropy=True)
+    return scatter_to_mask(logp, batch.sampled), scatter_to_mask(entropy, batch.sampled)
 
 
 @torch.no_grad()
@@ -939,11 +974,11 @@ def score(agent, model, batch):
     """sampled_logprobs of a whole batch, without gradient: (B, T) and (B, T)."""
     def attempt(max_tokens):
         logp, entropy = (torch.zeros(batch.ids.shape, device=batch.ids.device) for _ in range(2))
-        for rows in micro_batches(batch.lengths, max_tokens, my_share(range(len(batch.lengths)))):
+        for rows in my_micro_batches(batch, max_tokens):
             part = batch.select(rows)
             width = part.ids.shape[1]
             logp[rows, :width], entropy[rows, :width] = sampled_logprobs(
-                model, part.ids, part.step_id, agent.config.temperature)
+                model, part, agent.config.temperature)
         return logp, entropy
     scores = retry_on_oom(agent, "micro_batch_tokens", attempt,
                           least=batch.ids.shape[1], most=batch.ids.numel())
@@ -1082,7 +1117,7 @@ def backpropagate(agent, batch):
 
     def attempt(max_tokens):
         totals = torch.zeros(2, device=student.device)  # read once: each read waits for the GPU
-        for rows in micro_batches(batch.lengths, max_tokens, my_share(range(len(batch.lengths)))):
+        for rows in my_micro_batches(batch, max_tokens):
             loss, clipped = loss_of(agent, student, batch.select(rows), num_tokens)
             loss.backward()
             totals += torch.stack([loss.detach(), clipped / num_tokens])
@@ -1096,7 +1131,7 @@ def loss_of(agent, student, part, num_tokens):
     """What a micro-batch contributes to the mean loss of its update, and how many of its tokens
     have a ratio outside the clip range."""
     config, mask = agent.config, part.sampled  # (B, T), with N tokens
-    hidden = sampled_hidden(student, part.ids, part.step_id)  # (N, D)
+    hidden = sampled_hidden(student, part)  # (N, D)
     of_targets = partial(token_logprobs, hidden, lm_head_weight(student), part.ids[mask])
     if part.advantages is None:  # demonstrations: cross-entropy
         return -of_targets().sum() / num_tokens, torch.zeros((), device=mask.device)
@@ -1115,7 +1150,7 @@ def full_kl(agent, batch, hidden):
     """Exact KL(student || teacher) where each sampled token was drawn: (N,) nats (kl="full")."""
     theirs = teacher_batch(agent, batch)
     with torch.no_grad():
-        hidden_t = sampled_hidden(agent.teacher, theirs.ids, theirs.step_id)
+        hidden_t = sampled_hidden(agent.teacher, theirs)
     return reverse_kl(hidden, lm_head_weight(agent.student), hidden_t,
                       lm_head_weight(agent.teacher), agent.config.temperature)
 
@@ -1418,7 +1453,7 @@ class ContinuousBatch:
     """Slots for rollouts under way, each with its own row of the model's KV cache: an answer of
     the tool is read where the last turn ended, and a rollout that waits for one takes no part."""
 
-    def __init__(self, model, size):
+    def __init__(self, model, size, prefix=()):
         check_continuous(model)
         assert not model.training, "call model.eval() before sampling"
         self.model, self.device = model, model.device
@@ -1434,6 +1469,18 @@ class ContinuousBatch:
         self.start = torch.zeros_like(self.last)                             # their positions
         self.uniforms = torch.zeros(size, dtype=torch.float64, device=self.device)
         self.graphs = {} if self.device.type == "cuda" else None  # {(rows, length): a pass}
+        self.read_prefix(list(prefix))
+
+    def read_prefix(self, prefix):
+        """Read once, for all slots, the ids that every rollout begins with."""
+        self.prefix, self.read = len(prefix), [len(prefix)] * len(self.read)
+        if prefix:
+            self.reserve(len(prefix))
+            first = torch.zeros(1, dtype=torch.long, device=self.device)
+            self.forward(torch.tensor([prefix], device=self.device), first, first)
+            for layer in self.cache.layers:
+                for x in (layer.keys, layer.values):
+                    x[1:] = x[:1]
 
     def reserve(self, length):
         """Attend to `length` positions from now on, rounded up so that there are few shapes."""
@@ -1444,7 +1491,7 @@ class ContinuousBatch:
         """Give free slots to the next rollouts of the queue."""
         for i, r in enumerate(self.rollouts):
             if queue and (r is None or r.finish_reason):
-                self.rollouts[i], self.read[i] = queue.popleft(), 0
+                self.rollouts[i], self.read[i] = queue.popleft(), self.prefix
 
     def compact(self, ready):
         """Exchange slots until those of `ready` come first, so that a batch is a plain slice."""
@@ -1565,7 +1612,8 @@ def sample_by_continuous_batching(agent, model, rollouts, next_token, size):
     `tool_poll_timeout`.
     """
     config, ends, queue = agent.config, end_ids(model, agent.tokenizer), deque(rollouts)
-    batch = ContinuousBatch(model, min(size, len(rollouts)))
+    prefix = rollouts[0].prompt[:shared_prefix([r.prompt for r in rollouts])]
+    batch = ContinuousBatch(model, min(size, len(rollouts)), prefix)
     running, started = {}, []  # Rollout -> Future of its call's answer; those started last
     while not all(r.finish_reason for r in rollouts):
         # 1. Fill free slots, and bring the rollouts that do not wait for a tool to the front.
@@ -2080,7 +2128,7 @@ def check_plain_head(name, model, tokenizer, calls=tools.HERMES):
     where they are large, so a checkpoint is checked again before it is written."""
     batch = collate([encode_demonstration(tokenizer, *example(calls), Context(calls))],
                     model.device)
-    logp, _ = sampled_logprobs(model, batch.ids, batch.step_id, 1.0)
+    logp, _ = sampled_logprobs(model, batch, 1.0)
     own = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     own = own.gather(2, batch.ids[:, 1:, None])[batch.sampled[:, 1:]][:, 0]
     ours = logp[batch.sampled]

@@ -311,7 +311,7 @@ def backpropagate(model, batch):
     for rows in sod.micro_batches(batch.lengths, 4096):
         part = batch.select(rows)
         mask = part.step_id > 0
-        logp = sod.token_logprobs(sod.sampled_hidden(model, part.ids, part.step_id),
+        logp = sod.token_logprobs(sod.sampled_hidden(model, part),
                                   sod.lm_head_weight(model), part.ids[mask])
         loss = -(logp * part.advantages[mask]).sum() / batch.advantages.sum()
         loss.backward()

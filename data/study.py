@@ -93,7 +93,7 @@ def vopd(agent, batch, logp_t):
     kl = torch.zeros_like(logp_t)
     for rows in sod.micro_batches(batch.lengths, agent.config.micro_batch_tokens):
         part = batch.select(rows)
-        hidden = sod.sampled_hidden(agent.student, part.ids, part.step_id)
+        hidden = sod.sampled_hidden(agent.student, part)
         kl[rows, :part.ids.shape[1]] = sod.scatter_to_mask(sod.full_kl(agent, part, hidden),
                                                            part.sampled)
     return logp_t + kl
@@ -410,7 +410,7 @@ def move_along(model, batch, signal, config, lr=WORLD.lr):
     totals = [torch.zeros_like(p) for p in weights]
     for rows in sod.micro_batches(batch.lengths, config.micro_batch_tokens):
         part = batch.select(rows)
-        logp, _ = sod.sampled_logprobs(model, part.ids, part.step_id, config.temperature)
+        logp, _ = sod.sampled_logprobs(model, part, config.temperature)
         worth = (signal[rows, :part.ids.shape[1]] * logp).sum()
         totals = [old + new for old, new in zip(totals, torch.autograd.grad(worth, weights))]
     with torch.no_grad():

@@ -65,10 +65,10 @@ def tokenizer():
 PROMPTS = [[n * 7 + i for i in range(3 + n * 5 % 31)] for n in range(9)]  # 3 to 32 ids
 
 
-def play(model, tokenizer, tool=None, temperature=1.0, **changes):
+def play(model, tokenizer, tool=None, temperature=1.0, prefix=(), **changes):
     changes = {"max_response": 90, "max_turns": 6, "overlong_buffer": 0} | changes
     agent = sod.Agent(sod.Config(**changes), model, None, tokenizer, tool or Answers())
-    prompts = [(tools.Problem("q", "1"), ids) for ids in PROMPTS]
+    prompts = [(tools.Problem("q", "1"), [*prefix, *ids]) for ids in PROMPTS]
     return sod.sample_rollouts(agent, model, prompts, (0, "test", 3), temperature=temperature)
 
 
@@ -132,6 +132,23 @@ def test_rollouts_do_not_wait_for_the_slow_tool_of_another_one(tokenizer):
     tool = Stuck(others=sum(calls) - max(calls))
     assert record(play(model, tokenizer, tool, tool_poll_timeout=0.0)) == record(plain)
     assert tool.others <= 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_all_prompts_begin_with_is_read_once_and_the_rollouts_stay(
+        kind, tokenizer, monkeypatch):
+    model, prefix = make_model(kind, MODELS[kind]), [11 * i % 500 for i in range(40)]
+    plain = record(play(model, tokenizer, prefix=prefix, rollout_engine="generate"))
+    real, read = sod.ContinuousBatch.forward, []
+
+    def forward(batch, ids, start, rows=None):
+        read.append((int(start.min()), ids.numel()))
+        return real(batch, ids, start, rows)
+    monkeypatch.setattr(sod.ContinuousBatch, "forward", forward)
+    for name in ("all at once", "refilled"):
+        read.clear()
+        assert record(play(model, tokenizer, prefix=prefix, **FAST[name])) == plain, name
+        assert [n for start, n in read if start < len(prefix)] == [len(prefix)]  # slots used again
 
 
 def test_tokens_of_a_chunk_are_sampled_without_waiting_for_the_device():

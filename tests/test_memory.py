@@ -95,7 +95,7 @@ def test_backpropagation_that_runs_out_of_memory_begins_anew_and_gives_the_same_
     assert sod.backpropagate(agent, batch) == loss
     agent.sizes.clear()
     agent.config.micro_batch_tokens = 0  # all of them, then half, then a quarter
-    too_much = lambda n, model, ids: ids.numel() > size // 2
+    too_much = lambda n, model, ids, shared: ids.numel() > size // 2
     monkeypatch.setattr(sod, "hidden_states", failing(sod.hidden_states, too_much))
     assert torch.equal(sod.score(agent, agent.student, batch)[0], logp)
     assert agent.sizes == {"micro_batch_tokens": size // 2} and agent.halvings == 3

@@ -56,7 +56,7 @@ def test_divergence_is_the_mean_gap_within_each_step_and_ignores_everything_else
     ("floor", [.6, .1, .6, .3], [1, 1.2, 1, 1.2]),
 ])
 def test_weight_schemes(scheme, d, w):
-    batch = sod.Batch([], [], None, None, torch.tensor([[False, True, False, True]]), None,
+    batch = sod.Batch([], [], 0, None, None, torch.tensor([[False, True, False, True]]), None,
                       d=torch.tensor([d]))
     assert sod.WEIGHTS[scheme](batch, sod.Config())[0].tolist() == pytest.approx(w, abs=2e-4)
 

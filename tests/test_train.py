@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sod_mini as sod
@@ -76,6 +77,8 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     assert sorted(i for b in batches for i in b) == list(range(100)) and len(batches) < 40
     assert all(len(b) * max(lengths[i] for i in b) <= 200 for b in batches)
     assert list(sod.micro_batches([500], 200)) == [[0]]  # too long for the budget: alone, not lost
+    # What all rows begin with counts once: 30 + 3 * 10 tokens.
+    assert list(sod.micro_batches([40] * 4, 60, None, 30)) == [[0, 1, 2], [3]]
     some = sod.micro_batches(lengths, 200, [2, 7, 9])
     assert sorted(i for batch in some for i in batch) == [2, 7, 9]
 
@@ -96,6 +99,45 @@ def test_scores_loss_and_gradient_do_not_depend_on_how_the_batch_was_cut(method,
         assert (other[0] - whole).norm() / whole.norm() < 1e-4
         assert other[1:3] == pytest.approx((loss, clipped), rel=1e-4)
         torch.testing.assert_close(other[3], logp, atol=1e-4, rtol=1e-4)
+
+
+def with_examples(batch):
+    """The same rollouts after 300 more ids, the same before each question."""
+    start = [i % 100 + 3 for i in range(300)]
+    longer = sod.collate(batch.rollouts, "cpu", [start + r.prompt for r in batch.rollouts])
+    for name in ("logp_s", "logp_t", "advantages"):
+        setattr(longer, name, F.pad(getattr(batch, name), (len(start), 0)))
+    return longer
+
+
+def test_ids_that_all_rows_begin_with_are_read_once_and_scores_and_gradient_stay(scored,
+                                                                                monkeypatch):
+    agent, batch = scored
+    longer = with_examples(batch)
+    assert batch.shared == 0 and longer.shared >= 300  # it is worth a second pass in one of them
+    assert longer.select([3, 1]).shared == longer.shared
+    once, gradient_once = sod.score(agent, agent.student, longer), gradient(agent, longer)
+    read = []
+    agent.student.base_model.register_forward_hook(
+        lambda model, args, options, out: read.append(options["input_ids"].numel()),
+        with_kwargs=True)
+    sod.score(agent, agent.student, longer)
+    assert sum(read) < sum(longer.lengths) * 0.6
+    longer.shared = 0
+    read.clear()
+    for mine, plain in zip(once, sod.score(agent, agent.student, longer)):
+        torch.testing.assert_close(mine, plain, atol=2e-5, rtol=1e-5)
+    assert sum(read) > sum(longer.lengths)
+    plain = gradient(agent, longer)
+    assert (gradient_once - plain).norm() / plain.norm() < 1e-5
+
+
+def test_recomputed_layers_which_keep_no_cache_read_whole_rows(scored):
+    agent, batch = scored
+    longer = with_examples(batch)
+    plain = gradient(agent, longer)
+    sod.enable_checkpointing(agent.student)
+    assert (gradient(agent, longer) - plain).norm() / plain.norm() < 1e-5
 
 
 def test_gradient_checkpointing_changes_memory_not_the_gradient(scored):
@@ -441,7 +483,7 @@ def test_a_model_with_dropout_has_none_here_so_the_ratio_begins_at_1(family, tmp
     assert vectors[0].norm() > 0
     torch.testing.assert_close(*vectors, atol=1e-6, rtol=1e-4)
     model.train()
-    logp, _ = sod.sampled_logprobs(model, batch.ids, batch.step_id, 1.0)
+    logp, _ = sod.sampled_logprobs(model, batch, 1.0)
     torch.testing.assert_close(logp, batch.logp_s, atol=1e-5, rtol=0)
 
 
