@@ -20,7 +20,7 @@ TROUBLES = [  # metric, value, sentence
     ("cut_length", 0.62, "62% of rollouts were cut at the token budget"),
     ("cut_turns", 0.5, "50% of rollouts ran out of turns: raise --max_turns"),
     ("frac_zero_std_groups", 1.0, "100% of groups agree, so GRPO learns nothing from them"),
-    ("w_capped", 0.405, "w is at its cap in 40% of steps"),
+    ("w_capped", 0.605, "w is at its cap in 60% of steps"),
     ("d1_near_0", 0.31, "d_1 is near 0 in 31% of rollouts: distillation is off after their first"),
     ("tool_fail", 0.31, "31% of tool calls fail"),
     ("entropy", 0.07, "entropy fell to 0.07 nats"),

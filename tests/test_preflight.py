@@ -134,3 +134,26 @@ def test_what_success_depends_on_besides_the_model_is_said_before_a_run(world, c
             "thinking off; system text 'Be user friendly.'; tool schema in the system turn\n"
             ) in said
     assert "evaluation  temperature 1.0, top-p 0.6, no top-k" in said
+
+
+@pytest.mark.parametrize("flags, note", [
+    ("fpu avx512f avx512_bf16 wbnoinvd", "; this CPU has instructions for bfloat16"),
+    ("fpu amx_bf16 avx512_fp16", "; this CPU has instructions for bfloat16"),
+    ("fpu avx2 avx512f", "; this CPU has no instructions for bfloat16: --dtype float32 is faster")])
+def test_the_start_says_whether_this_cpu_computes_in_bf16(tmp_path, flags, note):
+    (tmp_path / "cpuinfo").write_text(f"model name : x\nflags : {flags}\n")
+    asked = lambda device, dtype: sod.note_on_bf16(torch.device(device), dtype,
+                                                   tmp_path / "cpuinfo")
+    assert asked("cpu", torch.bfloat16).startswith(note)
+    assert asked("cpu", torch.float32) == asked("meta", torch.bfloat16) == ""
+
+
+def test_the_settings_for_a_small_real_pair_are_a_preset_that_works(world, tmp_path):
+    """Python blocks, short rollouts, bf16; data and models are named by whoever starts it."""
+    given = ["--preset", "cpu", "--train_data", world.train_data, "--eval_data", world.eval_data]
+    config, preset = sod.parse_config(given)
+    assert preset == "cpu" and config.calls == "python" and config.dtype == "bfloat16"
+    with pytest.raises(SystemExit):
+        sod.parse_config(given[:2])  # names no problems
+    agent = sod.preflight(config)
+    assert len(agent.train_set) == 2000 and len(agent.eval_set) == 327
