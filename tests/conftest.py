@@ -36,6 +36,12 @@ PROCESSES.set_forkserver_preload(["evaluate"])
 os.environ["PYTHONPATH"] = str(ROOT)  # where that one finds it
 
 
+def pytest_ignore_collect(collection_path, config):
+    """The exercises fail until they are solved: they are judged only where they are named."""
+    if collection_path.name == "exercises" and not any("exercises" in a for a in config.args):
+        return True
+
+
 def pytest_configure(config):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what holds to the last bit; for a GPU there is gpu.py
     config.addinivalue_line("markers", "slow: minutes, not seconds; leave out by -m 'not slow'")
