@@ -5,6 +5,7 @@
     python evaluate.py --compare FILE_A FILE_B            two files of samples: which is better?
     python evaluate.py --rescore FILE                     grade stored samples again
     python evaluate.py --page runs/NAME 1 25              iterations of a run, as a web page
+    python evaluate.py --ask "Start with 19. Multiply by 7."    one question, and what comes of it
 
 The samples of one model on one benchmark are stored in one file, a JSON line for each sample. The
 name of the file changes with everything that decides what is in it. The same command continues an
@@ -596,6 +597,55 @@ def grade_again(row, problem, tool):
                   "vote": tools.voted_answer(problem, row["final"])}
 
 
+# --- One question ------------------------------------------------------------------------------
+
+
+class ShownTool:
+    """A tool that writes each call and its answer to the screen."""
+
+    def __init__(self, tool):
+        self.tool = tool
+
+    def submit(self, call, place):
+        run = self.tool.submit(call, place)
+        self.show(place[-1] + 1, call.code or "a call that cannot be read", run.result().text)
+        return run
+
+    @staticmethod
+    def show(k, wrote, answer):
+        for mark, text in ((f"step {k}", wrote), ("    ->", answer)):
+            print(f"{mark}  " + "\n        ".join(map(tools.printable, text.splitlines())))
+
+
+def ask(question, model, teacher, config):
+    """Show one conversation as it is sampled; with a teacher also d and w of each step."""
+    asked = {f.name: getattr(config, f.name) for f in fields(sod.Sampling)}
+    run = sod.Config(**asked, student=model, teacher=teacher or "", temperature=config.temperature,
+                     overlong_buffer=0)
+    calls, (device, dtype) = sod.student_context(run).calls, sod.choose_device(run)
+    tokenizer, *other = [sod.load_tokenizer(name, run.thinking, calls)
+                         for name in (model, teacher) if name]
+    student, *scorer = [sod.load_model(name, device, dtype) for name in (model, teacher) if name]
+    if teacher:
+        sod.check_pair(student, *scorer, tokenizer, *other, run)
+    prompts, _ = sod.fitting_prompts([tools.Problem(question, "")], tokenizer, run)
+    with sod.load_tool(run)[0] as tool:
+        agent = sod.Agent(run, student, None, tokenizer, ShownTool(tool),
+                          grade=lambda *_: None)  # nobody knows the answer
+        rollouts = sod.sample_rollouts(agent, student, prompts, (run.seed, "ask", 0),
+                                       top_p=config.top_p)
+    last = rollouts[0].turns[-1]
+    if not last.tool_text:  # else it has been shown
+        ShownTool.show(len(rollouts[0].turns), last.text, "(no call)")
+    print(f"ended by {rollouts[0].finish_reason}")
+    if teacher:
+        batch = sod.collate(rollouts, device)
+        d = sod.step_divergence(*(sod.score(agent, m, batch)[0] for m in (student, *scorer)),
+                                batch.step_id)
+        for name, values in (("d", d), ("w", sod.step_weights(d))):
+            print(f"{name:6}  " + "  ".join(f"{x:.2f}" for x in values[0].tolist()))
+
+
 # --- Tables ------------------------------------------------------------------------------------
 
 
@@ -789,17 +839,23 @@ def parse(argv=None):
                                                      in PAPER.items() if name != "system"),
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100))
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", nargs="+", default=[sod.Config.student, sod.Config.teacher],
+    what.add_argument("--model", nargs="+",
                       help="folders or Hub ids; default: the embedded student and teacher")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"),
                       help="two files of samples: the verdict")
     what.add_argument("--rescore", metavar="FILE", help="grade the samples of a file again")
     what.add_argument("--page", nargs="+", metavar=("FOLDER", "ITERATION"),
                       help="write rollouts.html of a run, by default with three iterations")
+    parser.add_argument("--ask", metavar="QUESTION", help="one question to the first model, by "
+                        "default the embedded student: the conversation, as it is sampled")
+    parser.add_argument("--teacher", metavar="MODEL", help="with --ask: d and w of each step")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, EvalConfig, sod.choices())
     args = parser.parse_args(argv)
+    if args.teacher and not args.ask or args.ask and args.data:
+        parser.error("--ask takes a question and perhaps a --teacher, and no --data; the teacher "
+                     "is for --ask alone")
     given = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if hasattr(args, f.name)}
     if command := next((name for name in TAKES if getattr(args, name)), ""):
         idle = given.keys() - TAKES[command] | ({"data"} if args.data else set())
@@ -841,9 +897,14 @@ def run(args, given):
         print(rescore(args.rescore, given))
     elif args.compare:
         print(compare_evaluations(*map(read_samples, args.compare), args.compare))
+    elif args.ask:
+        config = benchmark_config("asked" if args.model else "world", given)
+        sod.transformers.utils.logging.disable_progress_bar()
+        ask(args.ask, (args.model or [sod.Config.student])[0], args.teacher, config)
     else:
+        models = args.model or [sod.Config.student, sod.Config.teacher]
         with sod.process_group():
-            evaluate_all(dict.fromkeys(args.model), args.data or ["world"], given)
+            evaluate_all(dict.fromkeys(models), args.data or ["world"], given)
 
 
 def main(argv=None):

@@ -547,3 +547,24 @@ def test_the_papers_settings_are_those_of_other_data_and_can_be_changed():
     for data in ("world", str(WORLD / "train.jsonl")):
         world = evaluate.benchmark_config(data, {})
         assert (world.k, world.top_p, world.silent_rate) == (4, 1.0, sod.Config.silent_rate)
+
+
+def test_one_question_is_answered_on_the_screen_and_a_teacher_adds_d_and_w(capsys):
+    question = "Start with 19. Multiply by 7. Subtract it from 82."
+    assert evaluate.main(["--ask", question, "--teacher", str(WORLD / "teacher")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    steps = [line for line in said if line.startswith("step ")]
+    d, w = ([float(x) for x in line.split()[1:]] for line in said[-2:])
+    assert len(steps) == len(d) == len(w) >= 3 and w[0] == 1 and "print(19 * 7)" in steps[0]
+    assert said[1] == "    ->  133" and said[-3] == "ended by answer"
+    for k in range(1, len(d)):
+        assert w[k] == pytest.approx(min(d[0] / max(d[k], 1e-9), 1.2), rel=0.1)
+    assert evaluate.main(["--ask", question, "--max_response", "8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ended by length"
+
+
+@pytest.mark.parametrize("words", [["--teacher", "x"], ["--ask", "q", "--data", "world"]])
+def test_a_teacher_is_for_a_question_and_a_question_needs_no_data(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(words)
+    assert stop.value.code == 2 and "--ask takes a question" in capsys.readouterr().err
