@@ -1782,6 +1782,9 @@ def batch_metrics(agent, iteration, batch, updates):
         "turns": float(np.mean([len(r.turns) for r in rollouts])),
         **call_metrics([turn for r in rollouts for turn in r.turns], len(rollouts)),
         "cut_length": share("length"), "cut_turns": share("turns"),  # shares cut off
+        # Tokens of a response, tool answers included, as a share of max_response
+        "length": float(np.mean([r.response_len for r in rollouts])) / config.max_response,
+        "repeated": repeated_share([turn.ids for r in rollouts for turn in r.turns]),
         "infrastructure": len(batch.rollouts) - len(rollouts),     # lost to the machine
         "grader_errors": sum("grader error" in r.reason for r in rollouts),  # these count as wrong
         "tokens": int(batch.sampled.sum()),                        # sampled
@@ -1799,6 +1802,16 @@ def frac_zero_std_groups(rewards, group_size):
     groups = [row[~row.isnan()] for row in rewards.view(-1, group_size)]
     equal = [float(bool((row == row[0]).all())) for row in groups if len(row) > 1]
     return float(np.mean(equal)) if equal else 0.0
+
+
+def repeated_share(rows, n=8):
+    """Share of the runs of n tokens that stood in the same turn before: what a loop is made of.
+
+    >>> repeated_share([[1, 2, 1, 2, 1], [3, 4, 5]], n=2)
+    0.3333333333333333
+    """
+    runs = [list(zip(*(ids[i:] for i in range(n)))) for ids in rows]
+    return sum(len(r) - len(set(r)) for r in runs) / max(sum(map(len, runs)), 1)
 
 
 def call_metrics(turns, num_rollouts):
@@ -1860,6 +1873,11 @@ WINDOW = 10    # iterations that are looked back upon
 HEALTH = {  # metric: (lowest, highest value without a word, the sentence)
     # Cut rollouts have no answer, and are all wrong alike.
     "cut_length": (0, 0.3, "{:.0%} of rollouts were cut at the token budget: raise --max_response"),
+    "length": (0, 0.7, "responses take {:.0%} of the token budget on average, and longer ones are "
+               "soon cut: raise --max_response"),
+    # To a loop the teacher agrees, token by token: d is small, and says nothing against it.
+    "repeated": (0, 0.1, "{:.0%} of what was sampled repeats its own turn: the student has begun "
+                 "to loop; lower --lr, and see in rollouts.jsonl where"),
     "cut_turns": (0, 0.3, "{:.0%} of rollouts ran out of turns: raise --max_turns"),
     # The outcome advantage of a group that agrees is 0.
     "frac_zero_std_groups": (0, 0.9, "{:.0%} of groups agree, so GRPO learns nothing from them: "

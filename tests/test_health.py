@@ -9,6 +9,7 @@ SOUND = dict(reward=0.1, correct=0.5, frac_zero_std_groups=0.2, kl_estimate=0.5,
              d=0.3, w=0.9,
              teacher_entropy=0.3, w_capped=0.1, d1_near_0=0.1, turns=3.0, tool_calls=2.0,
              tool_fail=0.1, outcomes={"ok": 90, "error": 10}, cut_length=0.02, cut_turns=0.0,
+             length=0.3, repeated=0.01,
              loss=0.1, clip_frac=0.01, grad_norm=1.0, skipped_updates=0, infrastructure=0)
 
 
@@ -18,6 +19,8 @@ def test_nothing_is_said_about_a_sound_iteration():
 
 TROUBLES = [  # metric, value, sentence
     ("cut_length", 0.62, "62% of rollouts were cut at the token budget"),
+    ("length", 0.75, "responses take 75% of the token budget on average"),
+    ("repeated", 0.31, "31% of what was sampled repeats its own turn"),
     ("cut_turns", 0.5, "50% of rollouts ran out of turns: raise --max_turns"),
     ("frac_zero_std_groups", 1.0, "100% of groups agree, so GRPO learns nothing from them"),
     ("w_capped", 0.605, "w is at its cap in 60% of steps"),
@@ -110,6 +113,17 @@ def test_calls_are_counted_by_outcome_and_failures_and_cuts_have_their_shares():
     assert m["outcomes"] == {"error": 6, "timeout": 4, "ok": 2} and m["tool_calls"] == 2
     assert m["tool_fail"] == 10 / 12 and m["cut_length"] == 2 / 6
     assert set(sod.health([m])) == {"tool_fail", "cut_length"}
+
+
+def test_loops_and_long_responses_have_their_shares():
+    batch = [rollout([("ok", "7")], correct=i % 2 == 0) for i in range(4)]
+    batch[0].turns[0].ids = [5, 6] * 14  # 21 runs of 8 tokens, of which two are new
+    batch[1].turns[0].ids = list(range(30))
+    m = metrics(batch, None, method="grpo")
+    new = sum(max(len(turn.ids) - 7, 0) for r in batch for turn in r.turns)
+    assert m["repeated"] == 19 / new and "repeated" in sod.health([m])
+    mean = sum(r.response_len for r in batch) / 4
+    assert m["length"] == mean / sod.Config.max_response
 
 
 @pytest.mark.parametrize("options, topics", [
