@@ -36,8 +36,10 @@ from __future__ import annotations
 
 import ast
 import atexit
+import base64
 import collections
 import contextlib
+import csv
 import ctypes
 import errno
 import fcntl
@@ -50,6 +52,7 @@ import json
 import linecache
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -69,6 +72,7 @@ import time
 import traceback
 import types
 import warnings
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
@@ -716,7 +720,7 @@ class Problem:
 
 
 def load_problems(path):
-    """Every problem of a .jsonl or .json file, in order.
+    """Every problem of a .jsonl, .json, .csv or .parquet file, in order.
 
     The columns of a row say how it is read, so a file may mix benchmarks:
 
@@ -724,6 +728,8 @@ def load_problems(path):
         question, answer "... #### 42"                           GSM8K
         problem, answer or solution                              AIME, MATH-500
         prompt, reward_model.ground_truth, data_source           Open-AgentRL
+        question, correct answer, incorrect answer 1 to 3        GPQA
+        question_content, public_test_cases                      LiveCodeBench
 
     Messages are asked up to their last user turn, with the worked examples before it; a solution
     after that turn is left out.
@@ -732,15 +738,11 @@ def load_problems(path):
     backslashes from LaTeX they are put back, and a warning counts the rows.
     """
     path = Path(path)
-    return read_problems(path, read_json(path, read_text(path)), read_general)
+    return read_problems(path, read_rows(path))
 
 
-def read_problems(path, rows, read_row):
-    """The Problem of each (line number, row) of a file.
-
-    read_row  takes a row, its column names in lower case, and returns a Problem; it raises
-              ValueError where something is missing
-    """
+def read_problems(path, rows):
+    """The Problem of each (line number, row) of a file."""
     problems, mended = [], []
     for line, row in rows:
         restored = restore_latex(row)
@@ -773,12 +775,12 @@ def naming_the_line(path, line):
 
 
 def load_demonstrations(path):
-    """[(Problem, turns), ...] from JSON lines whose "messages" hold whole conversations.
+    """[(Problem, turns), ...] from rows whose "messages" hold whole conversations.
 
     The problem keeps what `read_messages` calls the prompt, `turns` are the solution.
     """
     path, pairs = Path(path), []
-    for line, row in read_json(path, read_text(path)):
+    for line, row in read_rows(path):
         with naming_the_line(path, line):
             prompt, turns = read_messages(row)
             if not turns:
@@ -823,6 +825,43 @@ def read_turn(message):
         raise UserError(f"found the turn {message!r:.80}; needed the role system, user, assistant "
                         "or tool, and as its content one text, in which calls are markup.")
     return {"role": message["role"], "content": message["content"]}
+
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(path):
+    """(line number, row) for each row of a file; in parquet the number of the row."""
+    if path.suffix == ".parquet" and path.is_file():
+        return enumerate(read_parquet(path), start=1)
+    text = read_text(path, SUFFIXES)
+    return read_csv(path, text) if path.suffix == ".csv" else read_json(path, text)
+
+
+def read_csv(path, text):
+    """Yield (number of the row's last line, row)."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"the row has not the header's {len(reader.fieldnames)} cells")
+            yield reader.line_num, row
+    except csv.Error as fault:
+        raise UserError(f"{path}, line {reader.line_num}: found broken CSV ({fault}); check the "
+                        "quotes, or fetch the file again.") from fault
+
+
+def read_parquet(path):
+    """Rows as plain dicts. This needs pyarrow, which is not among the requirements."""
+    try:
+        from pyarrow import parquet
+    except ImportError as fault:
+        raise UserError(f"{path}: found parquet, and pyarrow is not installed; run `pip install "
+                        "pyarrow`, or convert the file to .jsonl elsewhere.") from fault
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as fault:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"{path}: found broken parquet ({fault}); fetch the file again.") from fault
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
@@ -884,6 +923,65 @@ def restore_latex(row):
         return (LOST_BACKSLASH.sub(lambda lost: json.dumps(lost[0])[1:-1], value)
                 if isinstance(value, str) else value)
     return {name: restore(value) for name, value in row.items()}
+
+
+def read_row(row):
+    """The Problem of a row. Its columns, in lower case, say which benchmark it is from. Raises
+    ValueError where something is missing."""
+    if "correct answer" in row:
+        return read_gpqa(row)
+    return read_livecodebench(row) if "question_content" in row else read_general(row)
+
+
+def read_gpqa(row):
+    """The order of the four options is drawn with the question as the seed, so that it is the same
+    in every run and on any machine."""
+    names = ["correct answer", *(f"incorrect answer {number}" for number in (1, 2, 3))]
+    options = [first_text(row, name).strip() for name in names]
+    question = first_text(row, "question").strip()
+    if not question or not all(options):
+        raise UserError("found an empty cell; needed a question and four options; fetch it again.")
+    order = random.Random(question).sample(range(4), 4)
+    listed = "\n".join(f"{letter}) {options[index]}" for letter, index in zip("ABCD", order))
+    question += f"\n\n{listed}\n\nGive the letter of the right option in \\boxed{{}}."
+    return Problem(question, "ABCD"[order.index(0)], "choice", id=first_text(row, "record id"))
+
+
+def read_livecodebench(row):
+    """A program to write. It is graded by the public and the private tests; where the row has
+    starter code, this is part of the question."""
+    function = json.loads(row.get("metadata") or "{}").get("func_name", "")
+    tests = [test for name in ("public_test_cases", "private_test_cases")
+             for test in read_tests(unpack(row.get(name)), function)]
+    if not tests:
+        raise UserError("found no test cases; needed public_test_cases or private_test_cases.")
+    task = "Write a Python program that reads from standard input and prints the answer."
+    if starter := first_text(row, "starter_code"):
+        task = f"Complete this code:\n```python\n{starter.rstrip()}\n```"
+    task += "\nGive the whole program in one ```python block."
+    return Problem(f"{row['question_content']}\n\n{task}", "", "program", tests=tests,
+                   id=first_text(row, "question_id"))
+
+
+def unpack(packed):
+    """Test cases from JSON, or from JSON pickled, in zlib, in base64, as in the official files."""
+    if not isinstance(packed, str) or not packed.strip():
+        return packed
+    if packed.lstrip()[0] in "[{":
+        return json.loads(packed)
+    try:
+        data = zlib.decompress(base64.b64decode(packed, validate=True))
+        return json.loads(TextOnly(io.BytesIO(data)).load())
+    except Exception as fault:  # a hostile pickle can raise any exception
+        raise UserError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
+                        "pickled JSON string in zlib in base64; fetch the file again.") from fault
+
+
+class TextOnly(pickle.Unpickler):
+    """Unpickles plain data. A pickle that names a class or function, to call it, is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
 
 
 def read_general(row):

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,6 +128,31 @@ def test_json_arrays_and_byte_order_marks_are_read(tmp_path):
     path.write_text(json.dumps([{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}],
                                indent=1), encoding="utf-8-sig")
     assert [p.id for p in load_problems(path)] == ["set-1", "set-2"]
+
+
+def test_csv_and_the_parquet_of_the_hub_are_read_as_json_lines_are(tmp_path, parquet):
+    (tmp_path / "set.csv").write_text('question,answer\n"1,\n2?",7\n')
+    (problem,) = load_problems(tmp_path / "set.csv")
+    assert (problem.question, problem.answer, problem.id) == ("1,\n2?", "7", "set-3")
+    path = parquet({"question": "Eggs?", "answer": "16 - 7 = <<16-7=9>>9\n#### 1,009"})
+    assert [(p.question, p.answer) for p in load_problems(path)] == [("Eggs?", "1,009")]
+    ((problem, solution),) = load_demonstrations(parquet({"messages": turns("ua")}))
+    assert (problem.question, solution) == ("0", turns("ua")[1:])
+
+
+def test_parquet_without_pyarrow_and_broken_parquet_are_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "set.parquet"
+    path.write_bytes(b"PAR1")
+
+    def broken(path):
+        raise ValueError("no footer")
+    for module, message in ((None, "pip install pyarrow.*convert"),
+                            (SimpleNamespace(parquet=SimpleNamespace(read_table=broken)),
+                             "found broken parquet .no footer.; fetch")):
+        monkeypatch.setitem(sys.modules, "pyarrow", module)
+        for load in (load_problems, load_demonstrations):
+            with pytest.raises(tools.UserError, match=f"set.parquet: .*{message}"):
+                load(path)
 
 
 GOOD = {"question": "a", "answer": "1"}
