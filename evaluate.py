@@ -116,8 +116,8 @@ def find_file(data, folder):
     for path in [*(Path(f"{place}{suffix}") for suffix in tools.SUFFIXES), place / benchmark.file]:
         if path.exists():
             return path
-    raise UserError(f"found no file {place} with an ending {', '.join(tools.SUFFIXES)}; put it there, or "
-                    f"fetch it: hf download {benchmark.repo} {benchmark.file} --repo-type dataset "
+    raise UserError(f"found no file {place} with an ending {', '.join(tools.SUFFIXES)}; put it "
+                    f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} --repo-type dataset "
                     f"--local-dir {place}")
 
 

@@ -62,6 +62,7 @@ import shutil
 import signal
 import site
 import socket
+import string
 import struct
 import subprocess
 import sys
@@ -584,7 +585,9 @@ def without_blanks(text):
 
 # "C", "(C)", "C) 5 cm", "option C"; not "A, C" and not "(A) (C)".
 CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
-                    r"(?:[).:](?! ?(?:,|\(|[A-Z][).:])).*)?", re.IGNORECASE)
+                    r"(?:[).:](?! ?(?:,|\(|[A-Z][).:]))(.*))?", re.IGNORECASE)
+# The letter before an option: "A)", "(A)", "**A.**", "a:"; not "f(A)".
+OPTION = re.compile(r"(?:(?<!\w)\(|(?<![\w(]))([A-Z])\W{0,2}?[).:][}*]*", re.IGNORECASE)
 
 
 def grade_choice(final_turn, letter):
@@ -598,8 +601,41 @@ def grade_choice(final_turn, letter):
 
 
 def chosen_letter(turn):
-    found = CHOICE.fullmatch(clean((last_boxed(turn) or "")[:MAX_ANSWER]))
-    return found[1].upper() if found else None
+    return read_choice(last_boxed(turn) or "")[0]
+
+
+def read_choice(text):
+    """(letter, text after it) of an answer that names one option, else (None, "").
+
+    >>> read_choice("(c) 5 cm"), read_choice("A and C")
+    (('C', ' 5 cm'), (None, ''))
+    """
+    found = CHOICE.fullmatch(clean(text[:MAX_ANSWER]))
+    return (found[1].upper(), found[2] or "") if found else (None, "")
+
+
+def listed_options(question):
+    """{letter: text up to the next letter} of the options that a question lists, each on a line of
+    its own or all on one line; {} where there are less than two.
+
+    >>> listed_options("Which one? (A) 1 (B) 2")
+    {'A': ' 1 ', 'B': ' 2'}
+    """
+    marks = []
+    for mark in OPTION.finditer(question):
+        if len(marks) == 1 and mark[1].upper() == "A":
+            marks = []  # "Vitamin A. Which one? A) 1 B) 2"
+        if mark[1].upper() == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    return {mark[1].upper(): question[mark.end():end]
+            for mark, end in zip(marks, ends) if len(marks) > 1}
+
+
+def begins(text, start):
+    """Does a text begin with another one, whatever their blanks, capitals and LaTeX?"""
+    text, start = (without_blanks(clean(one[:MAX_ANSWER])).casefold() for one in (text, start))
+    return text.startswith(start)
 
 
 # --- Graders: programs --------------------------------------------------------------------------
@@ -730,6 +766,7 @@ def load_problems(path):
         prompt, reward_model.ground_truth, data_source           Open-AgentRL
         question, correct answer, incorrect answer 1 to 3        GPQA
         question_content, public_test_cases                      LiveCodeBench
+        question, choices, answer (place from 0, or letter)      MMLU; also options, or A, B, ...
 
     Messages are asked up to their last user turn, with the worked examples before it; a solution
     after that turn is left out.
@@ -942,9 +979,13 @@ def read_gpqa(row):
     if not question or not all(options):
         raise UserError("found an empty cell; needed a question and four options; fetch it again.")
     order = random.Random(question).sample(range(4), 4)
-    listed = "\n".join(f"{letter}) {options[index]}" for letter, index in zip("ABCD", order))
-    question += f"\n\n{listed}\n\nGive the letter of the right option in \\boxed{{}}."
+    question = with_options(question, [options[index] for index in order])
     return Problem(question, "ABCD"[order.index(0)], "choice", id=first_text(row, "record id"))
+
+
+def with_options(question, options):
+    listed = "\n".join(f"{letter}) {text}" for letter, text in zip(string.ascii_uppercase, options))
+    return f"{question}\n\n{listed}\n\nGive the letter of the right option in \\boxed{{}}."
 
 
 def read_livecodebench(row):
@@ -999,11 +1040,20 @@ def read_general(row):
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     tests = read_tests(row.get("tests") or hidden_tests(truth))
     answer = "" if tests else read_answer(row, truth)
+    kind = row.get("kind") or ("program" if tests else "")
+    if options := [] if kind in ("math", "program") else read_options(row, answer):
+        answer = right_letter(truth if row.get("answer") is None else row["answer"], options)
+        listed = listed_options(question).values()  # the question may show its options already
+        if len(listed) != len(options) or not all(map(begins, listed, options)):
+            question = with_options(question, options)
+            messages = messages and [*messages[:-1], {**messages[-1], "content": question}]
     if not answer and not tests:
         raise UserError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
                         "reward_model.ground_truth or tests; without one nothing can be graded.")
     source = first_text(row, "data_source", "source")
-    kind = row.get("kind") or ("program" if tests else guess_kind(question, answer))
+    if letter := chosen_option(question, answer, "choice" if options else kind):
+        answer, kind = letter, "choice"
+    kind = kind or "math"
     if kind not in ("math", "choice", "program") or kind == "program" and not tests:
         raise UserError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
                         "math, choice or program, and tests with program.")
@@ -1034,10 +1084,45 @@ def read_answer(row, truth):
     return (last_boxed(solution) or solution.rpartition("####")[2]).strip()
 
 
-def guess_kind(question, answer):
-    """A lone letter is a choice if the question lists options, and an unknown of algebra if not."""
-    options = re.search(r"^\W{0,3}B\W{0,2}[).:]", question, re.MULTILINE)
-    return "choice" if re.fullmatch(r"\(?[A-J]\)?", answer) and options else "math"
+def read_options(row, answer):
+    """The options that a row of multiple choice has in a list, or in columns A, B and so on; []
+    where it has none. Such columns count only if the answer is a letter."""
+    value = next((row[name] for name in ("choices", "options")
+                  if row.get(name) and row[name] == row[name]), None)  # nan: see first_text
+    if value is None:
+        columns = itertools.takewhile(lambda name: first_text(row, name), string.ascii_lowercase)
+        options = [first_text(row, name).strip() for name in columns]
+        return options if len(options) > 1 and read_choice(answer)[0] else []
+    options = [first_text({"": option}, "").strip()
+               for option in (value if isinstance(value, list) else [])]
+    if not 2 <= len(options) <= 26 or not all(options):
+        raise UserError(f"found the choices {value!r:.80}; needed a list of 2 to 26 texts; convert "
+                        "them, or delete the column if the question shows them.")
+    return options
+
+
+def right_letter(answer, options):
+    """The letter of the right one of these options, of which the answer is the place or letter."""
+    letter, text = read_choice(answer) if isinstance(answer, str) else (None, "")
+    place = ord(letter) - ord("A") if letter else answer if type(answer) is int else -1
+    if not 0 <= place < len(options) or not begins(options[place], text):
+        last = len(options) - 1
+        raise UserError(f"found the answer {answer!r:.80} to {len(options)} choices; needed the "
+                        f"place of the right one, a number from 0 to {last}, or its letter, A to "
+                        f"{string.ascii_uppercase[last]}.")
+    return string.ascii_uppercase[place]
+
+
+def chosen_option(question, answer, kind):
+    """The letter that an answer such as c, (C) or "C. 5" names among the options of a question;
+    "" for another answer. Without options a lone letter is an unknown of algebra."""
+    letter, text = read_choice(answer)
+    if kind == "choice" and not letter:
+        raise UserError(f"found the kind choice and the answer {answer!r:.80}; needed the letter "
+                        "of an option.")
+    options = listed_options(question) if letter and not kind else {}
+    right = kind == "choice" or letter in options and begins(options[letter], text)
+    return letter if right else ""
 
 
 def read_level(row):

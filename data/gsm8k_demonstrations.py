@@ -3,8 +3,8 @@
     python data/gsm8k_demonstrations.py train.jsonl demonstrations.jsonl
     python data/gsm8k_demonstrations.py train.jsonl demonstrations.jsonl --rows 400 --slips 0.2
 
-The first file is GSM8K's training half: train.jsonl, in grade_school_math/data of
-github.com/openai/grade-school-math, or the same rows as parquet (which needs pyarrow), from the Hub:
+The first file is GSM8K's training half: train.jsonl of github.com/openai/grade-school-math, in
+grade_school_math/data, or the same rows as parquet (which needs pyarrow), from the Hub:
 
     hf download openai/gsm8k main/train-00000-of-00001.parquet --repo-type dataset --local-dir gsm8k
 

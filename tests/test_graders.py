@@ -379,4 +379,4 @@ def test_a_megabyte_of_output_is_compared_in_time():
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=5)
+    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=7)
