@@ -117,8 +117,8 @@ def find_file(data, folder):
         if path.exists():
             return path
     raise UserError(f"found no file {place} with an ending {', '.join(tools.SUFFIXES)}; put it "
-                    f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} --repo-type dataset "
-                    f"--local-dir {place}")
+                    f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} "
+                    f"--repo-type dataset --local-dir {place}")
 
 
 def load_benchmark(data, config):
@@ -133,7 +133,7 @@ def load_benchmark(data, config):
         rows = [row for row in rows if first <= str(row[1].get("contest_date"))[:7] <= last]
         print(f"{len(rows)} of {benchmark.rows} problems of {data} are dated {first} to {last}",
               file=sys.stderr)
-    problems = tools.read_problems(path, rows)
+    problems = tools.read_problems(path, rows, sod.call_form(config.calls, config.tools))
     repeated = [name for name, times in Counter(p.id for p in problems).items() if times > 1]
     if repeated:
         raise UserError(f"{path}: the id {repeated[0]} stands in several rows; ids tell problems "

@@ -142,7 +142,11 @@ class HermesCalls:
 
     def render(self, code):
         """The text of a turn that calls the interpreter, as a model of this family writes it."""
-        call = {"name": TOOL_NAME, "arguments": {"code": code}}
+        return self.render_call(TOOL_NAME, {"code": code})
+
+    def render_call(self, name, arguments):
+        """The same for any tool."""
+        call = {"name": name, "arguments": arguments}
         return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
     def answer(self, text):
@@ -224,6 +228,12 @@ class PythonCalls:
 
     def render(self, code):
         return f"```python\n{code}\n```"
+
+    def render_call(self, name, arguments):
+        if name == TOOL_NAME:
+            return self.render(arguments["code"])
+        named = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+        return self.render(f"print({name}({named}))")
 
     def answer(self, text):
         """The fence is longer than any in the text, so that this cannot end the block."""
@@ -755,7 +765,7 @@ class Problem:
     difficulty: int = 0                         # 1 is easy, 0 is unknown
 
 
-def load_problems(path):
+def load_problems(path, calls=HERMES):
     """Every problem of a .jsonl, .json, .csv or .parquet file, in order.
 
     The columns of a row say how it is read, so a file may mix benchmarks:
@@ -769,23 +779,25 @@ def load_problems(path):
         question, choices, answer (place from 0, or letter)      MMLU; also options, or A, B, ...
 
     Messages are asked up to their last user turn, with the worked examples before it; a solution
-    after that turn is left out.
+    after that turn is left out. Where a call stands beside its turn, in tool_calls, it becomes the
+    text that `calls` writes.
 
     Raises UserError, one sentence with file, line, what was found and what to do. Where JSON took
     backslashes from LaTeX they are put back, and a warning counts the rows.
     """
     path = Path(path)
-    return read_problems(path, read_rows(path))
+    return read_problems(path, read_rows(path), calls)
 
 
-def read_problems(path, rows):
+def read_problems(path, rows, calls=HERMES):
     """The Problem of each (line number, row) of a file."""
     problems, mended = [], []
     for line, row in rows:
         restored = restore_latex(row)
         mended += [str(line)] * (restored != row)
         with naming_the_line(path, line):
-            problem = read_row({str(name).strip().lower(): restored[name] for name in row})
+            row = {str(name).strip().lower(): restored[name] for name in row}
+            problem = read_row(row, calls)
             if problem.kind == "math" and not agree(problem.answer, problem.answer):
                 raise UserError(f"found the answer {problem.answer!r:.80}, to which no answer is "
                                 "equal, not even itself; mend it.")
@@ -811,7 +823,7 @@ def naming_the_line(path, line):
                         f"than its name promises ({fault}); mend it.") from fault
 
 
-def load_demonstrations(path):
+def load_demonstrations(path, calls=HERMES):
     """[(Problem, turns), ...] from rows whose "messages" hold whole conversations.
 
     The problem keeps what `read_messages` calls the prompt, `turns` are the solution.
@@ -819,7 +831,7 @@ def load_demonstrations(path):
     path, pairs = Path(path), []
     for line, row in read_rows(path):
         with naming_the_line(path, line):
-            prompt, turns = read_messages(row)
+            prompt, turns = read_messages(row, calls)
             if not turns:
                 raise UserError("found no conversation; needed \"messages\", a list of turns "
                                 "with an assistant turn at its end.")
@@ -833,7 +845,7 @@ def load_demonstrations(path):
 CONVERSATION = re.compile("s?(?:u+(?:at)*a)*u+((?:at)*a)?")
 
 
-def read_messages(row):
+def read_messages(row, calls):
     """(prompt, solution): a row's turns up to its last user turn, and those after it.
 
     The prompt may hold worked examples; the solution is empty where the row ends with its
@@ -842,7 +854,7 @@ def read_messages(row):
     messages = row.get("messages") or row.get("prompt")
     if not isinstance(messages, list):
         return None, []
-    turns = [read_turn(message) for message in messages]
+    turns = [read_turn(message, calls) for message in messages]
     roles = [turn["role"] for turn in turns]
     found = CONVERSATION.fullmatch("".join(role[0] for role in roles))
     if not found:
@@ -854,14 +866,48 @@ def read_messages(row):
     return turns[:end], turns[end:]
 
 
-def read_turn(message):
-    """One turn as text, in which a call stands as Hermes markup."""
+def read_turn(message, calls):
+    """One turn as text, in which a call stands as the model is to write it."""
+    if (isinstance(message, dict) and message.get("role") == "assistant"
+            and isinstance(message.get("tool_calls"), list) and message["tool_calls"]):
+        message = {**message, "content": with_call(message, calls), "tool_calls": None}
     if (not isinstance(message, dict) or not isinstance(message.get("content"), str)
             or message.get("role") not in ("system", "user", "assistant", "tool")
             or message.get("tool_calls")):
         raise UserError(f"found the turn {message!r:.80}; needed the role system, user, assistant "
-                        "or tool, and as its content one text, in which calls are markup.")
+                        "or tool, and as its content one text, in which calls are markup, or "
+                        "a list tool_calls in an assistant turn.")
     return {"role": message["role"], "content": message["content"]}
+
+
+def with_call(message, calls):
+    """The text of an assistant turn and of the call beside it, which OpenAI's API keeps apart:
+
+    {"content": "I ask." or None,
+     "tool_calls": [{"function": {"name": "f", "arguments": an object, or its JSON}}]}
+    """
+    known = {tool.name: tool.schema["function"]["parameters"]["properties"] for tool in calls.known}
+    try:
+        (call,) = message["tool_calls"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        fits = set(arguments) <= set(known[name]) and (
+            name != TOOL_NAME or isinstance(arguments["code"], str))
+    except (ValueError, TypeError, KeyError):
+        fits = False
+    if not fits or not isinstance(arguments, dict):
+        raise UserError(f"found the calls {message['tool_calls']!r:.160}; needed one call a turn, "
+                        f"of {' or '.join(known)}, with the name of a tool and its arguments as "
+                        "an object or as JSON; give the tool by --tools, or delete the row.")
+    written = calls.render_call(name, arguments)
+    text = "\n".join(filter(None, [message.get("content"), written]))
+    read = calls.parse(text)
+    # The mark of a call, in the words before it or in the program, would be read as its own.
+    if (not read or read.fault or read != calls.parse(written)
+            or name == TOOL_NAME and arguments["code"] not in read.code):
+        raise UserError(f"found a turn that would be read as another call once its call is written "
+                        f"as {calls.render('...')!r}; take that mark out of its text or program.")
+    return text
 
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -962,12 +1008,12 @@ def restore_latex(row):
     return {name: restore(value) for name, value in row.items()}
 
 
-def read_row(row):
+def read_row(row, calls):
     """The Problem of a row. Its columns, in lower case, say which benchmark it is from. Raises
     ValueError where something is missing."""
     if "correct answer" in row:
         return read_gpqa(row)
-    return read_livecodebench(row) if "question_content" in row else read_general(row)
+    return read_livecodebench(row) if "question_content" in row else read_general(row, calls)
 
 
 def read_gpqa(row):
@@ -1025,9 +1071,9 @@ class TextOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
 
 
-def read_general(row):
+def read_general(row, calls):
     """The Problem of a row of GSM8K, AIME, MATH-500, Open-AgentRL or this project."""
-    messages, _ = read_messages(row)
+    messages, _ = read_messages(row, calls)
     question = first_text(row, "question", "problem", "prompt")
     if messages and question.strip() not in messages[-1]["content"]:
         raise UserError(f"found the question {question!r:.80} and messages whose last user turn "

@@ -104,7 +104,7 @@ def test_options_in_columns_are_shown_in_the_question_as_those_of_gpqa_are(tmp_p
     ({"choices": "3, 4, 5", "answer": 2}, "the choices '3, 4, 5'; needed a list of 2 to 26 texts"),
     ({"choices": {"text": ["3", "4"]}, "answer": 1}, "the choices .*convert"),
     ({"choices": ["3", ""], "answer": 1}, "the choices "), ({"choices": ["3"]}, "the choices "),
-    ({"choices": None, "kind": "choice", "answer": "5"}, "the kind choice and the answer '5'; need"),
+    ({"choices": None, "kind": "choice", "answer": "5"}, "the kind choice and the answer '5'"),
 ])
 def test_choices_that_cannot_be_read_are_one_sentence(tmp_path, row, message):
     with pytest.raises(tools.UserError, match=f"line 1: found {message}"):
