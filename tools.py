@@ -429,7 +429,7 @@ def same_answer(answer, truth):
     """True if two short LaTeX strings name the same number, product, set, tuple, interval or text.
 
     A unit counts only where both sides have one. 50% equals 50, because a question that asks "what
-    percent" has 50 as its truth. There is no algebra: 2+3x and 3x+2 are two texts.
+    percent" has 50 as its truth, and 0.5, which it is; but 50 does not equal 0.5. There is no algebra: 2+3x and 3x+2 are two texts.
 
     >>> same_answer(r"\\frac{1}{2}", ".5"), same_answer("2, 1", r"\\{1,2\\}")
     (True, True)
@@ -441,7 +441,15 @@ def same_answer(answer, truth):
         a, t = NAMED.sub(r"\1", a).strip(), NAMED.sub(r"\1", t).strip()
     read = measured if measured(a) and measured(t) else canonical  # is 1,234 a number or a list?
     x, y, bare_x, bare_y = read(a), read(t), read(a, False), read(t, False)
-    return bool(a) and (x == y or bare_x == bare_y and (x == bare_x or y == bare_y))
+    return bool(a) and (x == y or bare_x == bare_y and (x == bare_x or y == bare_y)
+                        or percent_as_number(x) == percent_as_number(y))
+
+
+def percent_as_number(value):
+    """What `measured` returns for 25% as what it returns for 0.25; any other value as it is."""
+    if isinstance(value, tuple) and isinstance(value[0], Fraction) and value[3] == "%":
+        return value[0] / 100, *value[1:3], ""
+    return value
 
 
 def clean(text):
