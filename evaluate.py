@@ -18,16 +18,11 @@ Notation
     score       share of correct samples of one problem
 """
 import argparse
-import base64
-import csv
 import hashlib
 import html
-import io
 import json
 import math
 import os
-import pickle
-import random
 import re
 import sys
 import zlib
@@ -107,7 +102,6 @@ BENCHMARKS = {
     "gsm8k": Benchmark(1319, "openai/gsm8k", "main/test-00000-of-00001.parquet"),
     "math500": Benchmark(500, "HuggingFaceH4/MATH-500", "test.jsonl"),
 }
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def find_file(data, folder):
@@ -120,18 +114,18 @@ def find_file(data, folder):
                             + ", ".join(BENCHMARKS))
         return Path(data)
     benchmark, place = BENCHMARKS[data], Path(folder) / data
-    for path in [*(Path(f"{place}{suffix}") for suffix in SUFFIXES), place / benchmark.file]:
+    for path in [*(Path(f"{place}{suffix}") for suffix in tools.SUFFIXES), place / benchmark.file]:
         if path.exists():
             return path
-    raise UserError(f"found no file {place} with an ending {', '.join(SUFFIXES)}; put it there, or "
-                    f"fetch it: hf download {benchmark.repo} {benchmark.file} --repo-type dataset "
-                    f"--local-dir {place}")
+    raise UserError(f"found no file {place} with an ending {', '.join(tools.SUFFIXES)}; put it "
+                    f"there, or fetch it: hf download {benchmark.repo} {benchmark.file} "
+                    f"--repo-type dataset --local-dir {place}")
 
 
 def load_benchmark(data, config):
     """The problems of a benchmark or a file. The number of rows of a benchmark is checked."""
     path, benchmark = find_file(data, config.benchmarks), BENCHMARKS.get(data)
-    rows = list(read_rows(path))
+    rows = list(tools.read_rows(path))
     if benchmark and len(rows) != benchmark.rows:
         raise UserError(f"{path}: found {len(rows)} of {benchmark.rows} problems; the file is "
                         "truncated or another one, fetch it again.")
@@ -140,105 +134,12 @@ def load_benchmark(data, config):
         rows = [row for row in rows if first <= str(row[1].get("contest_date"))[:7] <= last]
         print(f"{len(rows)} of {benchmark.rows} problems of {data} are dated {first} to {last}",
               file=sys.stderr)
-    problems = tools.read_problems(path, rows, read_row)
+    problems = tools.read_problems(path, rows, sod.call_form(config.calls, config.tools))
     repeated = [name for name, times in Counter(p.id for p in problems).items() if times > 1]
     if repeated:
         raise UserError(f"{path}: the id {repeated[0]} stands in several rows; ids tell problems "
                         "apart, so make them unique or delete the column.")
     return problems[:config.limit or None]
-
-
-# --- Files to rows, rows to problems -----------------------------------------------------------
-
-
-def read_rows(path):
-    """(line number, row) for each row of a file; in parquet the number of the row."""
-    if path.suffix == ".parquet" and path.exists():
-        return enumerate(read_parquet(path), start=1)
-    text = tools.read_text(path, SUFFIXES)
-    return read_csv(path, text) if path.suffix == ".csv" else tools.read_json(path, text)
-
-
-def read_csv(path, text):
-    """Yield (number of the row's last line, row)."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise csv.Error(f"the row has not the header's {len(reader.fieldnames)} cells")
-            yield reader.line_num, row
-    except csv.Error as fault:
-        raise UserError(f"{path}, line {reader.line_num}: found broken CSV ({fault}); check the "
-                        "quotes, or fetch the file again.") from fault
-
-
-def read_parquet(path):
-    """Rows as plain dicts. This needs pyarrow, which is not among the requirements."""
-    try:
-        from pyarrow import parquet
-    except ImportError as fault:
-        raise UserError(f"{path}: found parquet, and pyarrow is not installed; run `pip install "
-                        "pyarrow`, or convert the file to .jsonl elsewhere.") from fault
-    return parquet.read_table(path).to_pylist()
-
-
-def read_row(row):
-    """The Problem of a row. Its columns, in lower case, say which benchmark it is from."""
-    if "correct answer" in row:
-        return read_gpqa(row)
-    return read_livecodebench(row) if "question_content" in row else tools.read_general(row)
-
-
-def read_gpqa(row):
-    """The order of the four options is drawn with the question as the seed, so that it is the same
-    in every run and on any machine."""
-    names = ["correct answer", *(f"incorrect answer {number}" for number in (1, 2, 3))]
-    options = [tools.first_text(row, name).strip() for name in names]
-    question = tools.first_text(row, "question").strip()
-    if not question or not all(options):
-        raise UserError("found an empty cell; needed a question and four options; fetch it again.")
-    order = random.Random(question).sample(range(4), 4)
-    listed = "\n".join(f"{letter}) {options[index]}" for letter, index in zip("ABCD", order))
-    question += f"\n\n{listed}\n\nGive the letter of the right option in \\boxed{{}}."
-    return tools.Problem(question, "ABCD"[order.index(0)], "choice",
-                         id=tools.first_text(row, "record id"))
-
-
-def read_livecodebench(row):
-    """A program to write. It is graded by the public and the private tests; where the row has
-    starter code, this is part of the question."""
-    function = json.loads(row.get("metadata") or "{}").get("func_name", "")
-    tests = [test for name in ("public_test_cases", "private_test_cases")
-             for test in tools.read_tests(unpack(row.get(name)), function)]
-    if not tests:
-        raise UserError("found no test cases; needed public_test_cases or private_test_cases.")
-    task = "Write a Python program that reads from standard input and prints the answer."
-    if starter := tools.first_text(row, "starter_code"):
-        task = f"Complete this code:\n```python\n{starter.rstrip()}\n```"
-    task += "\nGive the whole program in one ```python block."
-    return tools.Problem(f"{row['question_content']}\n\n{task}", "", "program", tests=tests,
-                         id=tools.first_text(row, "question_id"))
-
-
-def unpack(packed):
-    """Test cases from JSON, or from JSON pickled, in zlib, in base64, as in the official files."""
-    if not isinstance(packed, str) or not packed.strip():
-        return packed
-    if packed.lstrip()[0] in "[{":
-        return json.loads(packed)
-    try:
-        data = zlib.decompress(base64.b64decode(packed, validate=True))
-        return json.loads(TextOnly(io.BytesIO(data)).load())
-    except Exception as fault:  # a hostile pickle can raise any exception
-        raise UserError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
-                        "pickled JSON string in zlib in base64; fetch the file again.") from fault
-
-
-class TextOnly(pickle.Unpickler):
-    """Unpickles plain data. A pickle that names a class or function, to call it, is refused."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
 
 
 # --- Metrics: one number from graded samples, and which of two models is better -----------------

@@ -666,15 +666,16 @@ class Context:
 
 def student_context(config):
     """What the student reads: in training, evaluation and its demonstrations."""
-    return Context(call_form(config.calls, config.tools), config.system,
-                   worked_examples(config.examples))
+    calls = call_form(config.calls, config.tools)
+    return Context(calls, config.system, worked_examples(config.examples, calls))
 
 
 def teacher_context(config):
     """The student's context, with what only the teacher reads in its place or in addition."""
     scorer = METHODS[config.method].scorer
-    return Context(call_form(config.calls, config.tools), config.teacher_system or config.system,
-                   worked_examples(config.teacher_examples or config.examples),
+    calls = call_form(config.calls, config.tools)
+    return Context(calls, config.teacher_system or config.system,
+                   worked_examples(config.teacher_examples or config.examples, calls),
                    scorer if scorer in ("answer", "hint") else "")
 
 
@@ -2324,12 +2325,14 @@ def load_train_set(tokenizer, config, window):
         return []
     if config.method == "sft":
         rows = [encode_demonstration(tokenizer, problem, turns, student_context(config))
-                for problem, turns in tools.load_demonstrations(config.demonstrations)]
+                for problem, turns in tools.load_demonstrations(
+                    config.demonstrations, call_form(config.calls, config.tools))]
         pairs, skipped = fitting([(row, row.ids) for row in rows],
                                  config.max_prompt + config.max_response)
         kept = [row for row, _ in pairs]
     else:
-        kept, skipped = fitting_prompts(tools.load_problems(config.train_data), tokenizer, config)
+        problems = tools.load_problems(config.train_data, call_form(config.calls, config.tools))
+        kept, skipped = fitting_prompts(problems, tokenizer, config)
         if METHODS[config.method].scorer and teacher_context(config) != student_context(config):
             kept, more = fitting_contexts(kept, tokenizer, config, window)
             skipped += more
@@ -2371,19 +2374,19 @@ def load_eval_set(tokenizer, config):
     """The held-out problems that fit the prompt budget, at most eval_problems of them."""
     if not config.eval_data:
         return []
-    problems = tools.load_problems(config.eval_data)[:config.eval_problems]
-    kept, skipped = fitting_prompts(problems, tokenizer, config)
+    problems = tools.load_problems(config.eval_data, call_form(config.calls, config.tools))
+    kept, skipped = fitting_prompts(problems[:config.eval_problems], tokenizer, config)
     if skipped:
         print(f"{skipped} held-out prompts are longer than {config.max_prompt} tokens and skipped")
     return [problem for problem, _ in kept]
 
 
 @functools.lru_cache
-def worked_examples(path):
+def worked_examples(path, calls=tools.HERMES):
     """The turns of a file of worked conversations, which has the form of demonstrations."""
     if not path:
         return ()
-    turns = [turn for problem, solution in tools.load_demonstrations(path)
+    turns = [turn for problem, solution in tools.load_demonstrations(path, calls)
              for turn in [*problem.messages, *solution]]
     if any(turn["role"] == "system" for turn in turns):
         raise UserError(f"{path} holds a system turn; worked examples are read after the system "

@@ -36,8 +36,10 @@ from __future__ import annotations
 
 import ast
 import atexit
+import base64
 import collections
 import contextlib
+import csv
 import ctypes
 import errno
 import fcntl
@@ -50,6 +52,7 @@ import json
 import linecache
 import math
 import os
+import pickle
 import platform
 import random
 import re
@@ -59,6 +62,7 @@ import shutil
 import signal
 import site
 import socket
+import string
 import struct
 import subprocess
 import sys
@@ -69,6 +73,7 @@ import time
 import traceback
 import types
 import warnings
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
@@ -137,7 +142,11 @@ class HermesCalls:
 
     def render(self, code):
         """The text of a turn that calls the interpreter, as a model of this family writes it."""
-        call = {"name": TOOL_NAME, "arguments": {"code": code}}
+        return self.render_call(TOOL_NAME, {"code": code})
+
+    def render_call(self, name, arguments):
+        """The same for any tool."""
+        call = {"name": name, "arguments": arguments}
         return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
     def answer(self, text):
@@ -219,6 +228,12 @@ class PythonCalls:
 
     def render(self, code):
         return f"```python\n{code}\n```"
+
+    def render_call(self, name, arguments):
+        if name == TOOL_NAME:
+            return self.render(arguments["code"])
+        named = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+        return self.render(f"print({name}({named}))")
 
     def answer(self, text):
         """The fence is longer than any in the text, so that this cannot end the block."""
@@ -414,7 +429,7 @@ def same_answer(answer, truth):
     """True if two short LaTeX strings name the same number, product, set, tuple, interval or text.
 
     A unit counts only where both sides have one. 50% equals 50, because a question that asks "what
-    percent" has 50 as its truth. There is no algebra: 2+3x and 3x+2 are two texts.
+    percent" has 50 as its truth, and 0.5, which it is; but 50 does not equal 0.5. There is no algebra: 2+3x and 3x+2 are two texts.
 
     >>> same_answer(r"\\frac{1}{2}", ".5"), same_answer("2, 1", r"\\{1,2\\}")
     (True, True)
@@ -426,7 +441,15 @@ def same_answer(answer, truth):
         a, t = NAMED.sub(r"\1", a).strip(), NAMED.sub(r"\1", t).strip()
     read = measured if measured(a) and measured(t) else canonical  # is 1,234 a number or a list?
     x, y, bare_x, bare_y = read(a), read(t), read(a, False), read(t, False)
-    return bool(a) and (x == y or bare_x == bare_y and (x == bare_x or y == bare_y))
+    return bool(a) and (x == y or bare_x == bare_y and (x == bare_x or y == bare_y)
+                        or percent_as_number(x) == percent_as_number(y))
+
+
+def percent_as_number(value):
+    """What `measured` returns for 25% as what it returns for 0.25; any other value as it is."""
+    if isinstance(value, tuple) and isinstance(value[0], Fraction) and value[3] == "%":
+        return value[0] / 100, *value[1:3], ""
+    return value
 
 
 def clean(text):
@@ -580,7 +603,9 @@ def without_blanks(text):
 
 # "C", "(C)", "C) 5 cm", "option C"; not "A, C" and not "(A) (C)".
 CHOICE = re.compile(r"(?:(?:option|choice|answer)[ :]*)?\(?([A-Z])"
-                    r"(?:[).:](?! ?(?:,|\(|[A-Z][).:])).*)?", re.IGNORECASE)
+                    r"(?:[).:](?! ?(?:,|\(|[A-Z][).:]))(.*))?", re.IGNORECASE)
+# The letter before an option: "A)", "(A)", "**A.**", "a:"; not "f(A)".
+OPTION = re.compile(r"(?:(?<!\w)\(|(?<![\w(]))([A-Z])\W{0,2}?[).:][}*]*", re.IGNORECASE)
 
 
 def grade_choice(final_turn, letter):
@@ -594,8 +619,41 @@ def grade_choice(final_turn, letter):
 
 
 def chosen_letter(turn):
-    found = CHOICE.fullmatch(clean((last_boxed(turn) or "")[:MAX_ANSWER]))
-    return found[1].upper() if found else None
+    return read_choice(last_boxed(turn) or "")[0]
+
+
+def read_choice(text):
+    """(letter, text after it) of an answer that names one option, else (None, "").
+
+    >>> read_choice("(c) 5 cm"), read_choice("A and C")
+    (('C', ' 5 cm'), (None, ''))
+    """
+    found = CHOICE.fullmatch(clean(text[:MAX_ANSWER]))
+    return (found[1].upper(), found[2] or "") if found else (None, "")
+
+
+def listed_options(question):
+    """{letter: text up to the next letter} of the options that a question lists, each on a line of
+    its own or all on one line; {} where there are less than two.
+
+    >>> listed_options("Which one? (A) 1 (B) 2")
+    {'A': ' 1 ', 'B': ' 2'}
+    """
+    marks = []
+    for mark in OPTION.finditer(question):
+        if len(marks) == 1 and mark[1].upper() == "A":
+            marks = []  # "Vitamin A. Which one? A) 1 B) 2"
+        if mark[1].upper() == chr(ord("A") + len(marks)):
+            marks.append(mark)
+    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    return {mark[1].upper(): question[mark.end():end]
+            for mark, end in zip(marks, ends) if len(marks) > 1}
+
+
+def begins(text, start):
+    """Does a text begin with another one, whatever their blanks, capitals and LaTeX?"""
+    text, start = (without_blanks(clean(one[:MAX_ANSWER])).casefold() for one in (text, start))
+    return text.startswith(start)
 
 
 # --- Graders: programs --------------------------------------------------------------------------
@@ -715,8 +773,8 @@ class Problem:
     difficulty: int = 0                         # 1 is easy, 0 is unknown
 
 
-def load_problems(path):
-    """Every problem of a .jsonl or .json file, in order.
+def load_problems(path, calls=HERMES):
+    """Every problem of a .jsonl, .json, .csv or .parquet file, in order.
 
     The columns of a row say how it is read, so a file may mix benchmarks:
 
@@ -724,29 +782,30 @@ def load_problems(path):
         question, answer "... #### 42"                           GSM8K
         problem, answer or solution                              AIME, MATH-500
         prompt, reward_model.ground_truth, data_source           Open-AgentRL
+        question, correct answer, incorrect answer 1 to 3        GPQA
+        question_content, public_test_cases                      LiveCodeBench
+        question, choices, answer (place from 0, or letter)      MMLU; also options, or A, B, ...
 
     Messages are asked up to their last user turn, with the worked examples before it; a solution
-    after that turn is left out.
+    after that turn is left out. Where a call stands beside its turn, in tool_calls, it becomes the
+    text that `calls` writes.
 
     Raises UserError, one sentence with file, line, what was found and what to do. Where JSON took
     backslashes from LaTeX they are put back, and a warning counts the rows.
     """
     path = Path(path)
-    return read_problems(path, read_json(path, read_text(path)), read_general)
+    return read_problems(path, read_rows(path), calls)
 
 
-def read_problems(path, rows, read_row):
-    """The Problem of each (line number, row) of a file.
-
-    read_row  takes a row, its column names in lower case, and returns a Problem; it raises
-              ValueError where something is missing
-    """
+def read_problems(path, rows, calls=HERMES):
+    """The Problem of each (line number, row) of a file."""
     problems, mended = [], []
     for line, row in rows:
         restored = restore_latex(row)
         mended += [str(line)] * (restored != row)
         with naming_the_line(path, line):
-            problem = read_row({str(name).strip().lower(): restored[name] for name in row})
+            row = {str(name).strip().lower(): restored[name] for name in row}
+            problem = read_row(row, calls)
             if problem.kind == "math" and not agree(problem.answer, problem.answer):
                 raise UserError(f"found the answer {problem.answer!r:.80}, to which no answer is "
                                 "equal, not even itself; mend it.")
@@ -772,15 +831,15 @@ def naming_the_line(path, line):
                         f"than its name promises ({fault}); mend it.") from fault
 
 
-def load_demonstrations(path):
-    """[(Problem, turns), ...] from JSON lines whose "messages" hold whole conversations.
+def load_demonstrations(path, calls=HERMES):
+    """[(Problem, turns), ...] from rows whose "messages" hold whole conversations.
 
     The problem keeps what `read_messages` calls the prompt, `turns` are the solution.
     """
     path, pairs = Path(path), []
-    for line, row in read_json(path, read_text(path)):
+    for line, row in read_rows(path):
         with naming_the_line(path, line):
-            prompt, turns = read_messages(row)
+            prompt, turns = read_messages(row, calls)
             if not turns:
                 raise UserError("found no conversation; needed \"messages\", a list of turns "
                                 "with an assistant turn at its end.")
@@ -794,7 +853,7 @@ def load_demonstrations(path):
 CONVERSATION = re.compile("s?(?:u+(?:at)*a)*u+((?:at)*a)?")
 
 
-def read_messages(row):
+def read_messages(row, calls):
     """(prompt, solution): a row's turns up to its last user turn, and those after it.
 
     The prompt may hold worked examples; the solution is empty where the row ends with its
@@ -803,7 +862,7 @@ def read_messages(row):
     messages = row.get("messages") or row.get("prompt")
     if not isinstance(messages, list):
         return None, []
-    turns = [read_turn(message) for message in messages]
+    turns = [read_turn(message, calls) for message in messages]
     roles = [turn["role"] for turn in turns]
     found = CONVERSATION.fullmatch("".join(role[0] for role in roles))
     if not found:
@@ -815,14 +874,85 @@ def read_messages(row):
     return turns[:end], turns[end:]
 
 
-def read_turn(message):
-    """One turn as text, in which a call stands as Hermes markup."""
+def read_turn(message, calls):
+    """One turn as text, in which a call stands as the model is to write it."""
+    if (isinstance(message, dict) and message.get("role") == "assistant"
+            and isinstance(message.get("tool_calls"), list) and message["tool_calls"]):
+        message = {**message, "content": with_call(message, calls), "tool_calls": None}
     if (not isinstance(message, dict) or not isinstance(message.get("content"), str)
             or message.get("role") not in ("system", "user", "assistant", "tool")
             or message.get("tool_calls")):
         raise UserError(f"found the turn {message!r:.80}; needed the role system, user, assistant "
-                        "or tool, and as its content one text, in which calls are markup.")
+                        "or tool, and as its content one text, in which calls are markup, or "
+                        "a list tool_calls in an assistant turn.")
     return {"role": message["role"], "content": message["content"]}
+
+
+def with_call(message, calls):
+    """The text of an assistant turn and of the call beside it, which OpenAI's API keeps apart:
+
+    {"content": "I ask." or None,
+     "tool_calls": [{"function": {"name": "f", "arguments": an object, or its JSON}}]}
+    """
+    known = {tool.name: tool.schema["function"]["parameters"]["properties"] for tool in calls.known}
+    try:
+        (call,) = message["tool_calls"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        fits = set(arguments) <= set(known[name]) and (
+            name != TOOL_NAME or isinstance(arguments["code"], str))
+    except (ValueError, TypeError, KeyError):
+        fits = False
+    if not fits or not isinstance(arguments, dict):
+        raise UserError(f"found the calls {message['tool_calls']!r:.160}; needed one call a turn, "
+                        f"of {' or '.join(known)}, with the name of a tool and its arguments as "
+                        "an object or as JSON; give the tool by --tools, or delete the row.")
+    written = calls.render_call(name, arguments)
+    text = "\n".join(filter(None, [message.get("content"), written]))
+    read = calls.parse(text)
+    # The mark of a call, in the words before it or in the program, would be read as its own.
+    if (not read or read.fault or read != calls.parse(written)
+            or name == TOOL_NAME and arguments["code"] not in read.code):
+        raise UserError(f"found a turn that would be read as another call once its call is written "
+                        f"as {calls.render('...')!r}; take that mark out of its text or program.")
+    return text
+
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(path):
+    """(line number, row) for each row of a file; in parquet the number of the row."""
+    if path.suffix == ".parquet" and path.is_file():
+        return enumerate(read_parquet(path), start=1)
+    text = read_text(path, SUFFIXES)
+    return read_csv(path, text) if path.suffix == ".csv" else read_json(path, text)
+
+
+def read_csv(path, text):
+    """Yield (number of the row's last line, row)."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"the row has not the header's {len(reader.fieldnames)} cells")
+            yield reader.line_num, row
+    except csv.Error as fault:
+        raise UserError(f"{path}, line {reader.line_num}: found broken CSV ({fault}); check the "
+                        "quotes, or fetch the file again.") from fault
+
+
+def read_parquet(path):
+    """Rows as plain dicts. This needs pyarrow, which is not among the requirements."""
+    try:
+        from pyarrow import parquet
+    except ImportError as fault:
+        raise UserError(f"{path}: found parquet, and pyarrow is not installed; run `pip install "
+                        "pyarrow`, or convert the file to .jsonl elsewhere.") from fault
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as fault:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"{path}: found broken parquet ({fault}); fetch the file again.") from fault
 
 
 def read_text(path, suffixes=(".jsonl", ".json")):
@@ -886,9 +1016,72 @@ def restore_latex(row):
     return {name: restore(value) for name, value in row.items()}
 
 
-def read_general(row):
+def read_row(row, calls):
+    """The Problem of a row. Its columns, in lower case, say which benchmark it is from. Raises
+    ValueError where something is missing."""
+    if "correct answer" in row:
+        return read_gpqa(row)
+    return read_livecodebench(row) if "question_content" in row else read_general(row, calls)
+
+
+def read_gpqa(row):
+    """The order of the four options is drawn with the question as the seed, so that it is the same
+    in every run and on any machine."""
+    names = ["correct answer", *(f"incorrect answer {number}" for number in (1, 2, 3))]
+    options = [first_text(row, name).strip() for name in names]
+    question = first_text(row, "question").strip()
+    if not question or not all(options):
+        raise UserError("found an empty cell; needed a question and four options; fetch it again.")
+    order = random.Random(question).sample(range(4), 4)
+    question = with_options(question, [options[index] for index in order])
+    return Problem(question, "ABCD"[order.index(0)], "choice", id=first_text(row, "record id"))
+
+
+def with_options(question, options):
+    listed = "\n".join(f"{letter}) {text}" for letter, text in zip(string.ascii_uppercase, options))
+    return f"{question}\n\n{listed}\n\nGive the letter of the right option in \\boxed{{}}."
+
+
+def read_livecodebench(row):
+    """A program to write. It is graded by the public and the private tests; where the row has
+    starter code, this is part of the question."""
+    function = json.loads(row.get("metadata") or "{}").get("func_name", "")
+    tests = [test for name in ("public_test_cases", "private_test_cases")
+             for test in read_tests(unpack(row.get(name)), function)]
+    if not tests:
+        raise UserError("found no test cases; needed public_test_cases or private_test_cases.")
+    task = "Write a Python program that reads from standard input and prints the answer."
+    if starter := first_text(row, "starter_code"):
+        task = f"Complete this code:\n```python\n{starter.rstrip()}\n```"
+    task += "\nGive the whole program in one ```python block."
+    return Problem(f"{row['question_content']}\n\n{task}", "", "program", tests=tests,
+                   id=first_text(row, "question_id"))
+
+
+def unpack(packed):
+    """Test cases from JSON, or from JSON pickled, in zlib, in base64, as in the official files."""
+    if not isinstance(packed, str) or not packed.strip():
+        return packed
+    if packed.lstrip()[0] in "[{":
+        return json.loads(packed)
+    try:
+        data = zlib.decompress(base64.b64decode(packed, validate=True))
+        return json.loads(TextOnly(io.BytesIO(data)).load())
+    except Exception as fault:  # a hostile pickle can raise any exception
+        raise UserError(f"found test cases that cannot be unpacked ({fault}); needed JSON, or a "
+                        "pickled JSON string in zlib in base64; fetch the file again.") from fault
+
+
+class TextOnly(pickle.Unpickler):
+    """Unpickles plain data. A pickle that names a class or function, to call it, is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}")
+
+
+def read_general(row, calls):
     """The Problem of a row of GSM8K, AIME, MATH-500, Open-AgentRL or this project."""
-    messages, _ = read_messages(row)
+    messages, _ = read_messages(row, calls)
     question = first_text(row, "question", "problem", "prompt")
     if messages and question.strip() not in messages[-1]["content"]:
         raise UserError(f"found the question {question!r:.80} and messages whose last user turn "
@@ -901,11 +1094,20 @@ def read_general(row):
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
     tests = read_tests(row.get("tests") or hidden_tests(truth))
     answer = "" if tests else read_answer(row, truth)
+    kind = row.get("kind") or ("program" if tests else "")
+    if options := [] if kind in ("math", "program") else read_options(row, answer):
+        answer = right_letter(truth if row.get("answer") is None else row["answer"], options)
+        listed = listed_options(question).values()  # the question may show its options already
+        if len(listed) != len(options) or not all(map(begins, listed, options)):
+            question = with_options(question, options)
+            messages = messages and [*messages[:-1], {**messages[-1], "content": question}]
     if not answer and not tests:
         raise UserError(f"found no answer (columns: {', '.join(row)}); needed answer, solution, "
                         "reward_model.ground_truth or tests; without one nothing can be graded.")
     source = first_text(row, "data_source", "source")
-    kind = row.get("kind") or ("program" if tests else guess_kind(question, answer))
+    if letter := chosen_option(question, answer, "choice" if options else kind):
+        answer, kind = letter, "choice"
+    kind = kind or "math"
     if kind not in ("math", "choice", "program") or kind == "program" and not tests:
         raise UserError(f"found the kind {kind!r}{' without tests' * (kind == 'program')}; needed "
                         "math, choice or program, and tests with program.")
@@ -936,10 +1138,45 @@ def read_answer(row, truth):
     return (last_boxed(solution) or solution.rpartition("####")[2]).strip()
 
 
-def guess_kind(question, answer):
-    """A lone letter is a choice if the question lists options, and an unknown of algebra if not."""
-    options = re.search(r"^\W{0,3}B\W{0,2}[).:]", question, re.MULTILINE)
-    return "choice" if re.fullmatch(r"\(?[A-J]\)?", answer) and options else "math"
+def read_options(row, answer):
+    """The options that a row of multiple choice has in a list, or in columns A, B and so on; []
+    where it has none. Such columns count only if the answer is a letter."""
+    value = next((row[name] for name in ("choices", "options")
+                  if row.get(name) and row[name] == row[name]), None)  # nan: see first_text
+    if value is None:
+        columns = itertools.takewhile(lambda name: first_text(row, name), string.ascii_lowercase)
+        options = [first_text(row, name).strip() for name in columns]
+        return options if len(options) > 1 and read_choice(answer)[0] else []
+    options = [first_text({"": option}, "").strip()
+               for option in (value if isinstance(value, list) else [])]
+    if not 2 <= len(options) <= 26 or not all(options):
+        raise UserError(f"found the choices {value!r:.80}; needed a list of 2 to 26 texts; convert "
+                        "them, or delete the column if the question shows them.")
+    return options
+
+
+def right_letter(answer, options):
+    """The letter of the right one of these options, of which the answer is the place or letter."""
+    letter, text = read_choice(answer) if isinstance(answer, str) else (None, "")
+    place = ord(letter) - ord("A") if letter else answer if type(answer) is int else -1
+    if not 0 <= place < len(options) or not begins(options[place], text):
+        last = len(options) - 1
+        raise UserError(f"found the answer {answer!r:.80} to {len(options)} choices; needed the "
+                        f"place of the right one, a number from 0 to {last}, or its letter, A to "
+                        f"{string.ascii_uppercase[last]}.")
+    return string.ascii_uppercase[place]
+
+
+def chosen_option(question, answer, kind):
+    """The letter that an answer such as c, (C) or "C. 5" names among the options of a question;
+    "" for another answer. Without options a lone letter is an unknown of algebra."""
+    letter, text = read_choice(answer)
+    if kind == "choice" and not letter:
+        raise UserError(f"found the kind choice and the answer {answer!r:.80}; needed the letter "
+                        "of an option.")
+    options = listed_options(question) if letter and not kind else {}
+    right = kind == "choice" or letter in options and begins(options[letter], text)
+    return letter if right else ""
 
 
 def read_level(row):

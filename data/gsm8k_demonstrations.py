@@ -3,6 +3,11 @@
     python data/gsm8k_demonstrations.py train.jsonl demonstrations.jsonl
     python data/gsm8k_demonstrations.py train.jsonl demonstrations.jsonl --rows 400 --slips 0.2
 
+The first file is GSM8K's training half: train.jsonl of github.com/openai/grade-school-math, in
+grade_school_math/data, or the same rows as parquet (which needs pyarrow), from the Hub:
+
+    hf download openai/gsm8k main/train-00000-of-00001.parquet --repo-type dataset --local-dir gsm8k
+
 GSM8K's solutions mark each calculation: "Natalia sold 48/2 = <<48/2=24>>24 clips in May." Each line
 like this becomes a turn: its words without the result, a call that prints the result, and what the
 real tool answers. The last turn is the answer in \\boxed{}. In a share of the conversations a call
@@ -86,7 +91,7 @@ def conversation(row, tool, slips, most, rng, render=tools.render_tool_call):
 
 def command(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("source", type=Path, help="GSM8K's train.jsonl")
+    parser.add_argument("source", type=Path, help="GSM8K's train.jsonl or its parquet")
     parser.add_argument("target", type=Path, help="the file to write")
     parser.add_argument("--rows", type=int, default=400, help="conversations to write [400]")
     parser.add_argument("--slips", type=float, default=0.2, help="share with a failed call [0.2]")
@@ -97,7 +102,7 @@ def command(argv):
     given = parser.parse_args(argv)
     rng, written, left_out = random.Random(given.seed), [], 0
     render = tools.CALLS[given.calls]().render
-    rows = [row for _, row in tools.read_json(given.source, tools.read_text(given.source))]
+    rows = [row for _, row in tools.read_rows(given.source)]
     if not all(isinstance(row.get("answer"), str) and "question" in row for row in rows):
         raise sod.UserError(f"{given.source} is not GSM8K: needed a question and an answer in each "
                             "row")

@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before its import: no test waits for a network
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +61,27 @@ def usual_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """Rows -> a parquet file; without pyarrow it holds JSON, which a stand-in for pyarrow reads."""
+    path = tmp_path / "train-00000-of-00001.parquet"
+    try:
+        import pyarrow.parquet
+
+        def write(*rows):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+            return path
+    except ImportError:
+        table = lambda path: SimpleNamespace(to_pylist=lambda: json.loads(path.read_text()))
+        stand_in = SimpleNamespace(parquet=SimpleNamespace(read_table=table))
+        monkeypatch.setitem(sys.modules, "pyarrow", stand_in)
+
+        def write(*rows):
+            path.write_text(json.dumps(rows))
+            return path
+    return write
 
 
 @pytest.fixture(params=["world", "qwen3"], scope="module")

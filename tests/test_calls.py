@@ -337,6 +337,77 @@ def test_worked_examples_are_real_turns_with_calls_and_tool_turns(tokenizer, wor
     assert ("```output\n3\n```" in shown) == (calls == "python")
 
 
+def beside(name, arguments, content=None):
+    """An assistant turn whose call stands beside its text, as OpenAI's API has it."""
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "content": content,
+            "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
+def asked(turn):
+    """A conversation with this turn after its question."""
+    return {"messages": [WORKED["messages"][0], turn, *WORKED["messages"][2:]]}
+
+
+CODE = {"code": "print(1 + 2)"}
+
+
+@pytest.mark.parametrize("arguments", [CODE, json.dumps(CODE)])
+@pytest.mark.parametrize("content", [None, "", "I ask."])
+@pytest.mark.parametrize("calls", tools.CALLS)
+def test_a_call_beside_its_turn_becomes_the_text_that_a_model_is_to_write(tmp_path, calls, content,
+                                                                          arguments):
+    path = tmp_path / "shown.jsonl"
+    path.write_text(json.dumps(asked(beside(tools.TOOL_NAME, arguments, content))))
+    form = sod.call_form(calls, tools.TOOL_NAME)
+    text = (f"{content}\n" if content else "") + form.render(CODE["code"])
+    turn = {"role": "assistant", "content": text}
+    ((_, solution),) = tools.load_demonstrations(path, form)
+    assert solution == [turn, *WORKED["messages"][2:]]
+    context = sod.student_context(small(calls=calls, examples=str(path)))
+    assert context.examples[1] == turn and sod.teacher_context(
+        small(calls=calls, teacher_examples=str(path))).examples[1] == turn
+    question = {"role": "user", "content": "q"}
+    path.write_text(json.dumps({"messages": [*asked(turn)["messages"], question], "answer": 1}))
+    (kept,) = sod.load_train_set(sod.load_tokenizer(SMALL["student"]),
+                                 small(calls=calls, train_data=str(path), max_prompt=500), 2000)
+    assert kept[0].messages[1] == turn
+
+
+def test_a_call_of_ones_own_function_is_written_in_either_form(tmp_path, mine, sandbox):
+    (tmp_path / "shown.jsonl").write_text(json.dumps(asked(beside("add", '{"a": 1, "b": 2}'))))
+    written = []
+    for calls in tools.CALLS:
+        form = sod.call_form(calls, mine)
+        ((_, (turn, *_)),) = tools.load_demonstrations(tmp_path / "shown.jsonl", form)
+        assert sandbox.submit(form.parse(turn["content"])).result().text == "3"
+        written.append(turn["content"])
+    assert written == [called("add", a=1, b=2), BLOCK("print(add(a=1, b=2))")]
+
+
+@pytest.mark.parametrize("calls, turn, message", [
+    ("hermes", beside("bash", CODE), "found the calls .*of code_interpreter, with the name"),
+    ("hermes", beside(tools.TOOL_NAME, "print(1)"), "found the calls"),
+    ("hermes", beside(tools.TOOL_NAME, {"code": 1}), "found the calls"),
+    ("hermes", beside(tools.TOOL_NAME, {**CODE, "language": "C"}), "found the calls"),
+    ("hermes", {**beside(tools.TOOL_NAME, CODE), "tool_calls": [{}]}, "found the calls"),
+    ("hermes", {**beside(tools.TOOL_NAME, CODE), "tool_calls": 2 * [
+        {"function": {"name": tools.TOOL_NAME, "arguments": CODE}}]}, "needed one call a turn"),
+    ("hermes", beside(tools.TOOL_NAME, {"code": "'</tool_call>'"}), "read as another call once"),
+    ("python", beside(tools.TOOL_NAME, {"code": "'\'\'\n```\n\'\''"}), "read as another call"),
+    ("python", beside(tools.TOOL_NAME, CODE, "So \\boxed{3}."), "read as another call once"),
+    ("hermes", beside(tools.TOOL_NAME, CODE, called("code_interpreter", code="1")), "read as anot"),
+    ("hermes", {**beside(tools.TOOL_NAME, CODE), "role": "user"}, "found the turn .*needed the role"),
+])
+def test_a_call_that_the_form_cannot_write_is_one_sentence_with_its_line(tmp_path, calls, turn,
+                                                                         message):
+    path = tmp_path / "shown.jsonl"
+    path.write_text(json.dumps(WORKED) + "\n" + json.dumps(asked(turn)))
+    with pytest.raises(tools.UserError, match=f"shown.jsonl, line 2: .*{message}") as caught:
+        tools.load_demonstrations(path, sod.call_form(calls, tools.TOOL_NAME))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_rows_own_examples_come_after_those_of_the_run(tokenizer, worked):
     own = [*WORKED["messages"][:1], {"role": "assistant", "content": "\\boxed{4}"},
            {"role": "user", "content": "q"}]

@@ -45,6 +45,12 @@ def test_each_calculation_is_a_call_that_the_real_tool_answers(written, capsys):
     assert "2 conversations" in capsys.readouterr().out  # the other three are left out
 
 
+def test_the_parquet_of_the_hub_gives_the_same_conversations(written, tmp_path, parquet):
+    plain = written()
+    assert gsm8k.main([str(parquet(*ROWS)), str(tmp_path / "other.jsonl")]) == 0
+    assert tools.load_demonstrations(tmp_path / "other.jsonl") == plain
+
+
 def test_a_slipped_call_fails_in_the_real_tool_and_is_repaired(written):
     (_, turns), _ = written("--slips", "1")
     failed = [n for n, turn in enumerate(turns) if "Error" in turn["content"]]

@@ -161,8 +161,8 @@ FILES += [
     ("--method sft --demonstrations HERE/problem.jsonl", LINE, r"found no conversation; needed"),
     ("--method sft --demonstrations HERE/dict.jsonl", b'{"messages": {"role": "user"}}',
      r"line 1: found no conversation; needed .*a list"),
-    ("--train_data HERE/rows.csv", b"question,answer\n1+1,2\n",
-     r"found a .csv file; needed .jsonl or .json; rename or convert it"),
+    ("--train_data HERE/rows.csv", b"question,answer\n1+1\n", r"line 2: found broken CSV .*cells"),
+    ("--train_data HERE/rows.xlsx", b"PK", r"a .xlsx file; needed .jsonl or .json or .csv or .par"),
 ]
 EVALUATED = [  # and what tests of evaluate.py do not ask
     ("--data HERE/rows.parquet", b"PAR1 nonsense", r"rows.parquet(: found |.*[Pp]arquet)"),

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,6 +75,65 @@ def test_a_letter_is_a_choice_only_where_options_are_listed(tmp_path):
     assert load_one(tmp_path, {"question": "Which variable?", "answer": "B"}).kind == "math"
 
 
+LISTED = "Which one?\n\nA) 3\nB) 4\nC) $5\n\nGive the letter of the right option in \\boxed{}."
+CHOICES = {"question": "Which one?", "choices": [3, "4", "$5"]}
+
+
+@pytest.mark.parametrize("row", [
+    {**CHOICES, "answer": 2}, {**CHOICES, "answer": "c"}, {**CHOICES, "answer": "(C) 5"},
+    {"question": "Which one?", "options": CHOICES["choices"], "answer": "C."},
+    {"question": "Which one?", "A": "3", "B": "4", "C": "$5", "answer": "C"},
+    {**CHOICES, "question": LISTED, "answer": 2}, {**CHOICES, "kind": "choice", "answer": 2},
+    {"messages": [{"role": "user", "content": "Which one?"}], "choices": CHOICES["choices"],
+     "reward_model": {"ground_truth": "C"}},
+])
+def test_options_in_columns_are_shown_in_the_question_as_those_of_gpqa_are(tmp_path, row):
+    problem = load_one(tmp_path, row)
+    assert (problem.question, problem.answer, problem.kind) == (LISTED, "C", "choice")
+    assert not problem.messages or problem.messages == [{"role": "user", "content": LISTED}]
+    for turn in ("\\boxed{c}", "\\boxed{C) 5}"):
+        assert tools.grade(problem, turn, None).correct
+    assert not tools.grade(problem, "\\boxed{5}", None).correct
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"answer": 3}, "the answer 3 to 3 choices; needed the place .* 0 to 2, or its letter, A to C"),
+    ({"answer": "2"}, "the answer '2' to"), ({"answer": "$5"}, "the answer '.5' to"),
+    ({"answer": "A. 5"}, "the answer 'A. 5' to"), ({"answer": True}, "the answer True to"),
+    ({"answer": "D"}, "the answer 'D' to"), ({"answer": -1}, "the answer -1 to"),
+    ({"choices": "3, 4, 5", "answer": 2}, "the choices '3, 4, 5'; needed a list of 2 to 26 texts"),
+    ({"choices": {"text": ["3", "4"]}, "answer": 1}, "the choices .*convert"),
+    ({"choices": ["3", ""], "answer": 1}, "the choices "), ({"choices": ["3"]}, "the choices "),
+    ({"choices": None, "kind": "choice", "answer": "5"}, "the kind choice and the answer '5'"),
+])
+def test_choices_that_cannot_be_read_are_one_sentence(tmp_path, row, message):
+    with pytest.raises(tools.UserError, match=f"line 1: found {message}"):
+        load_one(tmp_path, {**CHOICES, **row})
+
+
+@pytest.mark.parametrize("question", [
+    "Which?\nA) 3\nB) 4\nC) 5", "Which?\nA. 3\nB. 4\nC. 5 cm", "Which?\n(a) 3\n(b) 4\n(c) 5",
+    "Which? A) 3 B) 4 C) 5", "Vitamin A. Which? (A) 3 (B) 4 (C) 5", "**A**: 3\n**B**: 4\n**C**: 5",
+    r"$\textbf{(A)}\ 3 \qquad \textbf{(B)}\ 4 \qquad \textbf{(C)}\ 5$"])
+@pytest.mark.parametrize("answer", ["C", "c", "C. 5", "(c) 5", "C) 5", r"\textbf{(C)}"])
+def test_an_answer_that_names_a_listed_option_is_its_letter(tmp_path, question, answer):
+    problem = load_one(tmp_path, {"question": question, "answer": answer})
+    assert (problem.question, problem.answer, problem.kind) == (question, "C", "choice")
+    assert tools.grade(problem, "\\boxed{c) 5}", None).correct
+
+
+@pytest.mark.parametrize("question, answer", [
+    ("Which?\nA) 3\nB) 4", "4"), ("Which?\nA) 3\nB) 4", "C"), ("If f(A) = 1 and f(B) = 2?", "B"),
+    ("a) Find x. b) Find y.", "a) 5 b) 7"), ("a) Find x. b) Find y.", "a) 5, b) 7"),
+    ("Find A. Then?", "A"), ("Which?\nA) 3\nB) 4", "B) 5")])
+def test_other_answers_stay_mathematics(tmp_path, question, answer):
+    problem = load_one(tmp_path, {"question": question, "answer": answer})
+    assert (problem.answer, problem.kind) == (answer, "math")
+    row = {"question": "1 + 2?", "a": 1, "b": 2, "answer": 3}  # columns of another meaning
+    assert load_one(tmp_path, row).kind == "math"
+    assert load_one(tmp_path, {**CHOICES, "kind": "math", "answer": "5"}).question == "Which one?"
+
+
 def test_a_file_may_mix_benchmarks_row_by_row(tmp_path):
     path = write(tmp_path, {"question": "a", "answer": "1"}, "", {"problem": "b", "Answer": "2"})
     assert [(p.question, p.answer, p.id) for p in load_problems(path)] == [
@@ -127,6 +187,31 @@ def test_json_arrays_and_byte_order_marks_are_read(tmp_path):
     path.write_text(json.dumps([{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}],
                                indent=1), encoding="utf-8-sig")
     assert [p.id for p in load_problems(path)] == ["set-1", "set-2"]
+
+
+def test_csv_and_the_parquet_of_the_hub_are_read_as_json_lines_are(tmp_path, parquet):
+    (tmp_path / "set.csv").write_text('question,answer\n"1,\n2?",7\n')
+    (problem,) = load_problems(tmp_path / "set.csv")
+    assert (problem.question, problem.answer, problem.id) == ("1,\n2?", "7", "set-3")
+    path = parquet({"question": "Eggs?", "answer": "16 - 7 = <<16-7=9>>9\n#### 1,009"})
+    assert [(p.question, p.answer) for p in load_problems(path)] == [("Eggs?", "1,009")]
+    ((problem, solution),) = load_demonstrations(parquet({"messages": turns("ua")}))
+    assert (problem.question, solution) == ("0", turns("ua")[1:])
+
+
+def test_parquet_without_pyarrow_and_broken_parquet_are_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "set.parquet"
+    path.write_bytes(b"PAR1")
+
+    def broken(path):
+        raise ValueError("no footer")
+    for module, message in ((None, "pip install pyarrow.*convert"),
+                            (SimpleNamespace(parquet=SimpleNamespace(read_table=broken)),
+                             "found broken parquet .no footer.; fetch")):
+        monkeypatch.setitem(sys.modules, "pyarrow", module)
+        for load in (load_problems, load_demonstrations):
+            with pytest.raises(tools.UserError, match=f"set.parquet: .*{message}"):
+                load(path)
 
 
 GOOD = {"question": "a", "answer": "1"}

@@ -35,8 +35,8 @@ def test_scores_are_those_of_the_plain_forward_pass_where_the_student_sampled(me
     """A teacher that is told more sees another prompt, and scores the same ids."""
     monkeypatch.setattr(tools.Problem, "hint", "think twice", raising=False)
     load = tools.load_problems
-    monkeypatch.setattr(tools, "load_problems", lambda path: [
-        dataclasses.replace(p, hint="think twice") for p in load(path)])
+    monkeypatch.setattr(tools, "load_problems", lambda path, calls: [
+        dataclasses.replace(p, hint="think twice") for p in load(path, calls)])
     agent, batch = scored_batch(method=method, prompts=2)
     told = {"sod": "", "opsd_gt": "\nThe answer is {}.", "opsd_hint": "\nHint: think twice"}
     for i, r in enumerate(batch.rollouts):
