@@ -58,7 +58,7 @@ def main(argv=None):
     for name, rows in [("train.jsonl", train), ("test.jsonl", test),
                        ("worked.jsonl", [{"messages": WORKED}])]:
         path = options.folder / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        tools.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{path}  {len(rows):,} rows")
 
 
