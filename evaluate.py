@@ -445,7 +445,7 @@ def sample_the_rest(agent, evaluation, prompts):
     config, k = agent.config, agent.config.k
     order = [(run, prompt, sample) for run in range(config.runs) for prompt in prompts
              for sample in range(k)]
-    batch, key = config.rollout_batch or len(order), (config.seed, "benchmark", 0)
+    batch, key = config.rollout_batch or len(order), (config.seed, "evaluation", 0)
     for start in range(len(evaluation.rows), len(order), batch):
         numbers = range(start, min(start + batch, len(order)))
         rollouts = sod.sample_rollouts(agent, agent.student, [order[n][1] for n in numbers], key,
@@ -773,7 +773,8 @@ def evaluate_all(models, datas, given):
     tokenizers = {}
     for name in models:  # all models are checked before the first one samples for an hour
         for config in configs.values():
-            tokenizers[name] = sod.load_tokenizer(name, config.thinking)
+            tokenizers[name] = sod.load_tokenizer(name, config.thinking,
+                                                  sod.student_context(config).calls)
             sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
     device, dtype = sod.choose_device(config)
     if config.threads:
