@@ -71,7 +71,7 @@ PAPER.update(k=32, runs=5, temperature=1.0, top_p=0.6, max_prompt=4096, rollout_
 
 def benchmark_config(data, given):
     """The settings of one benchmark: the world's or the paper's, then the command line's."""
-    is_world = data == "world" or Path(os.path.realpath(data)).parent == Path(sod.WORLD).resolve()
+    is_world = data == "world" or sod.is_embedded(data)
     defaults = dict(limit=sod.Config.eval_problems) if is_world else PAPER
     return EvalConfig(**{**defaults, **given})
 
@@ -112,13 +112,13 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 def find_file(data, folder):
     """The file of a benchmark's name, or the file itself."""
     if data == "world":
-        return Path(sod.Config.eval_data)
+        return tools.locate(sod.Config.eval_data)
     if data not in BENCHMARKS:
-        if not Path(data).exists():
+        if not tools.locate(data).exists():
             raise UserError(f"{data} is neither a file nor a benchmark; the benchmarks are world, "
                             + ", ".join(BENCHMARKS))
-        return Path(data)
-    benchmark, place = BENCHMARKS[data], Path(folder) / data
+        return tools.locate(data)
+    benchmark, place = BENCHMARKS[data], tools.locate(folder) / data
     for path in [*(Path(f"{place}{suffix}") for suffix in SUFFIXES), place / benchmark.file]:
         if path.exists():
             return path
@@ -693,13 +693,15 @@ def patterns(outcomes):
     return names[1:]
 
 
-def write_page(folder, *asked):
+def write_page(name, *asked, out=sod.Config.out):
     """Write rollouts.html of a run: a single file, which needs no other one.
 
+    name     the folder of the run, or the name of one below `out`
     asked    iterations to show; without any the first, the middle and the last
-    returns  its path and what it holds, as a line of text
+    returns  the path of the page and what it holds, as a line of text
     """
-    data, path = page_data(Path(folder), asked), Path(folder) / "rollouts.html"
+    folder = sod.find_run(name, out)
+    data, path = page_data(folder, asked), folder / "rollouts.html"
     tools.write_whole(path, page_html(data))
     return (f"{path}  iterations {', '.join(data['iterations']) or 'none'}, "
             f"{path.stat().st_size / 2**20:.1f} MiB")
@@ -776,7 +778,7 @@ def page_html(data):
 # --- The command -------------------------------------------------------------------------------
 
 TAKES = {  # the options that the commands which sample nothing take
-    "compare": set(), "page": set(),
+    "compare": set(), "page": {"out"},
     "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"}}
 
 
@@ -790,11 +792,12 @@ def parse(argv=None):
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100))
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", nargs="+", default=[sod.Config.student, sod.Config.teacher],
-                      help="folders or Hub ids; default: the embedded student and teacher")
+                      help="folders, of a run its checkpoint, or Hub ids; default: the embedded "
+                      "student and teacher")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"),
                       help="two files of samples: the verdict")
     what.add_argument("--rescore", metavar="FILE", help="grade the samples of a file again")
-    what.add_argument("--page", nargs="+", metavar=("FOLDER", "ITERATION"),
+    what.add_argument("--page", nargs="+", metavar=("RUN", "ITERATION"),
                       help="write rollouts.html of a run, by default with three iterations")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
@@ -836,7 +839,7 @@ def evaluate_all(models, datas, given):
 def run(args, given):
     """Do what the command says."""
     if args.page:
-        print(write_page(*args.page))
+        print(write_page(*args.page, **given))
     elif args.rescore:
         print(rescore(args.rescore, given))
     elif args.compare:

@@ -59,7 +59,7 @@ from transformers.utils.chat_template_utils import (DocstringParsingException,
 import tools
 from tools import UserError
 
-WORLD = os.path.relpath(Path(__file__).resolve().parent / "data" / "world")
+WORLD = "data/world"  # beside this file, wherever a command is given: see tools.locate
 
 # --- Settings --------------------------------------------------------------------------------
 
@@ -1979,7 +1979,8 @@ def load_agent(config):
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
     agent.student = load_model(config.student, device, dtype, config.init)
-    print_model("student", config.student, agent.student, config.init == "pretrained", agent)
+    print_model("student", model_folder(config.student), agent.student,
+                config.init == "pretrained", agent)
     if config.gradient_checkpointing:
         enable_checkpointing(agent.student)
     scorer = METHODS[config.method].scorer
@@ -1987,7 +1988,8 @@ def load_agent(config):
         agent.teacher = (load_model(config.teacher, device, dtype) if scorer == "teacher" else
                          copy.deepcopy(agent.student).eval())
         agent.teacher.requires_grad_(False)
-        name = config.teacher if scorer == "teacher" else f"the student's start, told the {scorer}"
+        name = (model_folder(config.teacher) if scorer == "teacher" else
+                f"the student's start, told the {scorer}")
         print_model("teacher", name, agent.teacher,
                     scorer == "teacher" or config.init == "pretrained", agent)
         agent.teacher.to(device if config.offload == "none" else "cpu")
@@ -2045,17 +2047,47 @@ def choose_device(config):
 
 def load_pretrained(read, path, **options):
     """read(path), such as from_pretrained, with one sentence in place of its traceback."""
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
-    if not os.path.isdir(path) and (os.path.exists(path) or not is_hub_id):
+    folder = model_folder(path)
+    if not path or not os.path.isdir(folder) and not is_hub_id(path):
         raise UserError(f"there is no folder {path!r}; name a folder that holds a model, "
                         "or a Hub id such as Qwen/Qwen3-0.6B")
     try:  # without the last option, transformers asks on the terminal, or runs the folder's code
-        return read(path, **options, trust_remote_code=False)
+        return read(folder, **options, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
         first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
         raise UserError(f"cannot load {path}: {first}; a folder must hold config, weights and "
                         "tokenizer, and no code of its own; a Hub id needs a machine that can "
                         "reach the Hub") from error
+
+
+def model_folder(path):
+    """The folder of a model, or its Hub id as it is. A run stands for its checkpoint, and as long
+    as it has none for its newest save."""
+    folder = tools.locate(path)
+    if not is_run(folder):
+        return str(folder)
+    for model in [folder / "checkpoint", *reversed(tools.numbered(folder / "saves"))]:
+        if model.is_dir():
+            return str(model)
+    raise UserError(f"{path} is a run without a checkpoint or a save; name a folder that holds a "
+                    "model, or let that run come to its first save")
+
+
+def is_run(folder):
+    """Is it the folder of a run? Models have a config.json, too, but none with our options."""
+    file = folder / "config.json"
+    return file.is_file() and b'"rollout_engine"' in file.read_bytes()
+
+
+def is_hub_id(path):
+    """Can it be the name of a model on the Hub, and is no folder here?"""
+    spelled = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
+    return bool(spelled) and not tools.locate(path).exists()
+
+
+def is_embedded(path):
+    """Does it lie in the embedded world, however it is spelled?"""
+    return tools.locate(path).resolve().is_relative_to(tools.locate(WORLD).resolve())
 
 
 def skeleton(path, dtype=None, device="meta"):
@@ -2375,13 +2407,14 @@ def call_form(calls, names):
 
 def load_functions(path):
     """The functions of a user's file as tools; their schemas come from hints and docstrings."""
-    if not path.endswith(".py") or not Path(path).is_file():
+    file = tools.locate(path)
+    if file.suffix != ".py" or not file.is_file():
         raise UserError(f"tools names {path!r}, which is no Python file; name {tools.TOOL_NAME}, a "
                         ".py file of functions, or both with a comma between them")
-    spec = importlib.util.spec_from_file_location("tools_of_the_user", path)
+    spec = importlib.util.spec_from_file_location("tools_of_the_user", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    source, found = Path(path).read_text(encoding="utf-8"), []
+    source, found = file.read_text(encoding="utf-8"), []
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if function.__module__ == spec.name and not name.startswith("_"):
             try:
@@ -2492,12 +2525,16 @@ def write_config(config, folder):
         tools.write_whole(folder / "config.json", json.dumps(config_json(config), indent=1) + "\n")
 
 
+def find_run(name, out=Config.out):
+    """The folder of a run: as given, else that of a run of this name below `out`."""
+    folders = [tools.locate(name), tools.locate(Path(out) / name)]
+    return next((f for f in folders if (f / "config.json").exists()), folders[0])
+
+
 def resumed_config(given):
     """The settings of an interrupted run, and what `given`, the options of the command line with
     "resume" among them, changes in them."""
-    folder = Path(given["resume"])
-    if not (folder / "config.json").exists():  # the name of a run
-        folder = Path(given.get("out", Config.out)) / folder
+    folder = find_run(given["resume"], given.get("out", Config.out))
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         before = Config(**{name: stored[name] for name in stored.keys() - {"versions"}})
@@ -2617,13 +2654,13 @@ def save_run(agent, folder):
 
 def file_digests(config):
     """{file: digest} of what a run is made of besides models and settings: scripts and data."""
-    scripts = [Path(__file__).with_name(f"{name}.py") for name in ("sod_mini", "tools", "evaluate")]
-    data = [Path(path) for path in (
+    files = {f"{name}.py": Path(__file__).with_name(f"{name}.py")
+             for name in ("sod_mini", "tools", "evaluate")}
+    files |= {name: tools.locate(name) for name in (
         config.train_data, config.eval_data, config.demonstrations, config.examples,
-        config.teacher_examples, *config.tools.split(",")) if path]
-    return {path.name if path in scripts else str(path):
-            hashlib.sha256(path.read_bytes()).hexdigest() for path in scripts + data
-            if path.is_file()}
+        config.teacher_examples, *config.tools.split(",")) if name}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()
+            if file.is_file()}
 
 
 def restore(agent, folder):
@@ -2841,7 +2878,7 @@ def check_embedded(config):
     """Refuse other models or data than the embedded ones, for which the defaults are made."""
     for name in ("student", "teacher", "train_data", "eval_data", "demonstrations"):
         value = getattr(config, name)
-        if value and not Path(os.path.realpath(value)).is_relative_to(Path(WORLD).resolve()):
+        if value and not is_embedded(value):
             raise UserError(
                 f"{name} is {value!r}, and the default settings are made for the small models of "
                 "the embedded world; say which settings you want: --preset world (these), gpu "

@@ -825,8 +825,17 @@ def read_turn(message):
     return {"role": message["role"], "content": message["content"]}
 
 
+def locate(path):
+    """The file or folder that an option names: as given, else below the folder of these scripts. So
+    data/world/student or runs/NAME, stored as a word, means the same in every working directory."""
+    ours = Path(__file__).resolve().parent / path
+    elsewhere = path and not os.path.exists(path)  # "" names nothing
+    return ours if elsewhere and os.path.exists(ours) else Path(path)
+
+
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes."""
+    path = locate(path)
     try:
         if not path.is_file():  # reading a pipe would wait, reading a device might never end
             found = "is no plain file" if path.exists() else "does not exist"

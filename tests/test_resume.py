@@ -284,10 +284,10 @@ def test_changed_options_are_listed_and_hold(monkeypatch, capsys):
 
 
 def test_a_size_halved_for_lack_of_memory_is_not_stored_as_the_users_setting(monkeypatch):
-    def short(lengths, budget, rows=None):
+    def short(lengths, budget, *more):
         if budget > 700:
             raise MemoryError
-        return real(lengths, budget, rows)
+        return real(lengths, budget, *more)
     real = sod.micro_batches
     with monkeypatch.context() as patch:
         patch.setattr(sod, "micro_batches", short)
