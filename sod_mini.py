@@ -2701,16 +2701,19 @@ def model_card(config, results):
                 f"problems:\n\n{results_table(results)}") if results else "Not evaluated."
     if results and "student before" not in results:
         measured += "\n\nThe student before training was not measured on this test."
+    # The name of a folder means nothing on other machines.
+    base = f"base_model: {config.student}\n" * is_hub_id(config.student)
+    start = (f"The embedded {Path(config.student).name} of sod-mini" if is_embedded(config.student)
+             else config.student if base else f"The model of a folder `{config.student}`")
     return f"""---
-base_model: {config.student}
-library_name: transformers
+{base}library_name: transformers
 pipeline_tag: text-generation
 tags: [sod, on-policy-distillation, tool-use]
 ---
 
-{config.student} trained with sod-mini, method `{config.method}`, to solve problems in several turns
-with tools: `{config.tools}`, called in the form `{config.calls}`. Its licence is that of
-{config.student}.
+{start}, trained with sod-mini, method `{config.method}`, to solve
+problems in several turns with tools: `{config.tools}`, called in the form `{config.calls}`.
+Its licence is that of the model before training.
 
 {measured}
 

@@ -89,6 +89,18 @@ def test_the_card_says_where_the_start_was_not_measured_on_this_test():
                                                           **results})
 
 
+def test_the_card_names_a_base_model_only_where_it_is_one_of_the_hub(folder):  # noqa: F811
+    (folder / "runs/cold").mkdir(parents=True)  # spelled as a Hub id is
+    for student, said in (("data/world/student", "The embedded student of sod-mini, "),
+                          (WORLD / "teacher", "The embedded teacher of sod-mini, "),
+                          ("runs/cold", "The model of a folder `runs/cold`, "),
+                          ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B, trained with sod-mini, ")):
+        card = sod.model_card(small(student=str(student)), {})
+        on_hub = str(student).startswith("Qwen")
+        assert said in card and ("base_model: Qwen/Qwen3-0.6B\n" in card) == on_hub
+        assert ("\nbase_model:" in card) == on_hub
+
+
 # --- Rollouts that the machine failed -----------------------------------------------------------
 
 
