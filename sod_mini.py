@@ -144,7 +144,7 @@ class Config(Sampling):
     show_every: int = 10                    # iterations between two rollouts shown, 0 for never
     store_tokens: int = 128                 # rollouts an iteration stored with their tokens
     save_every: int = 5                     # iterations between two saves, 0: only at a stop
-    resume: str = ""                        # go on with an interrupted run: its folder or name
+    resume: str = ""                        # go on with an earlier run: its folder or name
 
     def __post_init__(self):
         check_values(self, BOUNDS)
@@ -2497,20 +2497,24 @@ def how_to_go_on(folder):
 
 
 def open_run_folder(config):
-    """Make the folder of a new run, or find that of an interrupted one."""
+    """Make the folder of a new run, or find that of an earlier one."""
     name = config.name or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.resume or Path(config.out) / name)
+    unnamed = not (config.name or config.resume)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not unnamed)
     except OSError as error:
+        if unnamed and folder.is_dir():  # another run began in this second: take the next one
+            time.sleep(1)
+            return open_run_folder(config)
         raise UserError(f"cannot make {folder} ({error.strerror}); name another place with "
                         "--out") from None
     if not config.resume and any(folder.iterdir()):
         raise UserError(f"{folder} exists already; give this run another --name, or go on with "
                         f"that one: --resume {folder}")
-    if (folder / "checkpoint").exists() and not (folder / "saves").exists():
-        raise UserError(f"{folder} is finished; to train its result further, start a run with "
-                        f"--student {folder / 'checkpoint'}")
+    if (folder / "checkpoint").exists() and not tools.numbered(folder / "saves"):
+        raise UserError(f"{folder} is finished, and its last save, from which it could go on, is "
+                        f"gone; to train its result further, start a run with --student {folder}")
     return folder
 
 
@@ -2532,7 +2536,7 @@ def find_run(name, out=Config.out):
 
 
 def resumed_config(given):
-    """The settings of an interrupted run, and what `given`, the options of the command line with
+    """The settings of an earlier run, and what `given`, the options of the command line with
     "resume" among them, changes in them."""
     folder = find_run(given["resume"], given.get("out", Config.out))
     try:
@@ -2613,12 +2617,14 @@ def token_row(batch, i, k, tokenizer):
 
 @on_rank_0
 def save_checkpoint(agent, folder, results):
-    """The trained student and its card, as folder/checkpoint; after it no save is needed."""
+    """The trained student and its card, as folder/checkpoint. The last save stays, so that the
+    run can go on if it is given more iterations."""
     check_plain_head(agent.config.student, agent.student, agent.tokenizer,
                      student_context(agent.config).calls)
     with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as aside:
         write_model(agent, aside, results)
-    tools.remove(folder / "saves")
+    for other in {*(folder / "saves").iterdir()} - {*tools.numbered(folder / "saves")[-1:]}:
+        tools.remove(other)
     print(f"checkpoint {folder / 'checkpoint'}")
 
 

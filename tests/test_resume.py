@@ -44,7 +44,7 @@ def resume(*more):
 
 def result(run):
     """Everything that a finished run leaves, but for what the clock said and its settings."""
-    assert (run / "checkpoint").exists() and not (run / "saves").exists()
+    assert (run / "checkpoint").exists() and len(os.listdir(run / "saves")) == 1
     files = [*(run / "checkpoint").iterdir(), run / "metrics.jsonl", run / "rollouts.jsonl"]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
             if file.name != "README.md"}
@@ -197,7 +197,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_left_alone(undisturbed, folde
             strike(process, run, moments)
         process.join(300)
     said = (folder / "screen").read_text()
-    assert process.exitcode == 0 or "is finished" in said, said
+    assert process.exitcode == 0, said
     assert result(run) == undisturbed[kind]
 
 
@@ -315,9 +315,36 @@ def test_what_cannot_go_on_is_refused_and_left_as_it_was(undisturbed, monkeypatc
     assert resume() == 0 and result(RUN) == undisturbed["sft"]
 
 
-def test_a_finished_run_is_told(capsys):
-    assert command({**SFT, "sft_epochs": 1}) == 0 and resume() == 1
-    assert f"{RUN} is finished; to train its result further" in capsys.readouterr().err
+def test_a_finished_run_goes_on_as_if_more_iterations_had_been_asked_at_once(undisturbed):
+    assert command({**SOD, "iterations": 2}) == 0
+    assert resume("--iterations", 5) == 0 and result(RUN) == undisturbed["sod"]
+
+
+def test_a_finished_run_without_its_last_save_is_told(capsys):
+    assert command({**SFT, "sft_epochs": 1}) == 0
+    shutil.rmtree(RUN / "saves")
+    assert resume() == 1
+    assert f"{RUN} is finished, and its last save" in capsys.readouterr().err
+
+
+def test_a_run_killed_after_its_checkpoint_prints_its_table_when_resumed(monkeypatch, capsys):
+    options = {**SFT, "eval_data": WORLD / "heldout.jsonl", "eval_problems": 2, "eval_samples": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(sod, "write_page", lambda run: fail())  # the first thing after it
+        assert command(options) == 1
+    assert (RUN / "checkpoint").exists() and "| student after |" not in capsys.readouterr().out
+    before = result(RUN)
+    monkeypatch.setattr(sod, "measure", None)  # nothing is measured again
+    assert resume() == 0 and "| student after |" in capsys.readouterr().out
+    assert result(RUN) == before
+
+
+def test_two_unnamed_runs_of_one_second_have_a_folder_each(monkeypatch):
+    seconds = iter(["1", "1", "2"])
+    monkeypatch.setattr(time, "strftime", lambda form: next(seconds))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    config = sod.Config()
+    assert [sod.open_run_folder(config).name for _ in range(2)] == ["sod-1", "sod-2"]
 
 
 CONFIGS = {
