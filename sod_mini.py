@@ -2474,13 +2474,37 @@ def run_folder(config):
     """runs/NAME, new or one to go on with, which is this process's alone. Where loading fails, and
     nothing has been made yet, a new one is removed again."""
     folder = all_gather(None if RANK else open_run_folder(config))[0]
-    with contextlib.nullcontext() if RANK else tools.locked(folder):
+    with contextlib.nullcontext() if RANK else locked_and_logged(folder):
         try:
             yield folder
         except BaseException:
             if not (folder / "config.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def locked_and_logged(folder):
+    """The folder of a run for this process alone, with what it prints from now on in log.txt."""
+    with (tools.locked(folder), open(folder / "log.txt", "ab", buffering=0) as log,
+          contextlib.redirect_stdout(Logged(sys.stdout, log, folder))):
+        yield
+
+
+@dataclass(eq=False)
+class Logged:
+    """A stream whose words go to a file of the run first, for its screen may be closed."""
+    screen: object
+    log: object
+    folder: Path
+
+    def __getattr__(self, name):
+        return getattr(self.screen, name)
+
+    def write(self, text):
+        with tools.writing(self.folder):
+            self.log.write(text.encode("utf-8", "backslashreplace"))
+        return self.screen.write(text)
 
 
 @contextlib.contextmanager
@@ -2509,7 +2533,8 @@ def open_run_folder(config):
             return open_run_folder(config)
         raise UserError(f"cannot make {folder} ({error.strerror}); name another place with "
                         "--out") from None
-    if not config.resume and any(folder.iterdir()):
+    # A run that was killed while it was loading has left a log, and nothing else.
+    if not config.resume and {*os.listdir(folder)} - {"log.txt"}:
         raise UserError(f"{folder} exists already; give this run another --name, or go on with "
                         f"that one: --resume {folder}")
     if (folder / "checkpoint").exists() and not tools.numbered(folder / "saves"):
@@ -2536,8 +2561,8 @@ def find_run(name, out=Config.out):
 
 
 def resumed_config(given):
-    """The settings of an earlier run, and what `given`, the options of the command line with
-    "resume" among them, changes in them."""
+    """The settings of an earlier run, in which `given`, the options of the command line with
+    "resume" among them, take the place of what was stored."""
     folder = find_run(given["resume"], given.get("out", Config.out))
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -2545,9 +2570,6 @@ def resumed_config(given):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no run that can be resumed ({error}); name its folder, "
                         "such as runs/NAME") from None
-    for name, value in given.items():
-        if name != "resume" and getattr(before, name) != value:
-            print(f"changed: {name} {value!r}, was {getattr(before, name)!r}")
     return Config(**{**asdict(before), **given, "resume": str(folder)})
 
 
@@ -2895,11 +2917,20 @@ def check_embedded(config):
 
 
 def print_start(preset):
-    """The versions, and what the preset has replaced."""
+    """The versions, the time, and what the preset has replaced."""
     replaced = [f"{name} {value!r}" for name, value in PRESETS.get(preset, {}).items()]
-    print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items()))
+    print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items())
+          + time.strftime("; started %Y-%m-%d %H:%M:%S %z"))
     if replaced:
         print("replaced by the preset, unless an option was given: " + ", ".join(replaced))
+
+
+def print_changes(config, folder):
+    """What a resumed run is made with that is not in its config.json."""
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in config_json(config).items():
+        if before.get(name, value) != value:
+            print(f"changed: {name} {value!r}, was {before[name]!r}")
 
 
 def main(argv=None):
@@ -2908,6 +2939,8 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     with process_group(), run_folder(config) as folder:
         print_start(preset)
+        if config.resume:
+            print_changes(config, folder)
         agent, results = load_agent(config), {}
         # The student is the start model here, in a run that is resumed, too.
         measure_once(agent, "student before", agent.student, folder, results)
@@ -2969,7 +3002,8 @@ def stop_if_skipped(history, most=3):
 def write_page(folder):
     """Have evaluate.py write the page of a run, in a process of its own: it imports this file."""
     script = Path(__file__).with_name("evaluate.py")
-    subprocess.run([sys.executable, script, "--page", folder])
+    page = subprocess.run([sys.executable, script, "--page", folder], stdout=subprocess.PIPE)
+    print(page.stdout.decode(errors="replace"), end="")
 
 
 def prepare_output():

@@ -4,7 +4,9 @@ A run that was interrupted at any moment must end with the same weights and the 
 byte, as one that was left alone. Most of it happens in this process; where a real one is killed,
 it is forked from one that has imported everything, since that takes longer than such a run.
 """
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -278,8 +280,8 @@ def test_changed_options_are_listed_and_hold(monkeypatch, capsys):
     act_at(3, SFT, monkeypatch)
     assert resume("--sft_lr", "0.01", "--sft_batch", 4, "--sft_epochs", 1) == 0
     said = capsys.readouterr().out
-    assert "changed: sft_lr 0.01, was 0.002\nchanged: sft_epochs 1, was 2\n" in said
-    assert "sft_batch" not in said and lines(RUN / "metrics.jsonl") == 3
+    assert "changed: sft_epochs 1, was 2\nchanged: sft_lr 0.01, was 0.002\n" in said
+    assert "changed: sft_batch" not in said and lines(RUN / "metrics.jsonl") == 3
     assert json.loads((RUN / "config.json").read_text())["sft_lr"] == 0.01
 
 
@@ -380,6 +382,33 @@ def test_results_measured_before_an_interruption_are_not_measured_again(monkeypa
     assert resume() == 0 and len(measured) == 1  # student after
     card = (RUN / "checkpoint/README.md").read_text()
     assert "| student before |" in card and "| student after |" in card
+
+
+def test_all_that_is_printed_is_kept_in_the_log_of_the_run(monkeypatch, capsys):
+    act_at(3, {**SOD, "iterations": 3, "show_every": 1, "lr": 0.1}, monkeypatch)  # it has health
+    assert resume("--seed", 1) == 0
+    said, log = capsys.readouterr().out, (RUN / "log.txt").read_text()
+    assert log == said and log.count("; started 2") == 2 and log.count("iteration 2/3 | ") == 1
+    for words in ("    health: ", "    turn 1  d ", "changed: seed 1, was 0\n", "checkpoint runs"):
+        assert words in log
+
+
+def test_a_screen_that_is_closed_ends_a_run_whose_log_has_the_last_line(monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, text):
+            if text.startswith("iteration "):
+                raise BrokenPipeError
+    monkeypatch.setattr(sod, "run_command", lambda work: work())
+    with contextlib.redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
+        command({**SFT, "sft_epochs": 1})
+    assert (RUN / "log.txt").read_text().splitlines()[-1].startswith("iteration 3/3 | loss")
+
+
+def test_a_run_killed_while_loading_has_left_a_log_alone_and_may_begin_anew(capsys):
+    RUN.mkdir(parents=True)
+    (RUN / "log.txt").write_text("preset  world\n")
+    assert command({**SFT, "sft_epochs": 1}) == 0
+    assert (RUN / "log.txt").read_text().startswith("preset  world\npreset  world; sod-mini")
 
 
 # --- What a run leaves --------------------------------------------------------------------------
