@@ -924,7 +924,7 @@ def micro_batches(lengths, max_tokens, rows=None, shared=0):
 def my_micro_batches(batch, max_tokens):
     """The rows of a Batch that this process works on, cut by micro_batches."""
     rows = my_share(range(len(batch.lengths)))
-    return micro_batches(batch.lengths, max_tokens, rows, batch.shared)
+    return with_bar(micro_batches(batch.lengths, max_tokens, rows, batch.shared), batch.lengths)
 
 
 def hidden_states(model, ids, shared=0):
@@ -1649,7 +1649,29 @@ def decode_chunk(batch, n, ends, agent, next_token):
             if r.turns[-1].ids[-1] in ends or r.response_len >= config.max_response]
 
 
-ENGINES = {"continuous": sample_by_continuous_batching, "generate": sample_by_generate}
+def watched(engine):
+    """The engine, with a bar of the rollouts that are finished."""
+    def sample(agent, model, rollouts, *more):
+        with bar_of("sampling", len(rollouts), "rollout") as bar:
+            engine(agent, model, Watched(rollouts, bar), *more)
+    return sample
+
+
+class Watched(list):
+    """Rollouts under way. An engine looks through them now and then, to see which are finished; so
+    it need not know of the bar, which is brought up to date at each such look."""
+
+    def __init__(self, rollouts, bar):
+        super().__init__(rollouts)
+        self.bar = bar
+
+    def __iter__(self):
+        self.bar.update(sum(bool(self[i].finish_reason) for i in range(len(self))) - self.bar.n)
+        return super().__iter__()
+
+
+ENGINES = {"continuous": watched(sample_by_continuous_batching),
+           "generate": watched(sample_by_generate)}
 
 
 # --- Lack of memory -----------------------------------------------------------------------------
@@ -2814,6 +2836,23 @@ SHOWN = {"reward": "reward {:+.2f}", "correct": "correct {:.0%}", "kl_estimate":
          "grad_norm": "grad {:.2f}"}
 
 
+def bar_of(what, total, unit):
+    """A bar with rate and time left: on a terminal, of work that takes more than five seconds, and
+    only as long as it lasts."""
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=5, leave=False,
+                disable=True if RANK else None)
+
+
+def with_bar(batches, lengths):
+    """The micro-batches, with a bar of the tokens in those that are done."""
+    batches, tokens = list(batches), lambda rows: sum(lengths[i] for i in rows)
+    what = "gradient" if torch.is_grad_enabled() else "scores"
+    with bar_of(what, sum(map(tokens, batches)), "token") as bar:
+        for rows in batches:
+            yield rows
+            bar.update(tokens(rows))
+
+
 def progress_line(m, config):
     """One dense line an iteration: the numbers that its method has."""
     parts = [f"iteration {m['iteration']}/{m.get('iterations', config.iterations)}"]
@@ -2972,8 +3011,8 @@ def train_to_files(agent, folder):
     try:
         with tools.stop_requests() as requests:
             for m, batch in tqdm(train(agent), initial=agent.iteration, unit="iteration",
-                                 desc=config.method,  # no bar where nobody watches
-                                 disable=True if RANK else None):
+                                 desc=config.method, total=num_iterations(agent),
+                                 disable=True if RANK else None):  # no bar where nobody watches
                 write_iteration(agent, m, batch, folder)
                 agent.iteration, written = m["iteration"], moves()
                 history.append(m)
