@@ -35,12 +35,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import tools
+
+if __name__ == "__main__":  # the imports that follow take seconds
+    tools.end_quietly_at_ctrl_c()
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import sod_mini as sod
-import tools
 from tools import UserError
 
 # --- Settings --------------------------------------------------------------------------------
@@ -289,18 +293,6 @@ def mean_and_std(values):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def t_interval(values):
-    """(mean, low, high): Student's 95% interval of the mean. One value has no interval, only nan.
-
-    >>> mean, low, high = t_interval([1.0, 2.0, 3.0])
-    >>> round(mean, 2), round(low, 2), round(high, 2)  # 2 -+ 4.303 / sqrt(3)
-    (2.0, -0.48, 4.48)
-    """
-    mean, std = mean_and_std(values)
-    half = sod.t_975(len(values) - 1) * std / math.sqrt(len(values)) if std == std else math.nan
-    return mean, mean - half, mean + half
-
-
 def skew_interval(values):
     """(mean, low, high): at each end the farther of two 95% intervals of the mean. One is
     Student's. The other one, Hall's (1992), takes the skewness out of Student's t:
@@ -310,7 +302,7 @@ def skew_interval(values):
     It is needed where a few values are large and all others lie a little on the other side of 0: a
     sample with too few of the large ones has its mean too far on that side and too small a spread.
     """
-    mean, low, high = t_interval(values)
+    mean, low, high = sod.t_interval(values)
     n = len(values)
     if n < 3 or low == high:
         return mean, low, high

@@ -43,6 +43,11 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import tools
+
+if __name__ == "__main__":  # the imports that follow take seconds
+    tools.end_quietly_at_ctrl_c()
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,7 +61,6 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import (DocstringParsingException,
                                                     TypeHintParsingException)
 
-import tools
 from tools import UserError
 
 WORLD = "data/world"  # beside this file, wherever a command is given: see tools.locate
@@ -1988,6 +1992,18 @@ def t_975(freedom):
     return float(np.interp(0.475, area, t[1:]))
 
 
+def t_interval(values):
+    """(mean, low, high): Student's 95% interval of the mean. One value has no interval, only nan.
+
+    >>> mean, low, high = t_interval([1.0, 2.0, 3.0])
+    >>> round(mean, 2), round(low, 2), round(high, 2)  # 2 -+ 4.303 / sqrt(3)
+    (2.0, -0.48, 4.48)
+    """
+    mean, n = float(np.mean(values)), len(values)
+    half = t_975(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
 # --- Loading: what can be known in seconds is known before the weights --------------------------
 
 GIB = 2 ** 30
@@ -2748,7 +2764,8 @@ def cut_logs_back(folder, lengths):
 def model_card(config, results):
     """What the checkpoint is, how it was trained and measured: Hub metadata and markdown."""
     measured = (f"average@{config.eval_samples} on `{config.eval_data}`, 95% interval over "
-                f"problems:\n\n{results_table(results)}") if results else "Not evaluated."
+                f"problems:\n\n{results_table(results)}{what_changed(results, config)}"
+                ) if results else "Not evaluated."
     if results and "student before" not in results:
         measured += "\n\nThe student before training was not measured on this test."
     # The name of a folder means nothing on other machines.
@@ -2826,6 +2843,23 @@ def results_table(results):
         mean, low, high = mean_ci(correct)
         lines.append(f"| {name} | {mean:.1f}% | {low:.1f} to {high:.1f} |")
     return "\n".join(lines)
+
+
+def what_changed(results, config):
+    """The sentence on what training has changed, problem by problem; "" where that is not known."""
+    if not {"student before", "student after"} <= results.keys():
+        return ""
+    before, after = (100 * results[f"student {when}"].mean(1) for when in ("before", "after"))
+    mean, low, high = t_interval(after - before)
+    low, high = max(-100.0, low), min(100.0, high)  # in this order also where they are nan
+    mean, low, high = (round(x, 1) + 0.0 for x in (mean, low, high))  # + 0.0: no -0.0
+    sentence = (f"\n\nstudent after minus before: {mean:+} points, 95% interval {low} to {high} "
+                "over problems, paired")
+    if high < 0:
+        name = "sft_lr" if config.method == "sft" else "lr"
+        sentence += (f"; this run made the student worse: try a lower --{name} than "
+                     f"{getattr(config, name)}")
+    return sentence
 
 
 # --- The screen -------------------------------------------------------------------------------
@@ -2996,7 +3030,7 @@ def main(argv=None):
             write_page(folder)
         if results:
             print(f"\naverage@{config.eval_samples} on {len(agent.eval_set)} problems of "
-                  f"{config.eval_data}\n" + results_table(results))
+                  f"{config.eval_data}\n" + results_table(results) + what_changed(results, config))
 
 
 def train_to_files(agent, folder):

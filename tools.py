@@ -1134,6 +1134,15 @@ def interrupt(number):
     raise KeyboardInterrupt(number)
 
 
+def end_quietly_at_ctrl_c():
+    """Until a command takes over the signals, as while torch is read, Ctrl-C ends with one line."""
+    def end(number, frame):
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, end)
+
+
 @contextlib.contextmanager
 def stop_requests():
     """Yield a list to which the number of a signal is added; the body stops when it is ready to.
