@@ -31,12 +31,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import tools
+
+if __name__ == "__main__":  # the imports that follow take seconds
+    tools.end_quietly_at_ctrl_c()
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import sod_mini as sod
-import tools
 from tools import UserError
 
 # --- Settings --------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ PAPER.update(k=32, runs=5, temperature=1.0, top_p=0.6, max_prompt=4096, rollout_
 
 def benchmark_config(data, given):
     """The settings of one benchmark: the world's or the paper's, then the command line's."""
-    is_world = data == "world" or Path(os.path.realpath(data)).parent == Path(sod.WORLD).resolve()
+    is_world = data == "world" or sod.is_embedded(data)
     defaults = dict(limit=sod.Config.eval_problems) if is_world else PAPER
     return EvalConfig(**{**defaults, **given})
 
@@ -107,13 +111,13 @@ BENCHMARKS = {
 def find_file(data, folder):
     """The file of a benchmark's name, or the file itself."""
     if data == "world":
-        return Path(sod.Config.eval_data)
+        return tools.locate(sod.Config.eval_data)
     if data not in BENCHMARKS:
-        if not Path(data).exists():
+        if not tools.locate(data).exists():
             raise UserError(f"{data} is neither a file nor a benchmark; the benchmarks are world, "
                             + ", ".join(BENCHMARKS))
-        return Path(data)
-    benchmark, place = BENCHMARKS[data], Path(folder) / data
+        return tools.locate(data)
+    benchmark, place = BENCHMARKS[data], tools.locate(folder) / data
     for path in [*(Path(f"{place}{suffix}") for suffix in tools.SUFFIXES), place / benchmark.file]:
         if path.exists():
             return path
@@ -191,18 +195,6 @@ def mean_and_std(values):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def t_interval(values):
-    """(mean, low, high): Student's 95% interval of the mean. One value has no interval, only nan.
-
-    >>> mean, low, high = t_interval([1.0, 2.0, 3.0])
-    >>> round(mean, 2), round(low, 2), round(high, 2)  # 2 -+ 4.303 / sqrt(3)
-    (2.0, -0.48, 4.48)
-    """
-    mean, std = mean_and_std(values)
-    half = sod.t_975(len(values) - 1) * std / math.sqrt(len(values)) if std == std else math.nan
-    return mean, mean - half, mean + half
-
-
 def skew_interval(values):
     """(mean, low, high): at each end the farther of two 95% intervals of the mean. One is
     Student's. The other one, Hall's (1992), takes the skewness out of Student's t:
@@ -212,7 +204,7 @@ def skew_interval(values):
     It is needed where a few values are large and all others lie a little on the other side of 0: a
     sample with too few of the large ones has its mean too far on that side and too small a spread.
     """
-    mean, low, high = t_interval(values)
+    mean, low, high = sod.t_interval(values)
     n = len(values)
     if n < 3 or low == high:
         return mean, low, high
@@ -644,13 +636,15 @@ def patterns(outcomes):
     return names[1:]
 
 
-def write_page(folder, *asked):
+def write_page(name, *asked, out=sod.Config.out):
     """Write rollouts.html of a run: a single file, which needs no other one.
 
+    name     the folder of the run, or the name of one below `out`
     asked    iterations to show; without any the first, the middle and the last
-    returns  its path and what it holds, as a line of text
+    returns  the path of the page and what it holds, as a line of text
     """
-    data, path = page_data(Path(folder), asked), Path(folder) / "rollouts.html"
+    folder = sod.find_run(name, out)
+    data, path = page_data(folder, asked), folder / "rollouts.html"
     tools.write_whole(path, page_html(data))
     return (f"{path}  iterations {', '.join(data['iterations']) or 'none'}, "
             f"{path.stat().st_size / 2**20:.1f} MiB")
@@ -727,7 +721,7 @@ def page_html(data):
 # --- The command -------------------------------------------------------------------------------
 
 TAKES = {  # the options that the commands which sample nothing take
-    "compare": set(), "page": set(),
+    "compare": set(), "page": {"out"},
     "rescore": {"benchmarks", "tool_timeout", "tool_chars", "tool_modules", "tool_unsafe"}}
 
 
@@ -741,11 +735,12 @@ def parse(argv=None):
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100))
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", nargs="+",
-                      help="folders or Hub ids; default: the embedded student and teacher")
+                      help="folders, of a run its checkpoint, or Hub ids; default: the embedded "
+                      "student and teacher")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"),
                       help="two files of samples: the verdict")
     what.add_argument("--rescore", metavar="FILE", help="grade the samples of a file again")
-    what.add_argument("--page", nargs="+", metavar=("FOLDER", "ITERATION"),
+    what.add_argument("--page", nargs="+", metavar=("RUN", "ITERATION"),
                       help="write rollouts.html of a run, by default with three iterations")
     parser.add_argument("--ask", metavar="QUESTION", help="one question to the first model, by "
                         "default the embedded student: the conversation, as it is sampled")
@@ -794,7 +789,7 @@ def evaluate_all(models, datas, given):
 def run(args, given):
     """Do what the command says."""
     if args.page:
-        print(write_page(*args.page))
+        print(write_page(*args.page, **given))
     elif args.rescore:
         print(rescore(args.rescore, given))
     elif args.compare:

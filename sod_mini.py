@@ -43,6 +43,11 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import tools
+
+if __name__ == "__main__":  # the imports that follow take seconds
+    tools.end_quietly_at_ctrl_c()
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,10 +61,9 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import (DocstringParsingException,
                                                     TypeHintParsingException)
 
-import tools
 from tools import UserError
 
-WORLD = os.path.relpath(Path(__file__).resolve().parent / "data" / "world")
+WORLD = "data/world"  # beside this file, wherever a command is given: see tools.locate
 
 # --- Settings --------------------------------------------------------------------------------
 
@@ -144,7 +148,7 @@ class Config(Sampling):
     show_every: int = 10                    # iterations between two rollouts shown, 0 for never
     store_tokens: int = 128                 # rollouts an iteration stored with their tokens
     save_every: int = 5                     # iterations between two saves, 0: only at a stop
-    resume: str = ""                        # go on with an interrupted run: its folder or name
+    resume: str = ""                        # go on with an earlier run: its folder or name
 
     def __post_init__(self):
         check_values(self, BOUNDS)
@@ -925,7 +929,7 @@ def micro_batches(lengths, max_tokens, rows=None, shared=0):
 def my_micro_batches(batch, max_tokens):
     """The rows of a Batch that this process works on, cut by micro_batches."""
     rows = my_share(range(len(batch.lengths)))
-    return micro_batches(batch.lengths, max_tokens, rows, batch.shared)
+    return with_bar(micro_batches(batch.lengths, max_tokens, rows, batch.shared), batch.lengths)
 
 
 def hidden_states(model, ids, shared=0):
@@ -1650,7 +1654,29 @@ def decode_chunk(batch, n, ends, agent, next_token):
             if r.turns[-1].ids[-1] in ends or r.response_len >= config.max_response]
 
 
-ENGINES = {"continuous": sample_by_continuous_batching, "generate": sample_by_generate}
+def watched(engine):
+    """The engine, with a bar of the rollouts that are finished."""
+    def sample(agent, model, rollouts, *more):
+        with bar_of("sampling", len(rollouts), "rollout") as bar:
+            engine(agent, model, Watched(rollouts, bar), *more)
+    return sample
+
+
+class Watched(list):
+    """Rollouts under way. An engine looks through them now and then, to see which are finished; so
+    it need not know of the bar, which is brought up to date at each such look."""
+
+    def __init__(self, rollouts, bar):
+        super().__init__(rollouts)
+        self.bar = bar
+
+    def __iter__(self):
+        self.bar.update(sum(bool(self[i].finish_reason) for i in range(len(self))) - self.bar.n)
+        return super().__iter__()
+
+
+ENGINES = {"continuous": watched(sample_by_continuous_batching),
+           "generate": watched(sample_by_generate)}
 
 
 # --- Lack of memory -----------------------------------------------------------------------------
@@ -1986,6 +2012,18 @@ def t_975(freedom):
     return float(np.interp(0.475, area, t[1:]))
 
 
+def t_interval(values):
+    """(mean, low, high): Student's 95% interval of the mean. One value has no interval, only nan.
+
+    >>> mean, low, high = t_interval([1.0, 2.0, 3.0])
+    >>> round(mean, 2), round(low, 2), round(high, 2)  # 2 -+ 4.303 / sqrt(3)
+    (2.0, -0.48, 4.48)
+    """
+    mean, n = float(np.mean(values)), len(values)
+    half = t_975(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
 # --- Loading: what can be known in seconds is known before the weights --------------------------
 
 GIB = 2 ** 30
@@ -1999,7 +2037,8 @@ def load_agent(config):
     if config.threads:  # the embedded model is too small to share; the tool takes the other cores
         torch.set_num_threads(config.threads)
     agent.student = load_model(config.student, device, dtype, config.init)
-    print_model("student", config.student, agent.student, config.init == "pretrained", agent)
+    print_model("student", model_folder(config.student), agent.student,
+                config.init == "pretrained", agent)
     if config.gradient_checkpointing:
         enable_checkpointing(agent.student)
     scorer = METHODS[config.method].scorer
@@ -2007,7 +2046,8 @@ def load_agent(config):
         agent.teacher = (load_model(config.teacher, device, dtype) if scorer == "teacher" else
                          copy.deepcopy(agent.student).eval())
         agent.teacher.requires_grad_(False)
-        name = config.teacher if scorer == "teacher" else f"the student's start, told the {scorer}"
+        name = (model_folder(config.teacher) if scorer == "teacher" else
+                f"the student's start, told the {scorer}")
         print_model("teacher", name, agent.teacher,
                     scorer == "teacher" or config.init == "pretrained", agent)
         agent.teacher.to(device if config.offload == "none" else "cpu")
@@ -2077,17 +2117,47 @@ def note_on_bf16(device, dtype, cpuinfo="/proc/cpuinfo"):
 
 def load_pretrained(read, path, **options):
     """read(path), such as from_pretrained, with one sentence in place of its traceback."""
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
-    if not os.path.isdir(path) and (os.path.exists(path) or not is_hub_id):
+    folder = model_folder(path)
+    if not path or not os.path.isdir(folder) and not is_hub_id(path):
         raise UserError(f"there is no folder {path!r}; name a folder that holds a model, "
                         "or a Hub id such as Qwen/Qwen3-0.6B")
     try:  # without the last option, transformers asks on the terminal, or runs the folder's code
-        return read(path, **options, trust_remote_code=False)
+        return read(folder, **options, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
         first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
         raise UserError(f"cannot load {path}: {first}; a folder must hold config, weights and "
                         "tokenizer, and no code of its own; a Hub id needs a machine that can "
                         "reach the Hub") from error
+
+
+def model_folder(path):
+    """The folder of a model, or its Hub id as it is. A run stands for its checkpoint, and as long
+    as it has none for its newest save."""
+    folder = tools.locate(path)
+    if not is_run(folder):
+        return str(folder)
+    for model in [folder / "checkpoint", *reversed(tools.numbered(folder / "saves"))]:
+        if model.is_dir():
+            return str(model)
+    raise UserError(f"{path} is a run without a checkpoint or a save; name a folder that holds a "
+                    "model, or let that run come to its first save")
+
+
+def is_run(folder):
+    """Is it the folder of a run? Models have a config.json, too, but none with our options."""
+    file = folder / "config.json"
+    return file.is_file() and b'"rollout_engine"' in file.read_bytes()
+
+
+def is_hub_id(path):
+    """Can it be the name of a model on the Hub, and is no folder here?"""
+    spelled = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
+    return bool(spelled) and not tools.locate(path).exists()
+
+
+def is_embedded(path):
+    """Does it lie in the embedded world, however it is spelled?"""
+    return tools.locate(path).resolve().is_relative_to(tools.locate(WORLD).resolve())
 
 
 def skeleton(path, dtype=None, device="meta"):
@@ -2409,13 +2479,14 @@ def call_form(calls, names):
 
 def load_functions(path):
     """The functions of a user's file as tools; their schemas come from hints and docstrings."""
-    if not path.endswith(".py") or not Path(path).is_file():
+    file = tools.locate(path)
+    if file.suffix != ".py" or not file.is_file():
         raise UserError(f"tools names {path!r}, which is no Python file; name {tools.TOOL_NAME}, a "
                         ".py file of functions, or both with a comma between them")
-    spec = importlib.util.spec_from_file_location("tools_of_the_user", path)
+    spec = importlib.util.spec_from_file_location("tools_of_the_user", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    source, found = Path(path).read_text(encoding="utf-8"), []
+    source, found = file.read_text(encoding="utf-8"), []
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if function.__module__ == spec.name and not name.startswith("_"):
             try:
@@ -2475,13 +2546,37 @@ def run_folder(config):
     """runs/NAME, new or one to go on with, which is this process's alone. Where loading fails, and
     nothing has been made yet, a new one is removed again."""
     folder = all_gather(None if RANK else open_run_folder(config))[0]
-    with contextlib.nullcontext() if RANK else tools.locked(folder):
+    with contextlib.nullcontext() if RANK else locked_and_logged(folder):
         try:
             yield folder
         except BaseException:
             if not (folder / "config.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def locked_and_logged(folder):
+    """The folder of a run for this process alone, with what it prints from now on in log.txt."""
+    with (tools.locked(folder), open(folder / "log.txt", "ab", buffering=0) as log,
+          contextlib.redirect_stdout(Logged(sys.stdout, log, folder))):
+        yield
+
+
+@dataclass(eq=False)
+class Logged:
+    """A stream whose words go to a file of the run first, for its screen may be closed."""
+    screen: object
+    log: object
+    folder: Path
+
+    def __getattr__(self, name):
+        return getattr(self.screen, name)
+
+    def write(self, text):
+        with tools.writing(self.folder):
+            self.log.write(text.encode("utf-8", "backslashreplace"))
+        return self.screen.write(text)
 
 
 @contextlib.contextmanager
@@ -2498,20 +2593,25 @@ def how_to_go_on(folder):
 
 
 def open_run_folder(config):
-    """Make the folder of a new run, or find that of an interrupted one."""
+    """Make the folder of a new run, or find that of an earlier one."""
     name = config.name or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.resume or Path(config.out) / name)
+    unnamed = not (config.name or config.resume)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not unnamed)
     except OSError as error:
+        if unnamed and folder.is_dir():  # another run began in this second: take the next one
+            time.sleep(1)
+            return open_run_folder(config)
         raise UserError(f"cannot make {folder} ({error.strerror}); name another place with "
                         "--out") from None
-    if not config.resume and any(folder.iterdir()):
+    # A run that was killed while it was loading has left a log, and nothing else.
+    if not config.resume and {*os.listdir(folder)} - {"log.txt"}:
         raise UserError(f"{folder} exists already; give this run another --name, or go on with "
                         f"that one: --resume {folder}")
-    if (folder / "checkpoint").exists() and not (folder / "saves").exists():
-        raise UserError(f"{folder} is finished; to train its result further, start a run with "
-                        f"--student {folder / 'checkpoint'}")
+    if (folder / "checkpoint").exists() and not tools.numbered(folder / "saves"):
+        raise UserError(f"{folder} is finished, and its last save, from which it could go on, is "
+                        f"gone; to train its result further, start a run with --student {folder}")
     return folder
 
 
@@ -2526,21 +2626,22 @@ def write_config(config, folder):
         tools.write_whole(folder / "config.json", json.dumps(config_json(config), indent=1) + "\n")
 
 
+def find_run(name, out=Config.out):
+    """The folder of a run: as given, else that of a run of this name below `out`."""
+    folders = [tools.locate(name), tools.locate(Path(out) / name)]
+    return next((f for f in folders if (f / "config.json").exists()), folders[0])
+
+
 def resumed_config(given):
-    """The settings of an interrupted run, and what `given`, the options of the command line with
-    "resume" among them, changes in them."""
-    folder = Path(given["resume"])
-    if not (folder / "config.json").exists():  # the name of a run
-        folder = Path(given.get("out", Config.out)) / folder
+    """The settings of an earlier run, in which `given`, the options of the command line with
+    "resume" among them, take the place of what was stored."""
+    folder = find_run(given["resume"], given.get("out", Config.out))
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         before = Config(**{name: stored[name] for name in stored.keys() - {"versions"}})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no run that can be resumed ({error}); name its folder, "
                         "such as runs/NAME") from None
-    for name, value in given.items():
-        if name != "resume" and getattr(before, name) != value:
-            print(f"changed: {name} {value!r}, was {getattr(before, name)!r}")
     return Config(**{**asdict(before), **given, "resume": str(folder)})
 
 
@@ -2610,12 +2711,14 @@ def token_row(batch, i, k, tokenizer):
 
 @on_rank_0
 def save_checkpoint(agent, folder, results):
-    """The trained student and its card, as folder/checkpoint; after it no save is needed."""
+    """The trained student and its card, as folder/checkpoint. The last save stays, so that the
+    run can go on if it is given more iterations."""
     check_plain_head(agent.config.student, agent.student, agent.tokenizer,
                      student_context(agent.config).calls)
     with tools.writing(folder), tools.whole_folder(folder / "checkpoint") as aside:
         write_model(agent, aside, results)
-    tools.remove(folder / "saves")
+    for other in {*(folder / "saves").iterdir()} - {*tools.numbered(folder / "saves")[-1:]}:
+        tools.remove(other)
     print(f"checkpoint {folder / 'checkpoint'}")
 
 
@@ -2651,13 +2754,13 @@ def save_run(agent, folder):
 
 def file_digests(config):
     """{file: digest} of what a run is made of besides models and settings: scripts and data."""
-    scripts = [Path(__file__).with_name(f"{name}.py") for name in ("sod_mini", "tools", "evaluate")]
-    data = [Path(path) for path in (
+    files = {f"{name}.py": Path(__file__).with_name(f"{name}.py")
+             for name in ("sod_mini", "tools", "evaluate")}
+    files |= {name: tools.locate(name) for name in (
         config.train_data, config.eval_data, config.demonstrations, config.examples,
-        config.teacher_examples, *config.tools.split(",")) if path]
-    return {path.name if path in scripts else str(path):
-            hashlib.sha256(path.read_bytes()).hexdigest() for path in scripts + data
-            if path.is_file()}
+        config.teacher_examples, *config.tools.split(",")) if name}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()
+            if file.is_file()}
 
 
 def restore(agent, folder):
@@ -2695,19 +2798,23 @@ def cut_logs_back(folder, lengths):
 def model_card(config, results):
     """What the checkpoint is, how it was trained and measured: Hub metadata and markdown."""
     measured = (f"average@{config.eval_samples} on `{config.eval_data}`, 95% interval over "
-                f"problems:\n\n{results_table(results)}") if results else "Not evaluated."
+                f"problems:\n\n{results_table(results)}{what_changed(results, config)}"
+                ) if results else "Not evaluated."
     if results and "student before" not in results:
         measured += "\n\nThe student before training was not measured on this test."
+    # The name of a folder means nothing on other machines.
+    base = f"base_model: {config.student}\n" * is_hub_id(config.student)
+    start = (f"The embedded {Path(config.student).name} of sod-mini" if is_embedded(config.student)
+             else config.student if base else f"The model of a folder `{config.student}`")
     return f"""---
-base_model: {config.student}
-library_name: transformers
+{base}library_name: transformers
 pipeline_tag: text-generation
 tags: [sod, on-policy-distillation, tool-use]
 ---
 
-{config.student} trained with sod-mini, method `{config.method}`, to solve problems in several turns
-with tools: `{config.tools}`, called in the form `{config.calls}`. Its licence is that of
-{config.student}.
+{start}, trained with sod-mini, method `{config.method}`, to solve
+problems in several turns with tools: `{config.tools}`, called in the form `{config.calls}`.
+Its licence is that of the model before training.
 
 {measured}
 
@@ -2772,12 +2879,46 @@ def results_table(results):
     return "\n".join(lines)
 
 
+def what_changed(results, config):
+    """The sentence on what training has changed, problem by problem; "" where that is not known."""
+    if not {"student before", "student after"} <= results.keys():
+        return ""
+    before, after = (100 * results[f"student {when}"].mean(1) for when in ("before", "after"))
+    mean, low, high = t_interval(after - before)
+    low, high = max(-100.0, low), min(100.0, high)  # in this order also where they are nan
+    mean, low, high = (round(x, 1) + 0.0 for x in (mean, low, high))  # + 0.0: no -0.0
+    sentence = (f"\n\nstudent after minus before: {mean:+} points, 95% interval {low} to {high} "
+                "over problems, paired")
+    if high < 0:
+        name = "sft_lr" if config.method == "sft" else "lr"
+        sentence += (f"; this run made the student worse: try a lower --{name} than "
+                     f"{getattr(config, name)}")
+    return sentence
+
+
 # --- The screen -------------------------------------------------------------------------------
 
 SHOWN = {"reward": "reward {:+.2f}", "correct": "correct {:.0%}", "kl_estimate": "kl {:.2f}",
          "d": "d {:.2f}", "w": "w {:.2f}", "tool_fail": "tool fail {:.0%}",
          "cut_length": "cut {:.0%}", "tokens": "{:,} tokens", "loss": "loss {:.3f} nats",
          "grad_norm": "grad {:.2f}"}
+
+
+def bar_of(what, total, unit):
+    """A bar with rate and time left: on a terminal, of work that takes more than five seconds, and
+    only as long as it lasts."""
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, delay=5, leave=False,
+                disable=True if RANK else None)
+
+
+def with_bar(batches, lengths):
+    """The micro-batches, with a bar of the tokens in those that are done."""
+    batches, tokens = list(batches), lambda rows: sum(lengths[i] for i in rows)
+    what = "gradient" if torch.is_grad_enabled() else "scores"
+    with bar_of(what, sum(map(tokens, batches)), "token") as bar:
+        for rows in batches:
+            yield rows
+            bar.update(tokens(rows))
 
 
 def progress_line(m, config):
@@ -2875,7 +3016,7 @@ def check_embedded(config):
     """Refuse other models or data than the embedded ones, for which the defaults are made."""
     for name in ("student", "teacher", "train_data", "eval_data", "demonstrations"):
         value = getattr(config, name)
-        if value and not Path(os.path.realpath(value)).is_relative_to(Path(WORLD).resolve()):
+        if value and not is_embedded(value):
             raise UserError(
                 f"{name} is {value!r}, and the default settings are made for the small models of "
                 "the embedded world; say which settings you want: --preset world (these), cpu (a "
@@ -2883,11 +3024,20 @@ def check_embedded(config):
 
 
 def print_start(preset):
-    """The versions, and what the preset has replaced."""
+    """The versions, the time, and what the preset has replaced."""
     replaced = [f"{name} {value!r}" for name, value in PRESETS.get(preset, {}).items()]
-    print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items()))
+    print(f"preset  {preset}; " + ", ".join(f"{k} {v}" for k, v in VERSIONS.items())
+          + time.strftime("; started %Y-%m-%d %H:%M:%S %z"))
     if replaced:
         print("replaced by the preset, unless an option was given: " + ", ".join(replaced))
+
+
+def print_changes(config, folder):
+    """What a resumed run is made with that is not in its config.json."""
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in config_json(config).items():
+        if before.get(name, value) != value:
+            print(f"changed: {name} {value!r}, was {before[name]!r}")
 
 
 def main(argv=None):
@@ -2896,6 +3046,8 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     with process_group(), run_folder(config) as folder:
         print_start(preset)
+        if config.resume:
+            print_changes(config, folder)
         agent, results = load_agent(config), {}
         # The student is the start model here, in a run that is resumed, too.
         measure_once(agent, "student before", agent.student, folder, results)
@@ -2912,7 +3064,7 @@ def main(argv=None):
             write_page(folder)
         if results:
             print(f"\naverage@{config.eval_samples} on {len(agent.eval_set)} problems of "
-                  f"{config.eval_data}\n" + results_table(results))
+                  f"{config.eval_data}\n" + results_table(results) + what_changed(results, config))
 
 
 def train_to_files(agent, folder):
@@ -2927,8 +3079,8 @@ def train_to_files(agent, folder):
     try:
         with tools.stop_requests() as requests:
             for m, batch in tqdm(train(agent), initial=agent.iteration, unit="iteration",
-                                 desc=config.method,  # no bar where nobody watches
-                                 disable=True if RANK else None):
+                                 desc=config.method, total=num_iterations(agent),
+                                 disable=True if RANK else None):  # no bar where nobody watches
                 write_iteration(agent, m, batch, folder)
                 agent.iteration, written = m["iteration"], moves()
                 history.append(m)
@@ -2957,7 +3109,8 @@ def stop_if_skipped(history, most=3):
 def write_page(folder):
     """Have evaluate.py write the page of a run, in a process of its own: it imports this file."""
     script = Path(__file__).with_name("evaluate.py")
-    subprocess.run([sys.executable, script, "--page", folder])
+    page = subprocess.run([sys.executable, script, "--page", folder], stdout=subprocess.PIPE)
+    print(page.stdout.decode(errors="replace"), end="")
 
 
 def prepare_output():

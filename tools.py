@@ -955,8 +955,17 @@ def read_parquet(path):
         raise UserError(f"{path}: found broken parquet ({fault}); fetch the file again.") from fault
 
 
+def locate(path):
+    """The file or folder that an option names: as given, else below the folder of these scripts. So
+    data/world/student or runs/NAME, stored as a word, means the same in every working directory."""
+    ours = Path(__file__).resolve().parent / path
+    elsewhere = path and not os.path.exists(path)  # "" names nothing
+    return ours if elsewhere and os.path.exists(ours) else Path(path)
+
+
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes."""
+    path = locate(path)
     try:
         if not path.is_file():  # reading a pipe would wait, reading a device might never end
             found = "is no plain file" if path.exists() else "does not exist"
@@ -1360,6 +1369,15 @@ def handled_signals(handle):
 
 def interrupt(number):
     raise KeyboardInterrupt(number)
+
+
+def end_quietly_at_ctrl_c():
+    """Until a command takes over the signals, as while torch is read, Ctrl-C ends with one line."""
+    def end(number, frame):
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, end)
 
 
 @contextlib.contextmanager

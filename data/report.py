@@ -16,7 +16,8 @@ import numpy as np
 import premises
 import sod_mini as sod
 import tools
-from evaluate import mean_and_std, t_interval
+from evaluate import mean_and_std
+from sod_mini import t_interval
 
 LINES = ("no failed call", "fails from step 2 on", "failed at step 2, recovered")
 PATTERNS = ("stable", "recovery", "erroneous")

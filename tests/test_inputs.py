@@ -362,3 +362,13 @@ def test_a_terminal_that_knows_only_ascii_shows_every_character_of_the_data(tmp_
     assert r"Start with 5.\u2028 Add \U0001f642 3." in screen.read_text("ascii")
     rows = (tmp_path / "out/a/rollouts.jsonl").read_text().splitlines()
     assert json.loads(rows[0])["question"] == text
+
+
+def test_ctrl_c_while_a_command_starts_is_one_line_and_no_traceback():
+    code = ("import tools, os, signal, time; tools.end_quietly_at_ctrl_c(); "
+            "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    for script in ("sod_mini.py", "evaluate.py"):  # before what takes seconds
+        text = (ROOT / script).read_text()
+        assert text.index("tools.end_quietly_at_ctrl_c()") < text.index("\nimport numpy")

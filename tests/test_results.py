@@ -89,6 +89,37 @@ def test_the_card_says_where_the_start_was_not_measured_on_this_test():
                                                           **results})
 
 
+def test_the_card_names_a_base_model_only_where_it_is_one_of_the_hub(folder):  # noqa: F811
+    (folder / "runs/cold").mkdir(parents=True)  # spelled as a Hub id is
+    for student, said in (("data/world/student", "The embedded student of sod-mini, "),
+                          (WORLD / "teacher", "The embedded teacher of sod-mini, "),
+                          ("runs/cold", "The model of a folder `runs/cold`, "),
+                          ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B, trained with sod-mini, ")):
+        card = sod.model_card(small(student=str(student)), {})
+        on_hub = str(student).startswith("Qwen")
+        assert said in card and ("base_model: Qwen/Qwen3-0.6B\n" in card) == on_hub
+        assert ("\nbase_model:" in card) == on_hub
+
+
+@pytest.mark.parametrize("after, changes, said", [
+    # -100, 0, 50, 50 points: mean 0, std sqrt(5000), so 0 -+ 3.182 sqrt(5000 / 4)
+    ([[0, 0], [1, 1], [1, 0], [1, 0]], {}, "+0.0 points, 95% interval -100.0 to 100.0 over problems"),
+    # -50, -50, -100, -50: mean -62.5, std 25, so -62.5 -+ 3.182 * 25 / 2
+    ([[1, 0], [1, 0], [0, 0], [1, 0]], {}, "-62.5 points, 95% interval -100.0 to -22.7 over "
+     "problems, paired; this run made the student worse: try a lower --lr than 0.001"),
+    ([[0, 0]] * 4, dict(method="sft"), "worse: try a lower --sft_lr than 0.002"),
+    ([[0, 1]], {}, "-50.0 points, 95% interval -100.0 to 100.0 over problems")])
+def test_table_and_card_end_with_the_paired_difference(after, changes, said):
+    before = [[1, 1], [1, 1], [1, 1], [1, 1]][:len(after)]
+    if "+0.0" in said:
+        before[2:] = [[0, 0], [0, 0]]
+    results = {f"student {when}": np.array(x) for when, x in (("before", before), ("after", after))}
+    sentence = sod.what_changed(results, small(**changes))
+    assert said in sentence and sentence in sod.model_card(small(**changes), results)
+    assert ("worse" in said) == ("worse" in sentence)
+    assert sod.what_changed({"student after": results["student after"]}, small()) == ""
+
+
 # --- Rollouts that the machine failed -----------------------------------------------------------
 
 

@@ -4,7 +4,9 @@ A run that was interrupted at any moment must end with the same weights and the 
 byte, as one that was left alone. Most of it happens in this process; where a real one is killed,
 it is forked from one that has imported everything, since that takes longer than such a run.
 """
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -44,7 +46,7 @@ def resume(*more):
 
 def result(run):
     """Everything that a finished run leaves, but for what the clock said and its settings."""
-    assert (run / "checkpoint").exists() and not (run / "saves").exists()
+    assert (run / "checkpoint").exists() and len(os.listdir(run / "saves")) == 1
     files = [*(run / "checkpoint").iterdir(), run / "metrics.jsonl", run / "rollouts.jsonl"]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
             if file.name != "README.md"}
@@ -197,7 +199,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_left_alone(undisturbed, folde
             strike(process, run, moments)
         process.join(300)
     said = (folder / "screen").read_text()
-    assert process.exitcode == 0 or "is finished" in said, said
+    assert process.exitcode == 0, said
     assert result(run) == undisturbed[kind]
 
 
@@ -278,16 +280,16 @@ def test_changed_options_are_listed_and_hold(monkeypatch, capsys):
     act_at(3, SFT, monkeypatch)
     assert resume("--sft_lr", "0.01", "--sft_batch", 4, "--sft_epochs", 1) == 0
     said = capsys.readouterr().out
-    assert "changed: sft_lr 0.01, was 0.002\nchanged: sft_epochs 1, was 2\n" in said
-    assert "sft_batch" not in said and lines(RUN / "metrics.jsonl") == 3
+    assert "changed: sft_epochs 1, was 2\nchanged: sft_lr 0.01, was 0.002\n" in said
+    assert "changed: sft_batch" not in said and lines(RUN / "metrics.jsonl") == 3
     assert json.loads((RUN / "config.json").read_text())["sft_lr"] == 0.01
 
 
 def test_a_size_halved_for_lack_of_memory_is_not_stored_as_the_users_setting(monkeypatch):
-    def short(lengths, budget, rows=None):
+    def short(lengths, budget, *more):
         if budget > 700:
             raise MemoryError
-        return real(lengths, budget, rows)
+        return real(lengths, budget, *more)
     real = sod.micro_batches
     with monkeypatch.context() as patch:
         patch.setattr(sod, "micro_batches", short)
@@ -315,9 +317,36 @@ def test_what_cannot_go_on_is_refused_and_left_as_it_was(undisturbed, monkeypatc
     assert resume() == 0 and result(RUN) == undisturbed["sft"]
 
 
-def test_a_finished_run_is_told(capsys):
-    assert command({**SFT, "sft_epochs": 1}) == 0 and resume() == 1
-    assert f"{RUN} is finished; to train its result further" in capsys.readouterr().err
+def test_a_finished_run_goes_on_as_if_more_iterations_had_been_asked_at_once(undisturbed):
+    assert command({**SOD, "iterations": 2}) == 0
+    assert resume("--iterations", 5) == 0 and result(RUN) == undisturbed["sod"]
+
+
+def test_a_finished_run_without_its_last_save_is_told(capsys):
+    assert command({**SFT, "sft_epochs": 1}) == 0
+    shutil.rmtree(RUN / "saves")
+    assert resume() == 1
+    assert f"{RUN} is finished, and its last save" in capsys.readouterr().err
+
+
+def test_a_run_killed_after_its_checkpoint_prints_its_table_when_resumed(monkeypatch, capsys):
+    options = {**SFT, "eval_data": WORLD / "heldout.jsonl", "eval_problems": 2, "eval_samples": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(sod, "write_page", lambda run: fail())  # the first thing after it
+        assert command(options) == 1
+    assert (RUN / "checkpoint").exists() and "| student after |" not in capsys.readouterr().out
+    before = result(RUN)
+    monkeypatch.setattr(sod, "measure", None)  # nothing is measured again
+    assert resume() == 0 and "| student after |" in capsys.readouterr().out
+    assert result(RUN) == before
+
+
+def test_two_unnamed_runs_of_one_second_have_a_folder_each(monkeypatch):
+    seconds = iter(["1", "1", "2"])
+    monkeypatch.setattr(time, "strftime", lambda form: next(seconds))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    config = sod.Config()
+    assert [sod.open_run_folder(config).name for _ in range(2)] == ["sod-1", "sod-2"]
 
 
 CONFIGS = {
@@ -355,6 +384,33 @@ def test_results_measured_before_an_interruption_are_not_measured_again(monkeypa
     assert "| student before |" in card and "| student after |" in card
 
 
+def test_all_that_is_printed_is_kept_in_the_log_of_the_run(monkeypatch, capsys):
+    act_at(3, {**SOD, "iterations": 3, "show_every": 1, "lr": 0.1}, monkeypatch)  # it has health
+    assert resume("--seed", 1) == 0
+    said, log = capsys.readouterr().out, (RUN / "log.txt").read_text()
+    assert log == said and log.count("; started 2") == 2 and log.count("iteration 2/3 | ") == 1
+    for words in ("    health: ", "    turn 1  d ", "changed: seed 1, was 0\n", "checkpoint runs"):
+        assert words in log
+
+
+def test_a_screen_that_is_closed_ends_a_run_whose_log_has_the_last_line(monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, text):
+            if text.startswith("iteration "):
+                raise BrokenPipeError
+    monkeypatch.setattr(sod, "run_command", lambda work: work())
+    with contextlib.redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
+        command({**SFT, "sft_epochs": 1})
+    assert (RUN / "log.txt").read_text().splitlines()[-1].startswith("iteration 3/3 | loss")
+
+
+def test_a_run_killed_while_loading_has_left_a_log_alone_and_may_begin_anew(capsys):
+    RUN.mkdir(parents=True)
+    (RUN / "log.txt").write_text("preset  world\n")
+    assert command({**SFT, "sft_epochs": 1}) == 0
+    assert (RUN / "log.txt").read_text().startswith("preset  world\npreset  world; sod-mini")
+
+
 # --- What a run leaves --------------------------------------------------------------------------
 
 
@@ -366,7 +422,7 @@ def test_what_a_run_leaves_can_be_read_by_others_and_says_how_it_was_made(monkey
         assert file.stat().st_mode & 0o777 == 0o644, file
     assert json.loads((RUN / "config.json").read_text())["versions"] == sod.VERSIONS
     card = (RUN / "checkpoint/README.md").read_text()
-    assert "license:" not in card and f"licence is that of\n{SFT['student']}" in card
+    assert "license:" not in card and "licence is that of the model before training" in card
     assert torch.__version__ in card and '"resume"' not in card and len(card.splitlines()) <= 25
 
 

@@ -396,7 +396,8 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(tmp_path, capfd):
     AutoModelForCausalLM.from_pretrained(place)
     assert AutoTokenizer.from_pretrained(place).chat_template
     card = (place / "README.md").read_text()
-    for key in ("base_model:", "library_name: transformers", "pipeline_tag: text-generation",
+    for key in ("The embedded student of sod-mini, trained", "library_name: transformers",
+                "pipeline_tag: text-generation",
                 "on-policy-distillation", "| student after |", "Its licence"):
         assert key in card
     (m,) = json_lines(tmp_path / "a" / "metrics.jsonl")
