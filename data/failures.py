@@ -42,7 +42,7 @@ def mean(values):
 
 
 def repeats(row):
-    """The longest run of one character pattern that a turn repeats, as a share of its words."""
+    """The share of a turn's text that stood in it before, in its most repetitive turn."""
     return max((sod.repeated_share([list(turn["text"])]) for turn in row["turns"]), default=0)
 
 
@@ -56,45 +56,49 @@ FAILURES = [
             "has recovered.", "Compare the others with it."),
     Failure("A tool that falls silent", dict(silent_rate=0.6, silent_persist=0.9),
             lambda row: sum(failed(row)),
-            "Most calls fail, hardly a rollout is right, and many groups agree, so that the outcome "
-            "teaches little. d grows from failure to failure, and w takes the teacher's word away.",
+            "Most calls fail, and hardly a rollout is right. d grows after failures, and w takes "
+            "the teacher's word away.",
             "Look at the outcomes in metrics.jsonl first: this is the machine's fault, or the "
             "timeout's (`--tool_timeout`), and no lesson for the student."),
     Failure("A lost teacher", dict(silent_rate=0.4),
             lambda row: max([d for d, *two in zip(d_of(row)[2:], failed(row), failed(row)[1:])
                              if all(two)], default=0),
-            "After two failed calls in a row this world's teacher no longer knows how to go on: its "
-            "entropy rises, and d with it, though the student may be right.",
+            "After two failed calls in a row this world's teacher no longer knows how to go on: "
+            "its entropy rises, and d with it, whatever the student does then.",
             "That is what w is for; where it happens often, a teacher that has seen failures."),
     Failure("The first step is known by heart (d_1 near 0)",
             dict(student=f"{sod.WORLD}/teacher", teacher=f"{sod.WORLD}/teacher", lr=1e-3),
-            lambda row: -min(d_of(row)[:1] or [9]),
-            "Two models that agree in the first step have d_1 near 0, and every later w_k is near 0, "
-            "too, whatever the student does.", "`--weights floor`, or a student less like its "
-            "teacher in what every rollout begins with."),
+            lambda row: max(d_of(row)[1:] or [0]) if d_of(row)[0] < sod.NEAR_0 else 0,
+            "The student starts as a copy of its teacher, so d_1 is near 0. As soon as a later "
+            "step differs at all, its w is near 0: distillation is off for the rest of the "
+            "rollout.",
+            "`--weights floor`, or a student less like its teacher in what every rollout begins "
+            "with."),
     Failure("A context that the teacher does not know",
             dict(teacher_system="Answer in French, in rhymes, and never write a program."),
             lambda row: mean(d_of(row)),
-            "d is large from the first step on and everywhere alike; so w is near 1, and SOD trusts "
-            "a teacher that speaks of something else.",
+            "d is twice that of a healthy run, from the first step on and everywhere alike; so w "
+            "is near 1, and SOD trusts a teacher that speaks of something else. No rule sees it.",
             "Give both the same context; a cold start that both have had."),
     Failure("A student that never ends its turn", dict(init="random"),
             lambda row: len(row["turns"][-1]["text"]),
-            "Every rollout is cut, none is right, all rewards of a group are the same.",
+            "Most rollouts are cut, none is right, and the entropy is that of a random choice.",
             "Imitate first (`--method sft`); with a model of your own, see that the end token of "
             "its template is the one that its tokenizer ends with."),
     Failure("A loop", dict(lr=3e-3, iterations=8), repeats,
-            "Too large a step, and turns begin to repeat themselves. A loop looks like agreement: "
-            "the teacher, too, would go on with it, so d is small inside it.",
+            "Too large a step, and turns begin to repeat themselves. This teacher is surprised, "
+            "and d is large. A pretrained one may go on with the loop itself: on a real pair d "
+            "was .06 in one (real_pair.md), so d alone does not find loops.",
             "A lower `--lr`; begin again from the last save before it."),
     Failure("Reward without the tool", dict(method="grpo", tool_shaping=False, silent_rate=0.9,
                                             silent_persist=0.9, lr=2e-3, iterations=8),
             lambda row: -len(row["turns"]),
             "Where calls bring nothing, the student stops to call, and does not come back.",
             "Mend the tool; keep `--tool_shaping`, which pays a little for calls."),
-    Failure("Entropy gone", dict(method="grpo", temperature=0.3, lr=2e-3, iterations=8),
-            lambda row: row["correct"],
-            "All rollouts of a group are alike, right or wrong together, and A is 0.",
+    Failure("Entropy gone", dict(method="grpo", temperature=0.2, lr=5e-4, iterations=8),
+            lambda row: (not row["correct"], -len(row["turns"])),
+            "The rollouts of a group grow alike, right or wrong together, and A is 0 in more and "
+            "more groups.",
             "A lower `--lr` or a higher `--temperature`."),
 ]
 
@@ -127,7 +131,9 @@ def section(failure, numbers, lines, row):
     yield f"{row['question']}  [answer {row['answer']}, {row['reason']}]"
     for k, turn in enumerate(row["turns"], start=1):
         trust = f"d {turn['d']:.2f}  w {turn['w']:.2f}  " if turn.get("d") is not None else ""
-        yield (f"step {k}  {trust}{turn['text'].strip()[:90]!r}"
+        call = tools.HERMES.parse(turn["text"])
+        wrote = (call.code if call and call.code else turn["text"]).strip()
+        yield (f"step {k}  {trust}{wrote[:70]!r}"
                + (f"  ({turn['outcome']})" if turn["outcome"] else ""))
     yield "```\n"
     yield f"What helps: {failure.helps}\n"
