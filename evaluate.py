@@ -173,6 +173,7 @@ def read_csv(path, text):
 
 def read_parquet(path):
     """Rows as plain dicts. This needs pyarrow, which is not among the requirements."""
+    tools.refuse_pointers(path)
     try:
         from pyarrow import parquet
     except ImportError as fault:
@@ -448,6 +449,9 @@ def parse_line(place, line):
 
 def read_samples(path, finished=True):
     """The Evaluation in a file. Samples may be missing only where it need not be finished."""
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; name a file of samples, which evaluate.py has "
+                        f"written to {EvalConfig.out} or to its --out")
     lines = lines_of(Path(path))
     header, *rows = [parse_line(*line) for line in lines] or [{}]
     try:

@@ -20,6 +20,7 @@ Notation (code: paper)
 import argparse
 import contextlib
 import copy
+import errno
 import functools
 import gc
 import hashlib
@@ -2052,7 +2053,14 @@ def load_pretrained(read, path, **options):
     try:  # without the last option, transformers asks on the terminal, or runs the folder's code
         return read(path, **options, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
-        first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
+        tools.refuse_pointers(*Path(path).glob("*"))
+        if (Path(path) / "adapter_config.json").exists():
+            raise UserError(f"{path} holds an adapter (PEFT) and no whole model; merge it into its "
+                            "base model (merge_and_unload of peft), save that and name its "
+                            "folder") from error
+        # Where the first line ends with a colon, the second one has the numbers.
+        first = re.match(r"(.*:\s*\n)?.*", str(error).strip() or repr(error))[0]
+        first = " ".join(first.split()).rstrip(":.")
         raise UserError(f"cannot load {path}: {first}; a folder must hold config, weights and "
                         "tokenizer, and no code of its own; a Hub id needs a machine that can "
                         "reach the Hub") from error
@@ -2079,7 +2087,7 @@ def load_model(path, device, dtype, init="pretrained"):
         other_size = {name for name, *_ in read["mismatched_keys"]}
         if wrong := read["missing_keys"] | read["unexpected_keys"] | other_size:
             raise UserError(f"weights and config of {path} differ in {len(wrong)} tensors, such "
-                            f"as {min(wrong)}; load the folder again")
+                            f"as {min(wrong)}; mend config.json, or load the folder again")
     # generate() fills what we leave open from model.generation_config: Qwen3 ships temperature .6,
     # top-k 20 and top-p .95. Of these we keep the ids that end a turn.
     model.shipped_generation = model.generation_config
@@ -2467,11 +2475,7 @@ def open_run_folder(config):
     """Make the folder of a new run, or find that of an interrupted one."""
     name = config.name or f"{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.resume or Path(config.out) / name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder} ({error.strerror}); name another place with "
-                        "--out") from None
+    folder.mkdir(parents=True, exist_ok=True)
     if not config.resume and any(folder.iterdir()):
         raise UserError(f"{folder} exists already; give this run another --name, or go on with "
                         f"that one: --resume {folder}")
@@ -2934,6 +2938,11 @@ def prepare_output():
         getattr(sys, name).reconfigure(line_buffering=True, errors="backslashreplace")
 
 
+# The machine's answers to the name of a file or folder that is not to be had.
+NOT_TO_BE_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+                     errno.ENAMETOOLONG)
+
+
 def run_command(work, after_a_signal="files written so far are whole"):
     """Run a command; its exit status: 0 done, 1 error, 128 and more by a signal. What is wrong with
     input or machine ends with a sentence; every other error is a bug and keeps its traceback."""
@@ -2946,6 +2955,12 @@ def run_command(work, after_a_signal="files written so far are whole"):
         print("error: the reader of this output has gone, so the command stopped", file=sys.stderr)
     except UserError as error:
         print(f"error: {tools.printable(str(error))}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (*NOT_TO_BE_WRITTEN, *tools.FULL):
+            raise
+        remedy = "make room there, or " * (error.errno in tools.FULL)
+        print(f"error: cannot write {error.filename or 'a file'} ({error.strerror}); {remedy}name "
+              "another place with --out", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -825,6 +825,15 @@ def read_turn(message):
     return {"role": message["role"], "content": message["content"]}
 
 
+def refuse_pointers(*paths):
+    """Refuse what Git leaves in the place of a large file where Git LFS is not installed."""
+    for path in filter(Path.is_file, paths):
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs "
+                                "pull` where you cloned it, or download the file")
+
+
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes."""
     try:
@@ -834,6 +843,7 @@ def read_text(path, suffixes=(".jsonl", ".json")):
         if path.suffix not in suffixes:
             raise UserError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                             f"{' or '.join(suffixes)}; rename or convert it.")
+        refuse_pointers(path)
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")

@@ -1,4 +1,5 @@
 """Inputs from hell: each stops with one sentence and its exit status, and leaves no file."""
+import errno
 import functools
 import importlib
 import json
@@ -127,6 +128,8 @@ DATA = {
     "keys": (b'{"q": "1+1", "a": "2"}\n', r"line 1: found no question \(columns: q, a\); needed"),
     "long": (json.dumps({**ROW, "question": "Add 1. " * 140_000}).encode(),
              r"all 1 rows are longer than 128 tokens .* raise --max_prompt"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n",
+                r"pointer.jsonl is a Git LFS pointer.*git lfs pull"),
     "latin1": ('{"question": "caf\xe9", "answer": "1"}'.encode("latin-1"), r"no UTF-8 text"),
     "dict_question": (b'{"question": {"a": 1}, "answer": "2"}\n', r"line 1: found no question"),
     "kind": (b'{"question": "1+1", "answer": "2", "kind": "essay"}\n',
@@ -170,6 +173,9 @@ EVALUATED = [  # and what tests of evaluate.py do not ask
     ("--data HERE/half.jsonl", b'{"question": "\\ud800", "answer": "2"}', r"half a surrogate pair"),
     ("--data gsm8k --benchmarks HERE/nowhere", LINE, r"found no file .*put it there, or fetch"),
     ("--compare data/world/student HERE/file.jsonl", LINE, r"no file of samples|no folder"),
+    ("--compare nowhere.jsonl HERE/file.jsonl", LINE, r"nowhere.jsonl does not exist; name a file"),
+    ("--data HERE/lfs.parquet", DATA["pointer"][0], r"lfs.parquet is a Git LFS pointer"),
+    ("--limit 1 --out HERE/lfs.jsonl", LINE, r"cannot write .*lfs.jsonl .*; name another place"),
 ]
 
 
@@ -193,6 +199,19 @@ def test_a_file_without_permission_is_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True,
                           text=True)
     assert "Permission denied" in done.stdout and "needed a text file that can" in done.stdout, done
+
+
+@pytest.mark.parametrize("number, sentence", [
+    (errno.EACCES, "name another place with --out"), (errno.EROFS, "name another place"),
+    (errno.ENOSPC, "make room there, or name another place")])
+def test_a_place_that_takes_no_file_is_one_sentence_in_every_command(capsys, number, sentence):
+    def work():
+        raise OSError(number, os.strerror(number), "/there/file")
+    assert sod.run_command(work) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot write /there/file (") and sentence in said
+    with pytest.raises(FileNotFoundError):  # a bug, which keeps its traceback
+        sod.run_command(lambda: open("/no/such/file"))
 
 
 # --- Models and tokenizers ----------------------------------------------------------------------
@@ -259,6 +278,13 @@ MODELS = {
     "few_rows": (settings("config.json", vocab_size=506),
                  r"writes ids up to \d+ and .* has 506 vocabulary rows; use the tokenizer"),
     "more_layers": (layers(9), r"weights and config of .* differ in \d+ tensors"),
+    "other_layers": (settings("config.json", num_hidden_layers=2),
+                     r"layers. \(2\) must be .* \(4\)"),
+    "pointer": (write("model.safetensors", DATA["pointer"][0].decode()),
+                r"model.safetensors is a Git LFS pointer.*git lfs pull"),
+    "adapter": (lambda path: [change(path) for change in (
+        remove("model.safetensors"), write("adapter_config.json", '{"peft_type": "LORA"}'))],
+                r"holds an adapter .*; merge it into its base model"),
     "fewer_layers": (layers(2), r"weights and config of .* differ in \d+ tensors"),
     "unknown_kind": (settings("config.json", model_type="novel"), r"cannot load "),
     "no_decoder": (write("config.json", '{"model_type": "t5"}'), r"cannot load "),
