@@ -803,7 +803,7 @@ def parse(argv=None):
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, EvalConfig, sod.choices())
-    args = parser.parse_args(argv)
+    args = sod.parse_options(parser, argv)
     given = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if hasattr(args, f.name)}
     if command := next((name for name in TAKES if getattr(args, name)), ""):
         idle = given.keys() - TAKES[command] | ({"data"} if args.data else set())

@@ -20,6 +20,7 @@ Notation (code: paper)
 import argparse
 import contextlib
 import copy
+import difflib
 import errno
 import functools
 import gc
@@ -2812,6 +2813,28 @@ def add_options(parser, kind, words):
         f"{name} {number}" for name, number in VERSIONS.items()))
 
 
+ELSEWHERE = {  # what other trainers call an option, and how it is called here
+    "learning_rate": "lr", "batch_size": "prompts", "num_generations": "group_size", "model":
+    "student", "dataset": "train_data", "max_steps": "iterations", "output_dir": "out"}
+
+
+def parse_options(parser, argv):
+    """As parser.parse_args, which also says what a mistyped option may have been meant to be."""
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option[2:] for option in parser._option_string_actions if option[:2] == "--"]
+        meant = []
+        for word in unknown:
+            name = word.lstrip("-").partition("=")[0].replace("-", "_") if word[:1] == "-" else ""
+            likely = ([ELSEWHERE[name]] if name in ELSEWHERE else
+                      [option for option in known if name and option.startswith(name)]
+                      or difflib.get_close_matches(name, known))
+            meant += [f"--{option}" for option in likely[:1] if option in known]
+        hint = f"; did you mean {' and '.join(meant)}?" if meant else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return given
+
+
 def as_bool(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -2828,17 +2851,35 @@ def parse_config(argv=None):
                         "below: world (none), gpu (one GPU), paper; needed with other models or "
                         "data than the embedded ones")
     add_options(parser, Config, choices())
-    given = vars(parser.parse_args(argv))
+    given = vars(parse_options(parser, argv))
     preset = given.pop("preset", None)
     try:
         if given.get("resume"):
-            return resumed_config({**PRESETS[preset or "world"], **given}), preset or "as before"
+            config = resumed_config({**PRESETS[preset or "world"], **given})
+            return config, preset or "as before"
         config = Config(**{**PRESETS[preset or "world"], **given})
         if not preset:
             check_embedded(config)
+        note_unused(config, given)
         return config, preset or "world"
     except UserError as error:
         parser.error(str(error))
+
+
+def note_unused(config, given):
+    """Say which options of the command line make no difference to what this run learns."""
+    method, sft = METHODS[config.method], config.method == "sft"
+    reads = {"uniform": "", "decay": "", "mask_after_error": "", "unclipped": "epsilon",
+             "sod": "epsilon delta"}.get(config.weights, "epsilon delta floor")
+    used = {"teacher": method.scorer == "teacher",
+            **dict.fromkeys(["teacher_system", "teacher_examples", "opd_coef"], method.scorer),
+            **{name: method.weighted and name in reads for name in ("epsilon", "delta", "floor")},
+            **dict.fromkeys(["demonstrations", "sft_epochs", "sft_batch", "sft_lr"], sft),
+            **dict.fromkeys(["train_data", "iterations", "prompts", "group_size", "lr"],
+                            not sft and config.method != "vanilla")}
+    if idle := [f"--{name}" for name in given if not used.get(name, True)]:
+        weights = f" with --weights {config.weights}" * method.weighted
+        print(f"NOTE: method {config.method}{weights} learns nothing from {', '.join(idle)}")
 
 
 def check_embedded(config):

@@ -62,8 +62,10 @@ def stops(capsys, tmp_path, arguments, status, sentence, module="sod_mini"):
 OPTIONS = [
     ("--lr", 2, r"argument --lr: expected one argument"),
     ("--iterations 1.5", 2, r"argument --iterations: invalid int value: '1.5'"),
-    ("--learning_rate 1", 2, r"unrecognized arguments: --learning_rate 1"),
-    ("--iter 3", 2, r"unrecognized arguments: --iter 3"),
+    ("--learning_rate 1", 2, r"arguments: --learning_rate 1; did you mean --lr\?$"),
+    ("--iter 3", 2, r"unrecognized arguments: --iter 3; did you mean --iterations\?$"),
+    ("--tool-timeout=3 --gruop_size 4", 2, r"4; did you mean --tool_timeout and --group_size\?$"),
+    ("--fp16 x", 2, r"unrecognized arguments: --fp16 x$"),
     ("--preset big", 2, r"argument --preset: invalid choice: 'big'"),
     ("--offload teacher --kl full", 2, r"kl full needs the teacher .* use --offload none"),
     ("--method grpo --kl full", 2, r"grpo has no teacher .*use --kl sampled"),
@@ -109,6 +111,32 @@ def test_wrong_options_end_with_a_sentence(capsys, tmp_path, arguments, status, 
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     stops(capsys, tmp_path, arguments, status, sentence)
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ("--tool-timeout 3", r"arguments: --tool-timeout 3; did you mean --tool_timeout\?$"),
+    ("--learning_rate 1", r"unrecognized arguments: --learning_rate 1$"),
+    ("--modle x", r"did you mean --model\?$")])
+def test_evaluate_py_says_which_option_was_meant_as_well(capsys, tmp_path, arguments, sentence):
+    stops(capsys, tmp_path, arguments, 2, sentence, "evaluate")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("--method grpo --teacher x --lr 1e-5", "method grpo learns nothing from --teacher"),
+    ("--method sod --floor 0.1 --delta 0.3",
+     "method sod with --weights sod learns nothing from --floor"),
+    ("--weights unclipped --delta 0.3", "--weights unclipped learns nothing from --delta"),
+    ("--method opd --demonstrations '' --sft_lr 1",
+     "method opd learns nothing from --demonstrations, --sft_lr"),
+    ("--method sft --lr 1e-5", "method sft learns nothing from --lr"),
+    ("--method opsd_gt --opd_coef 2 --teacher_system x", ""), ("--weights floor --floor 1", ""),
+    ("--weights mine --floor 1 --delta 1", "")])
+def test_given_options_that_a_run_does_not_use_are_noted_once(capsys, monkeypatch, arguments, said):
+    monkeypatch.setitem(sod.WEIGHTS, "mine", sod.WEIGHTS["floor"])
+    sod.parse_config(shlex.split(f"--preset world {arguments}"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(said) and all(
+        line.startswith("NOTE: ") and line.endswith(said) for line in lines)
 
 
 def test_a_folder_that_is_there_already_stays_as_it_is(capsys, tmp_path):
