@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import weakref
 import zlib
 from collections import Counter, deque
@@ -2192,7 +2193,10 @@ def check_template(path, tokenizer, calls):
         shown = tokenizer.decode(encode_prompt(tokenizer, problem, Context(calls))
                                  + encode_tool_turn(tokenizer, probe, calls))
         after = render_tool_turn(tokenizer, probe, calls)
-    except Exception as error:  # a template may raise anything
+    except Exception as error:  # a template may raise anything; every other error is a bug
+        if not any(frame.name == "apply_chat_template"
+                   for frame in traceback.extract_tb(error.__traceback__)):
+            raise
         shown, after = f"an error ({error})", tokenizer.eos_token
     names = [schema["function"]["name"] for schema in calls.schemas or ()]
     if not all(name in shown for name in [*names, probe]):
@@ -2505,10 +2509,15 @@ def resumed_config(given):
         folder = Path(given.get("out", Config.out)) / folder
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        before = Config(**{name: stored[name] for name in stored.keys() - {"versions"}})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        stored = {name: stored[name] for name in stored.keys() - {"versions"}}
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} holds no run that can be resumed ({error}); name its folder, "
                         "such as runs/NAME") from None
+    try:
+        before = Config(**stored)
+    except (UserError, TypeError) as error:  # a scheme, a method or an option has gone since then
+        raise UserError(f"{folder / 'config.json'} does not fit this sod_mini.py ({error}); bring "
+                        "back what the run was started with, or begin a new run") from None
     for name, value in given.items():
         if name != "resume" and getattr(before, name) != value:
             print(f"changed: {name} {value!r}, was {getattr(before, name)!r}")
