@@ -2126,9 +2126,16 @@ def print_model(role, name, model, pretrained, agent):
                         f"token, and chance is {chance:.2f}: its weights are random, damaged or "
                         "for another tokenizer; load them again, or use --init random or "
                         "--preflight false")
-    least = agent.tokenizer.decode(ids[logp.argmin()])
-    print(f"{role} {name}, {count_parameters(model):,} parameters; {mean:.2f} nats a token of a "
-          f"plain tool call, the least {float(logp.min()):.2f} for {least!r}; chance {chance:.2f}")
+    # What closes a call is certain for a model that knows calls, but what opens one is not: words
+    # of the model's own may come before it.
+    close = len(encode(agent.tokenizer, example(calls)[1][0]["content"])) - 1
+    note = "; NOTE: worse than chance" * (pretrained and not mean >= chance)
+    if pretrained and logp[close] < chance:
+        note += (f"; NOTE: {agent.tokenizer.decode(ids[close])!r}, which closes a call, is out of "
+                 f"its reach ({float(logp[close]):.2f} nats), so it cannot call a tool yet")
+    print(f"{role} {name}, {count_parameters(model):,} parameters; a token of a plain tool call is "
+          f"{math.exp(mean - chance):,.1f} times as likely to it as by chance ({mean:.2f} nats, "
+          f"chance {chance:.2f}){note}")
 
 
 @torch.no_grad()
