@@ -72,8 +72,8 @@ def test_a_model_no_better_than_chance_is_refused_unless_it_is_to_start_from_not
     sod.load_agent(replace(world, student=str(tmp_path), preflight=False))
     capsys.readouterr()
     sod.load_agent(replace(world, init="random"))
-    assert (f"teacher {world.teacher}, 771,456 parameters; a token of a plain tool call is 4.7 times "
-            "as likely to it as by chance (-4.69 nats, chance -6.24)\n") in capsys.readouterr().out
+    assert (f"teacher {world.teacher}, 771,456 parameters; a token of a plain tool call is 4.7 "
+            "times as likely to it as by chance (-4.69 nats, chance -6.24)\n") in capsys.readouterr().out
 
 
 def test_another_template_of_the_teacher_is_a_note(world, tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_a_loaded_model_is_told_in_words_and_only_a_poor_one_with_a_note(
     sod.print_model("student", "it", model, True, agent)
     said = capsys.readouterr().out
     times = math.exp(float(logp.mean()) + math.log(len(sod.lm_head_weight(model))))
-    assert f"a token of a plain tool call is {times:,.1f} times as likely to it as by chance" in said
+    assert f"plain tool call is {times:,.1f} times as likely to it as by chance" in said
     assert said.count("NOTE") == len(words) and all(part in said for part in words)
 
 

