@@ -290,6 +290,7 @@ class Evaluation:
     questions: list  # digests_of the P problems
     settings: dict   # stored_settings of the EvalConfig, with the true device and dtype
     rows: list = field(default_factory=list)  # samples, by run, problem, sample
+    read: str = ""   # digest of all that the model reads: template, examples, tools, problems
 
     @property
     def header(self):
@@ -342,6 +343,9 @@ def parse_line(place, line):
 
 def read_samples(path, finished=True):
     """The Evaluation in a file. Samples may be missing only where it need not be finished."""
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; name a file of samples, which evaluate.py has "
+                        f"written to {EvalConfig.out} or to its --out")
     lines = lines_of(Path(path))
     header, *rows = [parse_line(*line) for line in lines] or [{}]
     try:
@@ -394,8 +398,13 @@ def sample_benchmark(name, data, problems, model, tokenizer, config):
     prompts, skipped = sod.fitting_prompts(problems, tokenizer, config)
     settings = stored_settings(config) | {"device": model.device.type,
                                           "dtype": str(model.dtype).removeprefix("torch.")}
+    # The settings have only the names of files. Their contents are in the prompts, except what a
+    # function of the user's does, which its answers show.
+    functions = [tool.source for tool in sod.call_form(config.calls, config.tools).known]
+    read = repr((functions, [ids for _, ids in prompts])).encode("utf-8", "surrogatepass")
     evaluation = Evaluation(name, data, len(prompts), skipped, sod.weights_crc(model),
-                            digests_of([problem for problem, _ in prompts]), settings)
+                            digests_of([problem for problem, _ in prompts]), settings,
+                            read=hashlib.sha256(read).hexdigest()[:12])
     path = file_of(evaluation, config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     evaluation.rows = sod.all_gather(resume(path, evaluation))[0]  # those of rank 0
@@ -748,7 +757,7 @@ def parse(argv=None):
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, EvalConfig, sod.choices())
-    args = parser.parse_args(argv)
+    args = sod.parse_options(parser, argv)
     if args.teacher and not args.ask or args.ask and args.data:
         parser.error("--ask takes a question and perhaps a --teacher, and no --data; the teacher "
                      "is for --ask alone")

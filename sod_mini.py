@@ -20,6 +20,8 @@ Notation (code: paper)
 import argparse
 import contextlib
 import copy
+import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -35,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import weakref
 import zlib
 from collections import Counter, deque
@@ -2124,7 +2127,14 @@ def load_pretrained(read, path, **options):
     try:  # without the last option, transformers asks on the terminal, or runs the folder's code
         return read(folder, **options, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
-        first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(":.")
+        tools.refuse_pointers(*folder.glob("*"))
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"{path} holds an adapter (PEFT) and no whole model; merge it into its "
+                            "base model (merge_and_unload of peft), save that and name its "
+                            "folder") from error
+        # Where the first line ends with a colon, the second one has the numbers.
+        first = re.match(r"(.*:\s*\n)?.*", str(error).strip() or repr(error))[0]
+        first = " ".join(first.split()).rstrip(":.")
         raise UserError(f"cannot load {path}: {first}; a folder must hold config, weights and "
                         "tokenizer, and no code of its own; a Hub id needs a machine that can "
                         "reach the Hub") from error
@@ -2181,7 +2191,7 @@ def load_model(path, device, dtype, init="pretrained"):
         other_size = {name for name, *_ in read["mismatched_keys"]}
         if wrong := read["missing_keys"] | read["unexpected_keys"] | other_size:
             raise UserError(f"weights and config of {path} differ in {len(wrong)} tensors, such "
-                            f"as {min(wrong)}; load the folder again")
+                            f"as {min(wrong)}; mend config.json, or load the folder again")
     # generate() fills what we leave open from model.generation_config: Qwen3 ships temperature .6,
     # top-k 20 and top-p .95. Of these we keep the ids that end a turn.
     model.shipped_generation = model.generation_config
@@ -2218,9 +2228,16 @@ def print_model(role, name, model, pretrained, agent):
                         f"token, and chance is {chance:.2f}: its weights are random, damaged or "
                         "for another tokenizer; load them again, or use --init random or "
                         "--preflight false")
-    least = agent.tokenizer.decode(ids[logp.argmin()])
-    print(f"{role} {name}, {count_parameters(model):,} parameters; {mean:.2f} nats a token of a "
-          f"plain tool call, the least {float(logp.min()):.2f} for {least!r}; chance {chance:.2f}")
+    # What closes a call is certain for a model that knows calls, but what opens one is not: words
+    # of the model's own may come before it.
+    close = len(encode(agent.tokenizer, example(calls)[1][0]["content"])) - 1
+    note = "; NOTE: worse than chance" * (pretrained and not mean >= chance)
+    if pretrained and logp[close] < chance:
+        note += (f"; NOTE: {agent.tokenizer.decode(ids[close])!r}, which closes a call, is out of "
+                 f"its reach ({float(logp[close]):.2f} nats), so it cannot call a tool yet")
+    print(f"{role} {name}, {count_parameters(model):,} parameters; a token of a plain tool call is "
+          f"{math.exp(mean - chance):,.1f} times as likely to it as by chance ({mean:.2f} nats, "
+          f"chance {chance:.2f}){note}")
 
 
 @torch.no_grad()
@@ -2285,7 +2302,10 @@ def check_template(path, tokenizer, calls):
         shown = tokenizer.decode(encode_prompt(tokenizer, problem, Context(calls))
                                  + encode_tool_turn(tokenizer, probe, calls))
         after = render_tool_turn(tokenizer, probe, calls)
-    except Exception as error:  # a template may raise anything
+    except Exception as error:  # a template may raise anything; every other error is a bug
+        if not any(frame.name == "apply_chat_template"
+                   for frame in traceback.extract_tb(error.__traceback__)):
+            raise
         shown, after = f"an error ({error})", tokenizer.eos_token
     names = [schema["function"]["name"] for schema in calls.schemas or ()]
     if not all(name in shown for name in [*names, probe]):
@@ -2599,12 +2619,11 @@ def open_run_folder(config):
     unnamed = not (config.name or config.resume)
     try:
         folder.mkdir(parents=True, exist_ok=not unnamed)
-    except OSError as error:
-        if unnamed and folder.is_dir():  # another run began in this second: take the next one
-            time.sleep(1)
-            return open_run_folder(config)
-        raise UserError(f"cannot make {folder} ({error.strerror}); name another place with "
-                        "--out") from None
+    except FileExistsError:
+        if not (unnamed and folder.is_dir()):
+            raise
+        time.sleep(1)  # another run began in this second: take the next one
+        return open_run_folder(config)
     # A run that was killed while it was loading has left a log, and nothing else.
     if not config.resume and {*os.listdir(folder)} - {"log.txt"}:
         raise UserError(f"{folder} exists already; give this run another --name, or go on with "
@@ -2638,10 +2657,15 @@ def resumed_config(given):
     folder = find_run(given["resume"], given.get("out", Config.out))
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        before = Config(**{name: stored[name] for name in stored.keys() - {"versions"}})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        stored = {name: stored[name] for name in stored.keys() - {"versions"}}
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} holds no run that can be resumed ({error}); name its folder, "
                         "such as runs/NAME") from None
+    try:
+        before = Config(**stored)
+    except (UserError, TypeError) as error:  # a scheme, a method or an option has gone since then
+        raise UserError(f"{folder / 'config.json'} does not fit this sod_mini.py ({error}); bring "
+                        "back what the run was started with, or begin a new run") from None
     return Config(**{**asdict(before), **given, "resume": str(folder)})
 
 
@@ -2983,6 +3007,28 @@ def add_options(parser, kind, words):
         f"{name} {number}" for name, number in VERSIONS.items()))
 
 
+ELSEWHERE = {  # what other trainers call an option, and how it is called here
+    "learning_rate": "lr", "batch_size": "prompts", "num_generations": "group_size", "model":
+    "student", "dataset": "train_data", "max_steps": "iterations", "output_dir": "out"}
+
+
+def parse_options(parser, argv):
+    """As parser.parse_args, which also says what a mistyped option may have been meant to be."""
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option[2:] for option in parser._option_string_actions if option[:2] == "--"]
+        meant = []
+        for word in unknown:
+            name = word.lstrip("-").partition("=")[0].replace("-", "_") if word[:1] == "-" else ""
+            likely = ([ELSEWHERE[name]] if name in ELSEWHERE else
+                      [option for option in known if name and option.startswith(name)]
+                      or difflib.get_close_matches(name, known))
+            meant += [f"--{option}" for option in likely[:1] if option in known]
+        hint = f"; did you mean {' and '.join(meant)}?" if meant else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return given
+
+
 def as_bool(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -2999,17 +3045,35 @@ def parse_config(argv=None):
                         "below: world (none), cpu (a small pretrained pair), gpu, paper; needed "
                         "with other models or data than the embedded ones")
     add_options(parser, Config, choices())
-    given = vars(parser.parse_args(argv))
+    given = vars(parse_options(parser, argv))
     preset = given.pop("preset", None)
     try:
         if given.get("resume"):
-            return resumed_config({**PRESETS[preset or "world"], **given}), preset or "as before"
+            config = resumed_config({**PRESETS[preset or "world"], **given})
+            return config, preset or "as before"
         config = Config(**{**PRESETS[preset or "world"], **given})
         if not preset:
             check_embedded(config)
+        note_unused(config, given)
         return config, preset or "world"
     except UserError as error:
         parser.error(str(error))
+
+
+def note_unused(config, given):
+    """Say which options of the command line make no difference to what this run learns."""
+    method, sft = METHODS[config.method], config.method == "sft"
+    reads = {"uniform": "", "decay": "", "mask_after_error": "", "unclipped": "epsilon",
+             "sod": "epsilon delta"}.get(config.weights, "epsilon delta floor")
+    used = {"teacher": method.scorer == "teacher",
+            **dict.fromkeys(["teacher_system", "teacher_examples", "opd_coef"], method.scorer),
+            **{name: method.weighted and name in reads for name in ("epsilon", "delta", "floor")},
+            **dict.fromkeys(["demonstrations", "sft_epochs", "sft_batch", "sft_lr"], sft),
+            **dict.fromkeys(["train_data", "iterations", "prompts", "group_size", "lr"],
+                            not sft and config.method != "vanilla")}
+    if idle := [f"--{name}" for name in given if not used.get(name, True)]:
+        weights = f" with --weights {config.weights}" * method.weighted
+        print(f"NOTE: method {config.method}{weights} learns nothing from {', '.join(idle)}")
 
 
 def check_embedded(config):
@@ -3121,6 +3185,11 @@ def prepare_output():
         getattr(sys, name).reconfigure(line_buffering=True, errors="backslashreplace")
 
 
+# The machine's answers to the name of a file or folder that is not to be had.
+NOT_TO_BE_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+                     errno.ENAMETOOLONG)
+
+
 def run_command(work, after_a_signal="files written so far are whole"):
     """Run a command; its exit status: 0 done, 1 error, 128 and more by a signal. What is wrong with
     input or machine ends with a sentence; every other error is a bug and keeps its traceback."""
@@ -3133,6 +3202,12 @@ def run_command(work, after_a_signal="files written so far are whole"):
         print("error: the reader of this output has gone, so the command stopped", file=sys.stderr)
     except UserError as error:
         print(f"error: {tools.printable(str(error))}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (*NOT_TO_BE_WRITTEN, *tools.FULL):
+            raise
+        remedy = "make room there, or " * (error.errno in tools.FULL)
+        print(f"error: cannot write {error.filename or 'a file'} ({error.strerror}); {remedy}name "
+              "another place with --out", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -944,6 +944,7 @@ def read_csv(path, text):
 
 def read_parquet(path):
     """Rows as plain dicts. This needs pyarrow, which is not among the requirements."""
+    refuse_pointers(path)
     try:
         from pyarrow import parquet
     except ImportError as fault:
@@ -963,6 +964,15 @@ def locate(path):
     return ours if elsewhere and os.path.exists(ours) else Path(path)
 
 
+def refuse_pointers(*paths):
+    """Refuse what Git leaves in the place of a large file where Git LFS is not installed."""
+    for path in filter(Path.is_file, paths):
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs "
+                                "pull` where you cloned it, or download the file")
+
+
 def read_text(path, suffixes=(".jsonl", ".json")):
     """The text of a file with one of these suffixes."""
     path = locate(path)
@@ -973,6 +983,7 @@ def read_text(path, suffixes=(".jsonl", ".json")):
         if path.suffix not in suffixes:
             raise UserError(f"{path}: found a {path.suffix or 'nameless'} file; needed "
                             f"{' or '.join(suffixes)}; rename or convert it.")
+        refuse_pointers(path)
         text = path.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeError("zero bytes")
@@ -1414,7 +1425,9 @@ MAX_OUTPUT = 1_000_000  # bytes; a program that prints more is stopped
 THREADS = 64            # threads a program may have; twice as many where C code starts them at once
 FILES = 64              # descriptors that a worker, and so a program, may have
 READY = b"+"            # a child's first byte: it is restricted, and no line of the program has run
-MEMORY_STATUS = 201     # exit status of a child whose program ended with a MemoryError
+# A child whose program ended with a MemoryError ends by this signal, the last of the real-time
+# ones. An exit status would not do, for a program may end with any.
+MEMORY_SIGNAL = int(signal.SIGRTMAX)
 PAUSES = (0, 1, 4)      # seconds before a call that the sandbox failed is tried again
 SELF = os.path.abspath(__file__)
 PYTHON = [sys.executable, "-s", "-B", "-X", "utf8", SELF]
@@ -1671,7 +1684,7 @@ def observe(output, status, stopped, seconds, raw, limits):
     if output[:1] != READY:
         why = output.decode("utf-8", "replace") or stopped or f"status {status}"
         raise OSError(f"no program was begun ({why})")
-    ended = "crashed" if status < 0 else {0: "ok", MEMORY_STATUS: "memory"}.get(status, "error")
+    ended = {0: "ok", -MEMORY_SIGNAL: "memory"}.get(status, "crashed" if status < 0 else "error")
     outcome, output = stopped or ended, output[1:1 + MAX_OUTPUT]
     text = output.decode("utf-8", "replace")
     return Observation(text if raw else shown_text(text, outcome, status, limits), outcome, seconds)
@@ -1806,7 +1819,8 @@ def poll_child(pid, printed, output, trainer, listener, limits):
 
 def child_main(worker, program, descriptors, raw, limits):
     """Restrict this process, then run the program; never returns."""
-    leave, status = os._exit, 1  # our own reference, because the program may replace os._exit
+    # Our own references, because the program may replace os._exit.
+    leave, kill, own, status = os._exit, os.kill, os.getpid(), 1
     try:
         code = program.read().decode("utf-8", "surrogatepass")
         stdin, stdout = descriptors
@@ -1822,11 +1836,14 @@ def child_main(worker, program, descriptors, raw, limits):
     except BaseException as error:
         os.write(1, f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
     finally:
-        leave(status)
+        if status < 0:
+            kill(own, -status)
+        leave(status)  # after a signal only where the program ignores it
 
 
 def exec_code(code, raw):
-    """Run a program as Python would run a file, in a fresh __main__; returns the exit status."""
+    """Run a program as Python would run a file, in a fresh __main__; returns the exit status, or
+    -MEMORY_SIGNAL after a MemoryError."""
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     sys.stdin = sys.__stdin__ = open(0, errors="surrogateescape", closefd=False)
     sys.stdout = sys.__stdout__ = output_stream(1, "surrogateescape")
@@ -1896,7 +1913,7 @@ def exit_status(error):
     """As Python itself ends on an exception, or takes the argument of sys.exit."""
     if not isinstance(error, SystemExit):
         print_traceback(error)
-        return MEMORY_STATUS if isinstance(error, MemoryError) else 1
+        return -MEMORY_SIGNAL if isinstance(error, MemoryError) else 1
     if error.code is None:
         return 0
     if isinstance(error.code, int):
@@ -1918,7 +1935,10 @@ def print_traceback(error):
         part.stack = part.stack or None  # None prints no heading where no frame is left
         nested = [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
         waiting += [other for other in nested if other and other.stack]
-    sys.__stderr__.write("".join(whole.format()))
+    text = "".join(whole.format())
+    if "cannot open shared object file" in text:  # torch, unless --tool_modules has imported it
+        text += "[this library is not available here: it needs files that programs may not read]\n"
+    sys.__stderr__.write(text)
 
 
 # --- The sandbox: Landlock, seccomp and limits --------------------------------------------------

@@ -468,6 +468,9 @@ def command(argv):
     if not given.only:
         subprocess.run([sys.executable, ROOT / "premises.py", "--world", given.out, "--problems",
                         str(max(1, int(64 * given.scale)))], check=True)
+    if given.quick and not given.only:
+        print("NOTE: a quick world is not meant to hold the premises, for its models have learnt "
+              "next to nothing; it shows that everything runs")
 
 
 def main(argv=None):

@@ -428,9 +428,9 @@ def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
     returns  the number of runs that failed
     """
     folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     plan = {(row, seed): file_of(row, seed, folder, budget)
             for seed in range(seeds) for row, most in rows.items() if seed < most}
+    folder.mkdir(parents=True, exist_ok=True)
     make_missing_worlds(rows, folder)
     todo = [job for job, path in plan.items() if not path.exists()]
     print(f"{len(rows)} rows, {len(plan)} runs, {len(plan) - len(todo)} done; "

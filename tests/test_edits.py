@@ -260,6 +260,9 @@ def test_a_mask_can_be_a_weight_scheme_and_its_run_is_shown_when_it_is_gone(scri
     (scripts / "runs/run/rollouts.html").unlink()
     assert python("evaluate.py", "--page", "runs/run")[0] == 0
     assert "with the weights mine" in (scripts / "runs/run/rollouts.html").read_text()
+    status, said = python("sod_mini.py", "--resume", "runs/run")
+    assert status == 2 and re.search(r"does not fit this sod_mini.py \(weights is 'mine'; .*\)"
+                                     "; bring back what the run was started with", said), said
 
 
 def test_a_script_of_ones_own_adds_a_scheme_without_an_edit(scripts, python):
@@ -280,6 +283,14 @@ def test_a_method_of_ones_own_trains(scripts, train):
 
 
 # --- Errors, and how a run goes on -----------------------------------------------------------
+
+
+def test_a_bug_in_the_making_of_prompts_is_no_fault_of_the_template(scripts, python):
+    line = "    own_system = [m for m in before if"
+    edit(scripts, line, f'    last["nothing"]\n{line}')
+    status, said = python("sod_mini.py", *words())
+    assert status == 1 and said.endswith("KeyError: 'nothing'\n"), said
+    assert "in encode_prompt" in said
 
 
 def test_a_bug_is_a_traceback_and_a_resumed_run_names_what_has_changed(scripts, python):

@@ -296,8 +296,33 @@ def test_only_a_final_turn_is_graded_and_only_sampled_tokens_count(finish, outco
 
 def test_other_settings_problems_or_weights_start_another_file():
     base = dict(model="m", data="d", problems=2, skipped=0, weights=1, questions=["1"], settings={})
-    changes = [{}, {"settings": {"seed": 1}}, {"weights": 2}, {"questions": ["2"]}, {"model": "n"}]
-    assert len({evaluate.file_of(Evaluation(**base | change), "x") for change in changes}) == 5
+    changes = [{}, {"settings": {"seed": 1}}, {"weights": 2}, {"questions": ["2"]}, {"model": "n"},
+               {"read": "1"}]
+    assert len({evaluate.file_of(Evaluation(**base | change), "x") for change in changes}) == 6
+
+
+def test_examples_functions_or_a_template_with_other_contents_start_another_file(
+        tmp_path, monkeypatch):
+    """Under the same names, and so with the same settings."""
+    monkeypatch.setattr(evaluate, "sample_the_rest", lambda *_: [])
+    model, asked = sod.load_model(STUDENT, "cpu", sod.torch.float32), [tools.Problem("q", "5")]
+    examples, functions = tmp_path / "examples.jsonl", tmp_path / "functions.py"
+    config = EvalConfig(out=str(tmp_path), examples=str(examples), silent_rate=0.0,
+                        tools=f"{tools.TOOL_NAME},{functions}")
+
+    def file(shown="2 + 2", does="a", template=lambda text: text):
+        for cache in (sod.worked_examples, sod.call_form):
+            cache.cache_clear()
+        write(tmp_path, {"messages": [{"role": "user", "content": shown},
+                                      {"role": "assistant", "content": "4"}]}, name=examples.name)
+        functions.write_text('def f(a: int):\n    """Double.\n\n    Args:\n        a: A number.\n'
+                             f'    """\n    return {does}\n')
+        tokenizer = sod.load_tokenizer(STUDENT)
+        tokenizer.chat_template = template(tokenizer.chat_template)
+        return evaluate.sample_benchmark("m", "d", asked, model, tokenizer, config)[1]
+    files = [file(), file("3 + 3"), file(does="2 * a"),
+             file(template=lambda text: text.replace("Tools:", "Here:"))]
+    assert len({*files}) == 4 and file() == files[0]
     problems = [tools.Problem("q", "1"), tools.Problem("q", "2"), tools.Problem("r", "1"),
                 tools.Problem("q", "1", tests=[{"input": ""}])]
     assert len({*evaluate.digests_of(problems), *evaluate.digests_of(problems[:1] * 2)}) == 5

@@ -1,4 +1,5 @@
 """Inputs from hell: each stops with one sentence and its exit status, and leaves no file."""
+import errno
 import functools
 import importlib
 import json
@@ -61,8 +62,10 @@ def stops(capsys, tmp_path, arguments, status, sentence, module="sod_mini"):
 OPTIONS = [
     ("--lr", 2, r"argument --lr: expected one argument"),
     ("--iterations 1.5", 2, r"argument --iterations: invalid int value: '1.5'"),
-    ("--learning_rate 1", 2, r"unrecognized arguments: --learning_rate 1"),
-    ("--iter 3", 2, r"unrecognized arguments: --iter 3"),
+    ("--learning_rate 1", 2, r"arguments: --learning_rate 1; did you mean --lr\?$"),
+    ("--iter 3", 2, r"unrecognized arguments: --iter 3; did you mean --iterations\?$"),
+    ("--tool-timeout=3 --gruop_size 4", 2, r"4; did you mean --tool_timeout and --group_size\?$"),
+    ("--fp16 x", 2, r"unrecognized arguments: --fp16 x$"),
     ("--preset big", 2, r"argument --preset: invalid choice: 'big'"),
     ("--offload teacher --kl full", 2, r"kl full needs the teacher .* use --offload none"),
     ("--method grpo --kl full", 2, r"grpo has no teacher .*use --kl sampled"),
@@ -110,6 +113,32 @@ def test_wrong_options_end_with_a_sentence(capsys, tmp_path, arguments, status, 
     stops(capsys, tmp_path, arguments, status, sentence)
 
 
+@pytest.mark.parametrize("arguments, sentence", [
+    ("--tool-timeout 3", r"arguments: --tool-timeout 3; did you mean --tool_timeout\?$"),
+    ("--learning_rate 1", r"unrecognized arguments: --learning_rate 1$"),
+    ("--modle x", r"did you mean --model\?$")])
+def test_evaluate_py_says_which_option_was_meant_as_well(capsys, tmp_path, arguments, sentence):
+    stops(capsys, tmp_path, arguments, 2, sentence, "evaluate")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ("--method grpo --teacher x --lr 1e-5", "method grpo learns nothing from --teacher"),
+    ("--method sod --floor 0.1 --delta 0.3",
+     "method sod with --weights sod learns nothing from --floor"),
+    ("--weights unclipped --delta 0.3", "--weights unclipped learns nothing from --delta"),
+    ("--method opd --demonstrations '' --sft_lr 1",
+     "method opd learns nothing from --demonstrations, --sft_lr"),
+    ("--method sft --lr 1e-5", "method sft learns nothing from --lr"),
+    ("--method opsd_gt --opd_coef 2 --teacher_system x", ""), ("--weights floor --floor 1", ""),
+    ("--weights mine --floor 1 --delta 1", "")])
+def test_given_options_that_a_run_does_not_use_are_noted_once(capsys, monkeypatch, arguments, said):
+    monkeypatch.setitem(sod.WEIGHTS, "mine", sod.WEIGHTS["floor"])
+    sod.parse_config(shlex.split(f"--preset world {arguments}"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(said) and all(
+        line.startswith("NOTE: ") and line.endswith(said) for line in lines)
+
+
 def test_a_folder_that_is_there_already_stays_as_it_is(capsys, tmp_path):
     mine = tmp_path / "out" / "mine"
     mine.mkdir(parents=True)
@@ -127,6 +156,8 @@ DATA = {
     "keys": (b'{"q": "1+1", "a": "2"}\n', r"line 1: found no question \(columns: q, a\); needed"),
     "long": (json.dumps({**ROW, "question": "Add 1. " * 140_000}).encode(),
              r"all 1 rows are longer than 128 tokens .* raise --max_prompt"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n",
+                r"pointer.jsonl is a Git LFS pointer.*git lfs pull"),
     "latin1": ('{"question": "caf\xe9", "answer": "1"}'.encode("latin-1"), r"no UTF-8 text"),
     "dict_question": (b'{"question": {"a": 1}, "answer": "2"}\n', r"line 1: found no question"),
     "kind": (b'{"question": "1+1", "answer": "2", "kind": "essay"}\n',
@@ -170,6 +201,9 @@ EVALUATED = [  # and what tests of evaluate.py do not ask
     ("--data HERE/half.jsonl", b'{"question": "\\ud800", "answer": "2"}', r"half a surrogate pair"),
     ("--data gsm8k --benchmarks HERE/nowhere", LINE, r"found no file .*put it there, or fetch"),
     ("--compare data/world/student HERE/file.jsonl", LINE, r"no file of samples|no folder"),
+    ("--compare nowhere.jsonl HERE/file.jsonl", LINE, r"nowhere.jsonl does not exist; name a file"),
+    ("--data HERE/lfs.parquet", DATA["pointer"][0], r"lfs.parquet is a Git LFS pointer"),
+    ("--limit 1 --out HERE/lfs.jsonl", LINE, r"cannot write .*lfs.jsonl .*; name another place"),
 ]
 
 
@@ -193,6 +227,19 @@ def test_a_file_without_permission_is_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True,
                           text=True)
     assert "Permission denied" in done.stdout and "needed a text file that can" in done.stdout, done
+
+
+@pytest.mark.parametrize("number, sentence", [
+    (errno.EACCES, "name another place with --out"), (errno.EROFS, "name another place"),
+    (errno.ENOSPC, "make room there, or name another place")])
+def test_a_place_that_takes_no_file_is_one_sentence_in_every_command(capsys, number, sentence):
+    def work():
+        raise OSError(number, os.strerror(number), "/there/file")
+    assert sod.run_command(work) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot write /there/file (") and sentence in said
+    with pytest.raises(FileNotFoundError):  # a bug, which keeps its traceback
+        sod.run_command(lambda: open("/no/such/file"))
 
 
 # --- Models and tokenizers ----------------------------------------------------------------------
@@ -259,6 +306,13 @@ MODELS = {
     "few_rows": (settings("config.json", vocab_size=506),
                  r"writes ids up to \d+ and .* has 506 vocabulary rows; use the tokenizer"),
     "more_layers": (layers(9), r"weights and config of .* differ in \d+ tensors"),
+    "other_layers": (settings("config.json", num_hidden_layers=2),
+                     r"layers. \(2\) must be .* \(4\)"),
+    "pointer": (write("model.safetensors", DATA["pointer"][0].decode()),
+                r"model.safetensors is a Git LFS pointer.*git lfs pull"),
+    "adapter": (lambda path: [change(path) for change in (
+        remove("model.safetensors"), write("adapter_config.json", '{"peft_type": "LORA"}'))],
+                r"holds an adapter .*; merge it into its base model"),
     "fewer_layers": (layers(2), r"weights and config of .* differ in \d+ tensors"),
     "unknown_kind": (settings("config.json", model_type="novel"), r"cannot load "),
     "no_decoder": (write("config.json", '{"model_type": "t5"}'), r"cannot load "),

@@ -1,4 +1,5 @@
 """What is known before the weights are read, and what is done about it."""
+import math
 from dataclasses import replace
 
 import pytest
@@ -71,7 +72,8 @@ def test_a_model_no_better_than_chance_is_refused_unless_it_is_to_start_from_not
     sod.load_agent(replace(world, student=str(tmp_path), preflight=False))
     capsys.readouterr()
     sod.load_agent(replace(world, init="random"))
-    assert f"teacher {world.teacher}, 771,456 parameters; -4.69 nats" in capsys.readouterr().out
+    assert (f"teacher {world.teacher}, 771,456 parameters; a token of a plain tool call is 4.7 "
+            "times as likely to it as by chance (-4.69 nats, chance -6.24)\n") in capsys.readouterr().out
 
 
 def test_another_template_of_the_teacher_is_a_note(world, tmp_path, capsys):
@@ -125,6 +127,26 @@ def test_a_template_without_a_thinking_mode_is_left_alone_and_cannot_think(world
         sod.preflight(replace(world, thinking=True))
     stored = sod.AutoTokenizer.from_pretrained(world.student).chat_template
     assert sod.load_tokenizer(world.student).chat_template == stored
+
+
+@pytest.mark.parametrize("closed, mean, words", [
+    (-0.1, -2.0, []), (-20.0, -2.0, ["'</tool_call>', which closes a call, is out of its reach"]),
+    (-20.0, -9.0, ["NOTE: worse than chance", "out of its reach"])])
+def test_a_loaded_model_is_told_in_words_and_only_a_poor_one_with_a_note(
+        world, monkeypatch, capsys, closed, mean, words):
+    agent = sod.Agent(replace(world, preflight=False), None, None,
+                      sod.load_tokenizer(world.student), None)
+    model = sod.skeleton(world.student)
+    text = sod.example()[1][0]["content"] + agent.tokenizer.eos_token
+    ids = torch.tensor(sod.encode(agent.tokenizer, text))
+    logp = torch.full(ids.shape, mean)
+    logp[-2] = closed
+    monkeypatch.setattr(sod, "check_plain_head", lambda *_: (ids, logp))
+    sod.print_model("student", "it", model, True, agent)
+    said = capsys.readouterr().out
+    times = math.exp(float(logp.mean()) + math.log(len(sod.lm_head_weight(model))))
+    assert f"plain tool call is {times:,.1f} times as likely to it as by chance" in said
+    assert said.count("NOTE") == len(words) and all(part in said for part in words)
 
 
 def test_what_success_depends_on_besides_the_model_is_said_before_a_run(world, capsys):

@@ -2,6 +2,7 @@
 
 Run as a script, this file is one of these processes: it does an iteration of each of CASES.
 """
+import functools
 import json
 import os
 import shutil
@@ -59,39 +60,55 @@ def iterate(case):
 
 def main(path):
     with sod.process_group():
-        done = {case: iterate(case) for case in CASES}
-        for case, (gradient, *_) in done.items():  # the same on every rank
+        for case in CASES:
+            gradient, *rest = iterate(case)  # the gradient is the same on every rank
             assert all(torch.equal(gradient, other) for other in sod.all_gather(gradient)), case
-    if sod.RANK == 0:
-        torch.save(done, path)
+            if sod.RANK == 0:
+                torch.save((gradient, *rest), Path(path) / f"{case}.pt")
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """[{case: what iterate gave}] of one process, this one, and of two."""
-    path = tmp_path_factory.mktemp("ranks") / "done.pt"
-    run = subprocess.run([*TORCHRUN, "2", __file__, path, json.dumps(SMALL)], env=QUIET,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [{case: iterate(case) for case in CASES}, torch.load(path)]
+def two_processes(tmp_path_factory):
+    """What two processes have left: a file for each case that they finished."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, subprocess.run([*TORCHRUN, "2", __file__, folder, json.dumps(SMALL)], env=QUIET,
+                                  capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def done(two_processes):
+    """A function of a case to what iterate gave of it in one process, this one, and in two. Where
+    the two ended early, only the cases that they did not finish fail."""
+    folder, run = two_processes
+
+    @functools.cache
+    def of(case):
+        assert (folder / f"{case}.pt").exists(), (
+            f"two processes ended with status {run.returncode} before this case was done:\n"
+            f"{run.stderr[-2000:]}")
+        return iterate(case), torch.load(folder / f"{case}.pt")
+    return of
 
 
 # --- Claims -----------------------------------------------------------------------------------
 
 
+def test_two_processes_end_with_status_0(two_processes):
+    assert two_processes[1].returncode == 0, two_processes[1].stderr[-2000:]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_of_several_processes_is_that_of_one(done, case):
-    (one, _, _, reward, loss), (several, _, _, their_reward, their_loss) = (
-        cases[case] for cases in done)
+    (one, _, _, reward, loss), (several, _, _, their_reward, their_loss) = done(case)
     assert float((one - several).norm() / one.norm()) < 1e-6 and float(one.norm()) > 0
     assert (their_reward, their_loss) == (reward, pytest.approx(loss, rel=1e-6))
 
 
 def test_several_processes_sample_the_same_rollouts_in_training_and_evaluation(done):
-    one, two = done
     for case in ("sod", "rank 0 lost"):
-        assert two[case][1:3] == one[case][1:3]
-    assert one["sod"][1] and one["sod"][2]
+        one, two = done(case)
+        assert two[1:3] == one[1:3]
+    assert done("sod")[0][1] and done("sod")[0][2]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

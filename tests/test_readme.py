@@ -2,6 +2,7 @@
 import importlib
 import re
 import shlex
+import subprocess
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_tables_name_every_method_and_weight_scheme():
     methods = ["vanilla", "sft", "grpo", "opd", "opd_only", "opsd_gt", "opsd_hint", "sod",
                "sod_only"]
     schemes = ["uniform", "decay", "mask_after_error", "unclipped", "floor"]
-    assert sod.METHODS.keys() >= {*methods} and sod.WEIGHTS.keys() >= {"sod", *schemes}
+    assert sod.METHODS.keys() >= {*methods} and sod.WEIGHTS.keys() >= {"sod", *schemes}, MINE
     for name in [*methods, *schemes, *evaluate.BENCHMARKS]:
         assert f"`{name}`" in README or re.search(rf"weights [\w| ]*\b{name}\b", README), name
 
@@ -61,8 +62,16 @@ def test_the_worked_example_is_true():
 def test_only_the_files_of_the_design_card_stand_at_the_top():
     allowed = {"README.md", "LICENSE", "requirements.txt", "sod_mini.py", "tools.py", "evaluate.py",
                "data", "tests"}
-    there = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
-    assert there - {"runs", "benchmarks", "__pycache__"} <= allowed
+    # Of the files that are committed: data, logs and notes of a reader's own may lie beside them.
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this copy is no clone, so nobody knows which files are its own")
+    there = {name.partition("/")[0] for name in listed.stdout.split("\0") if name[:1] != "."}
+    assert there - {""} <= allowed, MINE
+
+
+MINE = ("this holds for the repository; in a copy of your own with further methods or files of "
+        "yours it says nothing about them")
 
 
 def test_requirements_are_the_six_packages_pinned():

@@ -7,6 +7,7 @@
 Canaries (files, listeners on loopback, a secret in the environment) stand in a temporary folder.
 """
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -145,6 +146,7 @@ HOSTILE = {
            "import socket\na, b = socket.socketpair()\na.send(b'x')",
            "import asyncio\nasyncio.run(asyncio.sleep(0))"],
     "error": ["import os\nos._exit(7)", "raise KeyboardInterrupt", "raise GeneratorExit",
+              "import os\nos._exit(201)", "import sys\nsys.exit(192)",
               "class E(Exception):\n    def __str__(self): 1 / 0\nraise E",
               "class R:\n    def __repr__(self): 1 / 0\nR()", "input()", "def f(): f()\nf()",
               "import sys\nsys.modules.clear()\n1 / 0",
@@ -176,7 +178,8 @@ HOSTILE = {
                 "import os\nos.closerange(0, 99)\nwhile True: pass", "sum(iter(int, 1))",
                 "import threading\nthreading.Thread(target=sum, args=[iter(int, 1)]).start()",
                 "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)"],
-    "memory": ["'a' * 10 ** 11", "raise MemoryError", "[0] * 10 ** 10", "1 << 10 ** 11"],
+    "memory": ["'a' * 10 ** 11", "raise MemoryError", "[0] * 10 ** 10", "1 << 10 ** 11",
+               "import os\nos.kill = os.getpid = None\nraise MemoryError"],
     "crashed": ["import os\nos.abort()", "import os, signal\nos.kill(os.getpid(), signal.SIGXCPU)",
                 "import faulthandler\nfaulthandler._sigsegv()"],
     "output_truncated": ["import os\nwhile True: os.write(2, b'x' * 99999)"],
@@ -189,6 +192,14 @@ def test_hostile_programs_get_their_own_outcome_and_no_other(tool, quick_tool, o
     observations = tool.run(HOSTILE[outcome])
     wrong = [c for c, one in zip(HOSTILE[outcome], observations) if one.outcome != outcome]
     assert (wrong, run(tool, "1").text) == ([], "1")
+
+
+def test_a_library_that_needs_files_of_the_machine_is_said_to_be_not_available(tool):
+    there = run(tool, "raise OSError('libpthread.so.0: cannot open shared object file')").text
+    assert there.endswith("\n[this library is not available here: it needs files that programs may "
+                          "not read]")
+    if importlib.util.find_spec("torch"):
+        assert run(tool, "import torch").text.endswith(there[-40:])
 
 
 def test_calls_share_no_state(tool):

@@ -350,7 +350,8 @@ def test_a_move_along_the_signal_changes_all_parameters_alike_and_makes_good_tok
 # --- Runs -------------------------------------------------------------------------------------
 
 
-def test_every_row_has_settings_and_files_of_other_settings_are_not_mixed(tmp_path, capsys):
+def test_every_row_has_settings_and_files_of_other_settings_are_not_mixed(
+        tmp_path, capsys, monkeypatch):
     files = {study.file_of(row, 0, tmp_path, budget)
              for row in study.STUDY for budget in (TINY, study.BUDGET)}
     assert len(files) == 2 * len(study.STUDY)
@@ -360,7 +361,8 @@ def test_every_row_has_settings_and_files_of_other_settings_are_not_mixed(tmp_pa
     teacher = str(tmp_path / "worlds" / "practice-0.4" / "teacher")
     config = study.config_of("teacher@practice-0.4", 0, tmp_path, study.BUDGET)
     assert config.student == teacher and config.method == "vanilla"
-    assert study.main(["--rows", "sodd"]) == 1
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["--rows", "sodd"]) == 1 and not [*tmp_path.iterdir()]
     assert "the study has no row sodd; choose from vanilla" in capsys.readouterr().err
 
 

@@ -131,6 +131,7 @@ def test_the_script_measures_the_world_that_it_makes_and_makes_the_same_bytes_ag
     assert done.returncode == 0, done.stderr
     for words in ("student, noisy", "teacher, reading", "(a) d_1, median"):
         assert words in done.stdout
+    assert "NOTE: a quick world is not meant to hold" in done.stdout.splitlines()[-1]
     make_here(monkeypatch, "--quick", tmp_path / "b", "--only", "student")
     files = [p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file()]
     assert len(files) > 7
