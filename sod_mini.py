@@ -2127,8 +2127,8 @@ def load_pretrained(read, path, **options):
     try:  # without the last option, transformers asks on the terminal, or runs the folder's code
         return read(folder, **options, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for files it cannot use
-        tools.refuse_pointers(*folder.glob("*"))
-        if (folder / "adapter_config.json").exists():
+        tools.refuse_pointers(*Path(folder).glob("*"))
+        if (Path(folder) / "adapter_config.json").exists():
             raise UserError(f"{path} holds an adapter (PEFT) and no whole model; merge it into its "
                             "base model (merge_and_unload of peft), save that and name its "
                             "folder") from error
