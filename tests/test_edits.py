@@ -79,7 +79,7 @@ def fork(scripts, script, *arguments, screen=None):
         sys.path.insert(0, str(scripts))
         sys.argv = [str(script), *map(str, arguments)]
         # A run has evaluate.py write its page in a process of its own; here this is a fork, too.
-        subprocess.run = lambda command: fork(scripts, *command[1:])
+        subprocess.call = lambda command: fork(scripts, *command[1:])
         runpy.run_path(str(script), run_name="__main__")
         status = 0
     except SystemExit as stop:
