@@ -704,9 +704,8 @@ def patterns(outcomes):
 def write_page(source, *asked):
     """Write the page of a run or of a file of samples: one file, which needs no other one.
 
-    source   folder of a run, to which rollouts.html is added; or FILE.jsonl, whose page is FILE.html
-    asked    iterations, or passes over the problems, to show; without any the first, the middle and
-             the last
+    source   folder of a run, which gets rollouts.html; or FILE.jsonl, which gets FILE.html
+    asked    iterations, or passes over the problems; without any the first, the middle, the last
     returns  its path and what it holds, as a line of text
     """
     source = Path(source)
@@ -734,7 +733,7 @@ def page_data(folder, asked):
     about, worth = describe_method(config)
     return {"name": f"Run {config.name or folder.name}", "unit": "Iteration", "curves": curves,
             "about": f"{about} {describe_progress(config, curves, len(lines), len(chosen))}",
-            "news": {m["iteration"]: sentences for n, m in enumerate(curves)
+            "news": {m.get("iteration"): sentences for n, m in enumerate(curves)
                      if (sentences := said_then(curves[max(n - sod.WINDOW, 0):n + 1]))},
             "results": results_of(folder / "results.json"), "worth": worth,
             "scored": any("d" in m for m in curves), "rollouts": config.prompts * config.group_size,
@@ -768,7 +767,8 @@ def samples_data(path, asked):
              f"{len(passes)} passes.")
     return {"name": f"{evaluation.model} on {evaluation.data}", "unit": "Pass", "about": about,
             "curves": [], "news": {}, "scored": False, "worth": "", "settings": {}, "checks": [],
-            "delta": 0, "rollouts": 0, "results": results, "iterations": {n: passes[n] for n in chosen}}
+            "delta": 0, "rollouts": 0, "results": results,
+            "iterations": {n: passes[n] for n in chosen}}
 
 
 def choose(known, asked, path):
@@ -793,15 +793,15 @@ def results_of(path):
 
 def describe_progress(config, curves, known, shown):
     """How far the run has come, and what of it is on the page."""
-    now = curves[-1]["iteration"] if curves else 0
-    total = curves[-1].get("iterations", config.iterations) if curves else config.iterations
+    last = curves[-1] if curves else {}
+    now, total = last.get("iteration", 0), last.get("iterations", config.iterations)
     text = f"Iteration {now} of {total}" + "; reload the page for later ones" * (now < total)
     if config.method == "sft":
         return f"{text}. It imitates demonstrations, so there are curves and no rollouts."
     return f"{text}. Rollouts shown: {shown} of {known} iterations."
 
 
-# What the page's ledger of one token takes; its first values are between these two.
+# What the page's ledger of one token takes; its examples are drawn between these two.
 KNOBS = {"d_1": (0, 2), "d_k": (0, 2), "epsilon": (1e-6, 0.1), "delta": (0, 0.5),
          "logp_s": (-5, 0), "logp_t": (-5, 0), "A": (-2, 2), "opd_coef": (0.5, 1.5),
          "ratio": (0.1, 5), "clip_low": (0, 0.5), "clip_high": (0, 0.5), "dual_clip": (1, 4)}

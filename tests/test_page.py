@@ -464,6 +464,32 @@ def test_a_browser_checks_the_ledger_and_a_click_or_enter_fills_it_in(tmp_path):
 
 
 @pytest.mark.skipif(not BROWSER, reason="Chromium is not here")
+def test_a_browser_shows_an_sft_run_and_an_evaluation_without_what_they_lack(tmp_path):
+    def seen(path):
+        reader = in_browser(path.read_text(encoding="utf-8"), tmp_path)
+        hidden = {a["id"] for _, a, _ in reader.found if "hidden" in a}
+        return reader, hidden
+    folder = a_run(tmp_path / "s", [], [{"iteration": n, "loss": 2.5 / n} for n in (1, 2)],
+                   method="sft")
+    page_of(folder)
+    reader, hidden = seen(folder / "rollouts.html")
+    assert hidden >= {"choice", "bench", "glossary", "readout"}
+    assert "loss" in text_of(reader, "outcome")
+    turn = {"text": "print(2)", "outcome": "ok", "tool": "2"}
+    row = dict.fromkeys(evaluate.COLUMNS, 0) | {"correct": True, "turns": [turn], "answer": "2",
+                                                "finish_reason": "length", "question": "1 + 1"}
+    evaluate.write_samples(tmp_path / "m.jsonl", evaluate.Evaluation(
+        "m", "world", 1, 0, 0, ["d"], {"k": 1, "runs": 1}, [row]))
+    evaluate.write_page(tmp_path / "m.jsonl")
+    reader, hidden = seen(tmp_path / "m.html")
+    assert hidden >= {"ledger", "run", "training", "readout"} and "bench" not in hidden
+    shown = text_of(reader, "rollout")
+    assert "✓ correct, stable, cut off: token budget" in shown and "1 + 1" in shown
+    assert "trained" not in shown and "reward" not in shown and "100.0%" in text_of(
+        reader, "outcome")
+
+
+@pytest.mark.skipif(not BROWSER, reason="Chromium is not here")
 @pytest.mark.parametrize("width", [320, 1280])
 def test_no_page_is_wider_than_its_screen(tmp_path, width):
     folder = a_run(tmp_path / "r", [a_row(1, [a_turn("x" * 300), a_turn()])],
