@@ -5,6 +5,7 @@
     python evaluate.py --compare FILE_A FILE_B            two files of samples: which is better?
     python evaluate.py --rescore FILE                     grade stored samples again
     python evaluate.py --page runs/NAME 1 25              iterations of a run, as a web page
+    python evaluate.py --page FILE                        what a model wrote in an evaluation
     python evaluate.py --ask "Start with 19. Multiply by 7."    one question, and what comes of it
 
 The samples of one model on one benchmark are stored in one file, a JSON line for each sample. The
@@ -459,14 +460,21 @@ def sample_row(r, run, sample, calls="hermes"):
     """One sample as it is stored. Its "final" is the final turn, "" where there is none to grade.
 
     A final turn that the sandbox failed to judge is stored, too, so that it can be judged later.
+    No text is stored twice: a last turn that is the "final" one is null in "turns", and only the
+    first sample of a problem has its question.
     """
     ended = r.finish_reason in ("answer", "infrastructure") and not r.turns[-1].outcome
     final = sod.final_text(replace(r, finish_reason="answer"), calls) if ended else ""
+    turns = [sod.turn_row(turn) for turn in r.turns]
+    if final == turns[-1]["text"]:
+        turns[-1]["text"] = None
+    asked = {"question": r.problem.question, "answer": r.problem.answer}
     return {"run": run, "problem": r.problem.id, "sample": sample, "correct": r.correct,
             "reason": r.reason, "vote": tools.voted_answer(r.problem, final), "final": final,
             "finish_reason": r.finish_reason,
             "calls": [turn.outcome for turn in r.turns if turn.outcome],
-            "tokens": sum(len(turn.ids) for turn in r.turns)}
+            "tokens": sum(len(turn.ids) for turn in r.turns),
+            "turns": turns, **({} if run or sample else asked)}
 
 
 def rescore(path, given):
@@ -620,7 +628,7 @@ def shares(counts, total):
     return f"{sum(n for n, _ in counts) / total:.1%}" + f" ({parts})" * bool(parts)
 
 
-# --- The page: the rollouts of a run, to look at ------------------------------------------------
+# --- The page: a run or an evaluation, to look at ----------------------------------------------
 
 TEMPLATE = Path(__file__).with_name("data") / "page.html"
 
@@ -645,40 +653,133 @@ def patterns(outcomes):
     return names[1:]
 
 
-def write_page(name, *asked, out=sod.Config.out):
-    """Write rollouts.html of a run: a single file, which needs no other one.
+def write_page(source, *asked, out=sod.Config.out):
+    """Write the page of a run or of a file of samples: one file, which needs no other one.
 
-    name     the folder of the run, or the name of one below `out`
-    asked    iterations to show; without any the first, the middle and the last
-    returns  the path of the page and what it holds, as a line of text
+    source   folder of a run, or its name below `out`: its rollouts.html; or FILE.jsonl: FILE.html
+    asked    iterations, or passes over the problems; without any the first, the middle, the last
+    returns  its path and what it holds, as a line of text
     """
-    folder = sod.find_run(name, out)
-    data, path = page_data(folder, asked), folder / "rollouts.html"
+    is_file = str(source).endswith(".jsonl")
+    source = Path(source) if is_file else sod.find_run(source, out)
+    data = (samples_data if is_file else page_data)(source, asked)
+    path = source.with_suffix(".html") if is_file else source / "rollouts.html"
     tools.write_whole(path, page_html(data))
-    return (f"{path}  iterations {', '.join(data['iterations']) or 'none'}, "
+    return (f"{path}  {data['unit'].lower()}s {', '.join(data['iterations']) or 'none'}, "
             f"{path.stat().st_size / 2**20:.1f} MiB")
 
 
 def page_data(folder, asked):
-    """All that the page shows, as plain values. Every number is one of the run's files."""
+    """All that the page of a run shows, as plain values: the numbers of its files, and those that
+    sod_mini makes of them."""
     stored = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
     # A sod.Config would refuse a method that no longer exists, and its page can still be made.
     config = SimpleNamespace(**{f.name: f.default for f in fields(sod.Config)} | stored)
     curves = [parse_line(*line) for line in lines_of(folder / "metrics.jsonl")]
-    lines = defaultdict(list)  # parsed only where they are shown: a long run would fill the memory
+    lines = defaultdict(list)  # parsed only where they are shown: a long run would take a minute
     for place, line in lines_of(folder / "rollouts.jsonl"):
-        lines[str(read_rollout(place, line)["iteration"])].append((place, line))
-    known = list(lines)
-    if unknown := [n for n in asked if n not in known]:
-        raise UserError(f"iteration {unknown[0]} is not in {folder / 'rollouts.jsonl'}; choose "
-                        f"from {', '.join(known) or 'none'}")
-    usual = {*known[:1], *known[len(known) // 2:][:1], *known[-1:]}
-    chosen = [n for n in known if n in (asked or usual)]
+        start = re.match(r'{"iteration": (\d+),', line)
+        n = start[1] if start else str(read_rollout(place, line)["iteration"])
+        lines[n].append((place, line))
+    chosen = choose(list(lines), asked, folder / "rollouts.jsonl")
     about, worth = describe_method(config)
-    return {"name": config.name or folder.name, "curves": curves,
-            "about": f"{about} Shown: {len(chosen)} of {len(known)} iterations.",
-            "scored": any("d" in m for m in curves), "delta": config.delta, "worth": worth,
+    return {"name": f"Run {config.name or folder.name}", "unit": "Iteration", "curves": curves,
+            "about": f"{about} {describe_progress(config, curves, len(lines), len(chosen))}",
+            "news": {m.get("iteration"): sentences for n, m in enumerate(curves)
+                     if (sentences := said_then(curves[max(n - sod.WINDOW, 0):n + 1]))},
+            "results": results_of(folder / "results.json"), "worth": worth,
+            "scored": any("d" in m for m in curves), "rollouts": config.prompts * config.group_size,
+            "settings": {name: getattr(config, name) for name in KNOBS if hasattr(config, name)},
+            "checks": checks(), "delta": config.delta,
             "iterations": {n: [read_rollout(*line) for line in lines[n]] for n in chosen}}
+
+
+def samples_data(path, asked):
+    """The same of a file of samples. Pass n has the n-th sample of every problem."""
+    evaluation, passes, questions = read_samples(path, finished=False), defaultdict(list), {}
+    for row in evaluation.rows:
+        if "question" in row:
+            questions[row["problem"]] = {name: row[name] for name in ("question", "answer")}
+        if "turns" in row:
+            n = row["run"] * evaluation.settings["k"] + row["sample"] + 1
+            asked_for = questions.get(row["problem"], {"question": row["problem"], "answer": ""})
+            passes[str(n)].append(row | {"iteration": n} | asked_for)
+    if not passes:
+        raise UserError(f"{path} holds no transcripts, as files of older versions; to see what the "
+                        "model writes, remove it and give its command again")
+    chosen = choose(list(passes), asked, path)
+    for row in (row for n in chosen for row in passes[n]):
+        row["turns"] = [turn | {"text": row["final"]} if turn["text"] is None else turn
+                        for turn in row["turns"]]
+        row["patterns"] = patterns([turn["outcome"] for turn in row["turns"]])
+    finished = len(evaluation.rows) == evaluation.expected
+    results = [[evaluation.model, *sod.mean_ci(evaluation.correct())]] if finished else []
+    about = (f"{len(evaluation.rows)} of {evaluation.expected} samples, of {evaluation.problems} "
+             f"problems. Pass n shows the n-th sample of each. Shown: {len(chosen)} of "
+             f"{len(passes)} passes.")
+    return {"name": f"{evaluation.model} on {evaluation.data}", "unit": "Pass", "about": about,
+            "curves": [], "news": {}, "scored": False, "worth": "", "settings": {}, "checks": [],
+            "delta": 0, "rollouts": 0, "results": results,
+            "iterations": {n: passes[n] for n in chosen}}
+
+
+def choose(known, asked, path):
+    """The iterations of a page, in the order of the file."""
+    if unknown := [n for n in asked if n not in known]:
+        raise UserError(f"iteration {unknown[0]} is not in {path}; choose from "
+                        f"{', '.join(known) or 'none'}")
+    usual = {*known[:1], *known[len(known) // 2:][:1], *known[-1:]}
+    return [n for n in known if n in (asked or usual)]
+
+
+def said_then(history):
+    """What sod_mini.news said after these iterations; what was not finite is left out."""
+    return sod.news([{name: x for name, x in m.items() if x is not None} for m in history])
+
+
+def results_of(path):
+    """[name, mean, low, high] of each model that a run has measured, in percent."""
+    stored = parse_line(path, tools.read_text(path)) if path.exists() else {}
+    return [[name, *sod.mean_ci(np.array(result["correct"]))] for name, result in stored.items()]
+
+
+def describe_progress(config, curves, known, shown):
+    """How far the run has come, and what of it is on the page."""
+    last = curves[-1] if curves else {}
+    now, total = last.get("iteration", 0), last.get("iterations", config.iterations)
+    text = f"Iteration {now} of {total}" + "; reload the page for later ones" * (now < total)
+    if config.method == "sft":
+        return f"{text}. It imitates demonstrations, so there are curves and no rollouts."
+    return f"{text}. Rollouts shown: {shown} of {known} iterations."
+
+
+# What the page's ledger of one token takes; its examples are drawn between these two.
+KNOBS = {"d_1": (0, 2), "d_k": (0, 2), "epsilon": (1e-6, 0.1), "delta": (0, 0.5),
+         "logp_s": (-5, 0), "logp_t": (-5, 0), "A": (-2, 2), "opd_coef": (0.5, 1.5),
+         "ratio": (0.1, 5), "clip_low": (0, 0.5), "clip_high": (0, 0.5), "dual_clip": (1, 4)}
+
+
+def ledger(x):
+    """What a token is worth, with sod_mini's functions, from values for all KNOBS."""
+    tensor = lambda *row: torch.tensor([row], dtype=torch.float64)
+    d, step, logp_s = tensor(x["d_1"], x["d_k"]), torch.tensor([[2]]), tensor(x["logp_s"])
+    w = sod.step_weights(d, x["epsilon"], x["delta"])
+    worth = lambda A, coef: sod.token_advantages("sod", tensor(A)[0], logp_s, tensor(x["logp_t"]),
+                                                 step, w, coef)
+    A_it = worth(x["A"], x["opd_coef"])
+    loss = sod.policy_loss(logp_s + math.log(x["ratio"]), logp_s, A_it, step > 0, x["clip_low"],
+                           x["clip_high"], x["dual_clip"])
+    values = {"quotient": sod.step_weights(d, x["epsilon"], math.inf)[0, 1], "w_k": w[0, 1],
+              "distillation": worth(0.0, 1.0), "A_it": A_it, "loss": loss}
+    return {name: float(value) for name, value in values.items()}
+
+
+def checks(count=12):
+    """[values for KNOBS, their ledger]: with these the page checks its own arithmetic."""
+    drawn = random.Random(1)  # this one meets the cap, both clips and the dual clip
+    points = [{name: drawn.uniform(*bounds) for name, bounds in KNOBS.items()}
+              for _ in range(count)]
+    return [[x, ledger(x)] for x in points]
 
 
 def read_rollout(place, line):
@@ -750,7 +851,8 @@ def parse(argv=None):
                       help="two files of samples: the verdict")
     what.add_argument("--rescore", metavar="FILE", help="grade the samples of a file again")
     what.add_argument("--page", nargs="+", metavar=("RUN", "ITERATION"),
-                      help="write rollouts.html of a run, by default with three iterations")
+                      help="write rollouts.html of a run, by default with three iterations; or "
+                      "FILE.html of a file of samples")
     parser.add_argument("--ask", metavar="QUESTION", help="one question to the first model, by "
                         "default the embedded student: the conversation, as it is sampled")
     parser.add_argument("--teacher", metavar="MODEL", help="with --ask: d and w of each step")

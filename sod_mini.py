@@ -2701,10 +2701,7 @@ def rollout_rows(batch, iteration, tokenizer, with_tokens):
     for i, r in enumerate(batch.rollouts):
         d, w, h = ([None] * len(r.turns) if x is None or r.lost else plain(x[i].tolist(), 4)
                    for x in (batch.d, batch.w, entropy_t))
-        turns = [{"text": turn.text, "outcome": turn.outcome,
-                  "d": d[k], "w": w[k], "entropy_t": h[k],
-                  "tool": turn.tool_text if turn.outcome not in ("", "not_run") else None}
-                 | ({"name": turn.tool} if turn.tool not in ("", tools.TOOL_NAME) else {})
+        turns = [turn_row(turn) | {"d": d[k], "w": w[k], "entropy_t": h[k]}
                  | (token_row(batch, i, k + 1, tokenizer)
                     if i < with_tokens and not r.lost else {})
                  for k, turn in enumerate(r.turns)]
@@ -2712,6 +2709,14 @@ def rollout_rows(batch, iteration, tokenizer, with_tokens):
         yield {"iteration": iteration, "question": r.problem.question, "answer": r.problem.answer,
                "correct": r.correct, "reason": r.reason, "reward": round(r.reward, 4),
                "advantage": advantage, "finish_reason": r.finish_reason, "turns": turns}
+
+
+def turn_row(turn):
+    """What a step wrote, what became of its call, and the tool's answer, null without one; the name
+    of the tool where it is a user's own."""
+    return {"text": turn.text, "outcome": turn.outcome,
+            "tool": turn.tool_text if turn.outcome not in ("", "not_run") else None,
+            **({"name": turn.tool} if turn.tool not in ("", tools.TOOL_NAME) else {})}
 
 
 def step_entropy(batch):
@@ -3153,6 +3158,7 @@ def train_to_files(agent, folder):
                 stop = any(all_gather(bool(requests)))
                 if stop or config.save_every and agent.iteration % config.save_every == 0:
                     save_run(agent, folder)
+                    write_page(folder, wait=stop)
                 if stop:
                     raise KeyboardInterrupt(*requests[:1])
         save_run(agent, folder)
@@ -3169,12 +3175,32 @@ def stop_if_skipped(history, most=3):
                         "with a lower --lr, or begin anew with --dtype float32")
 
 
+PAGES = []  # the process that writes a page while its run goes on
+
+
 @on_rank_0
-def write_page(folder):
-    """Have evaluate.py write the page of a run, in a process of its own: it imports this file."""
-    script = Path(__file__).with_name("evaluate.py")
-    page = subprocess.run([sys.executable, script, "--page", folder], stdout=subprocess.PIPE)
-    print(page.stdout.decode(errors="replace"), end="")
+def write_page(folder, wait=True):
+    """Have evaluate.py write the page of a run, in a process of its own: it imports this file, and
+    nothing that happens to it ends the run. Without `wait` it works beside the run, with the lowest
+    priority; where it is still busy with the page before, this one is left out."""
+    command = [sys.executable, Path(__file__).with_name("evaluate.py"), "--page", folder]
+    status = 0
+    try:
+        while PAGES and (wait or PAGES[0].poll() is not None):
+            status = PAGES.pop().wait()
+        if wait:
+            page = subprocess.run(command, stdout=subprocess.PIPE)
+            status = page.returncode
+            print(page.stdout.decode(errors="replace"), end="")
+        elif not PAGES:  # a session of its own: a Ctrl-C that is meant for the run does not end it
+            PAGES.append(subprocess.Popen(command, stdout=subprocess.DEVNULL,
+                                          start_new_session=True))
+            os.setpriority(os.PRIO_PROCESS, PAGES[0].pid, 19)
+    except OSError as error:  # no memory for a process
+        status = error
+    if status:
+        print(f"NOTE: the page of {folder} was not written ({status}); to write it: "
+              f"python evaluate.py --page {folder}", file=sys.stderr)
 
 
 def prepare_output():

@@ -116,7 +116,7 @@ def a_dozen(folder):
 def dozen(tmp_path, monkeypatch):
     """The test's folder, with a dozen rows to learn from; runs write no page."""
     a_dozen(tmp_path)
-    monkeypatch.setattr(sod, "write_page", lambda run: None)
+    monkeypatch.setattr(sod, "write_page", lambda run, wait=True: None)
     return tmp_path
 
 

@@ -1,11 +1,15 @@
 """The page of a run: what it may do, what it shows, and where its numbers come from."""
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from conftest import SMALL, command, json_lines
 
 import evaluate
 import sod_mini as sod
@@ -156,10 +160,10 @@ def test_markup_in_model_text_and_in_names_is_inert(tmp_path):
     reader, data, _ = page_of(a_run(folder, [row], name=""))
     assert [tag for tag, _, _ in reader.found] == [tag for tag, _, _ in plain.found]
     (shown,) = data["iterations"]["1"]
-    assert shown == row | {"patterns": ["erroneous"]} and data["name"] == folder.name
+    assert shown == row | {"patterns": ["erroneous"]} and data["name"] == f"Run {folder.name}"
     raw = (folder / "rollouts.html").read_text(encoding="utf-8")
     assert "<img" not in raw and not set("\u2028\u2029") & set(raw)
-    assert "<title>Rollouts of &lt;img src=x onerror=alert(1)&gt;&amp;amp;@DATA@" in raw
+    assert "<title>Run &lt;img src=x onerror=alert(1)&gt;&amp;amp;@DATA@" in raw
 
 
 def test_the_script_makes_text_nodes_only_and_finds_every_element_it_names():
@@ -196,7 +200,7 @@ def test_without_a_choice_the_page_holds_the_first_the_middle_and_the_last_itera
     assert list(page_of(folder)[1]["iterations"]) == ["1", "5", "9"]
     assert list(page_of(folder, "7", "2")[1]["iterations"]) == ["2", "7"]
     assert list(page_of(a_run(tmp_path / "s", [a_row(4)]))[1]["iterations"]) == ["4"]
-    assert page_of(folder)[1]["about"].endswith("Shown: 3 of 9 iterations.")
+    assert page_of(folder)[1]["about"].endswith("shown: 3 of 9 iterations.")
 
 
 def test_the_page_tells_what_the_method_of_the_run_does(tmp_path):
@@ -213,12 +217,14 @@ def test_the_page_tells_what_the_method_of_the_run_does(tmp_path):
                                    "advantage")
 
 
-def test_a_run_of_sft_has_curves_and_neither_rollouts_nor_words_about_a_teacher(tmp_path):
-    curves = [{"iteration": 1, "loss": 2.5}]
+def test_a_run_of_sft_says_that_it_has_curves_and_no_rollouts_or_teacher(tmp_path):
+    curves = [{"iteration": 1, "iterations": 30, "loss": 2.5}]
     _, data, code = page_of(a_run(tmp_path / "s", [], curves, method="sft"))
-    assert data["about"].endswith("Shown: 0 of 0 iterations.") and not data["iterations"]
+    assert data["about"].endswith("Iteration 1 of 30; reload the page for later ones. It imitates "
+                                  "demonstrations, so there are curves and no rollouts.")
+    assert not data["iterations"]
     assert data["curves"] == curves and not data["scored"]
-    assert '$("trust").hidden = !data.scored' in code
+    assert '$("trust").hidden = $("ledger").hidden = !data.scored' in code
 
 
 def test_rollouts_without_tokens_are_shown_all_the_same_and_nan_is_null(tmp_path):
@@ -278,3 +284,223 @@ def test_a_run_of_a_method_or_scheme_that_is_gone_can_still_be_looked_at(tmp_pat
 def test_a_page_that_cannot_be_written_is_told_and_does_no_harm(tmp_path, capfd):
     sod.write_page(tmp_path / "gone")
     assert "does not exist" in capfd.readouterr().err
+
+
+def stand_in(monkeypatch, tmp_path, body):
+    """Have a short program stand in for evaluate.py: write_page looks for it beside sod_mini.py."""
+    (tmp_path / "evaluate.py").write_text("import pathlib, sys, time\n" + body)
+    monkeypatch.setattr(sod, "__file__", str(tmp_path / "sod_mini.py"))
+    monkeypatch.setattr(sod, "PAGES", [])
+
+
+def test_a_page_of_a_run_that_goes_on_is_not_waited_for_and_the_last_one_is(tmp_path, monkeypatch):
+    log, go = tmp_path / "log", tmp_path / "go"
+    stand_in(monkeypatch, tmp_path, f"""
+while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)
+open({str(log)!r}, "a").write(sys.argv[2] + "\\n")""")
+    sod.write_page("first", wait=False)
+    sod.write_page("left out, for the first is still busy", wait=False)
+    assert not log.exists()
+    assert os.getpriority(os.PRIO_PROCESS, sod.PAGES[0].pid) == 19
+    go.touch()
+    sod.write_page("last")
+    assert log.read_text().split("\n") == ["first", "last", ""] and not sod.PAGES
+
+
+def test_a_page_that_failed_beside_the_run_is_told_at_the_next_save(tmp_path, monkeypatch, capfd):
+    stand_in(monkeypatch, tmp_path, "sys.exit(3)")
+    sod.write_page("r", wait=False)
+    sod.PAGES[0].wait()
+    sod.write_page("r", wait=False)
+    assert "the page of r was not written (3)" in capfd.readouterr().err
+    monkeypatch.setattr(sod.sys, "executable", str(tmp_path / "gone"))
+    sod.write_page("r")
+    assert "not written ([Errno 2]" in capfd.readouterr().err
+
+
+def test_a_page_is_written_at_every_save(dozen, monkeypatch):
+    asked = []
+    monkeypatch.chdir(dozen)
+    monkeypatch.setattr(sod, "write_page", lambda folder, wait=True: asked.append(
+        (len(json_lines(folder / "metrics.jsonl")), wait)))
+    assert command({**SMALL, "method": "sft", "eval_data": "", "sft_batch": 4, "sft_epochs": 1,
+                    "demonstrations": "shown.jsonl", "save_every": 1, "out": "runs"}) == 0
+    assert asked == [(1, False), (2, False), (3, False), (3, True)]
+
+
+# --- What came of the run -----------------------------------------------------------------------
+
+
+def test_the_page_begins_with_what_was_measured_and_when_health_was_spoken_of(tmp_path):
+    curves = [{"iteration": n, "cut_length": cut, "entropy": None, "tokens": 60,
+               "infrastructure": 1} for n, cut in enumerate([0.1, 0.5, 0.5, 0.2], start=1)]
+    folder = a_run(tmp_path / "r", [a_row(1)], curves, prompts=2, group_size=2)
+    assert page_of(folder)[1]["results"] == []
+    (folder / "results.json").write_text(json.dumps(
+        {"student before": {"correct": [[0, 1], [1, 1]]}, "teacher": {"correct": [[1, 1]]}}))
+    data = page_of(folder)[1]
+    assert [(name, mean) for name, mean, _, _ in data["results"]] == [("student before", 75),
+                                                                      ("teacher", 100)]
+    assert list(data["news"]) == ["1", "2"]  # and not again at 3
+    assert data["news"]["1"][0].startswith("the sandbox failed in 1 rollouts")
+    assert data["news"]["2"][0].startswith("50% of rollouts were cut at the token budget")
+    assert data["rollouts"] == 4  # 60 tokens of 3 rollouts: the machine failed one
+
+
+# --- What a model wrote in an evaluation --------------------------------------------------------
+
+
+def test_an_evaluation_stores_what_was_written_and_its_page_shows_it(tmp_path, capsys):
+    turns = [sod.Turn([1, 2], "print(2)", "ok", "2", [3], "code_interpreter"),
+             sod.Turn([4], "\\boxed{2}")]
+    r = sod.Rollout(tools.Problem("1 + 1", "2", id="p"), [0], turns, finish_reason="answer",
+                    correct=True, reason="correct")
+    rows = json.loads(json.dumps([evaluate.sample_row(r, 0, n) for n in range(2)]))
+    assert rows[0]["turns"] == [{"text": "print(2)", "outcome": "ok", "tool": "2"},
+                                {"text": None, "outcome": "", "tool": None}]  # it is "final"
+    assert rows[0]["question"] == "1 + 1" and "question" not in rows[1]
+
+    def shown(rows):
+        file = tmp_path / "m.jsonl"
+        evaluate.write_samples(file, evaluate.Evaluation("m", "world", 1, 0, 0, ["d"],
+                                                         {"k": 2, "runs": 1}, rows))
+        assert evaluate.main(["--page", str(file)]) == 0, capsys.readouterr().err
+        page = Reader((tmp_path / "m.html").read_text(encoding="utf-8"))
+        return json.loads(page.all("script")[0][2])
+    data = shown(rows)
+    assert data["name"] == "m on world" and list(data["iterations"]) == ["1", "2"]
+    for (row,) in data["iterations"].values():
+        assert [turn["text"] for turn in row["turns"]] == ["print(2)", "\\boxed{2}"]
+        assert row["patterns"] == ["stable", "stable"] and row["question"] == "1 + 1"
+    assert data["results"][0][:2] == ["m", 100] and not shown(rows[:1])["results"]
+    old = [{name: row[name] for name in evaluate.COLUMNS} for row in rows]
+    assert list(shown([old[0], rows[1]])["iterations"]) == ["2"]  # the rest of an older file
+    with pytest.raises(AssertionError, match="m.jsonl holds no transcripts"):
+        shown(old)
+
+
+# --- The page's own arithmetic and its behaviour under a hand -----------------------------------
+
+NODE = shutil.which("node")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+               None)
+BY_HAND = dict(d_1=0.3, d_k=0.6, epsilon=0, delta=0.2, logp_s=-1, logp_t=-3, A=0.5, opd_coef=1,
+               ratio=5, clip_low=0.2, clip_high=0.28, dual_clip=3)
+
+
+def test_the_ledger_of_a_token_by_hand():
+    assert evaluate.ledger(BY_HAND) == pytest.approx(
+        dict(quotient=0.5, w_k=0.5, distillation=-1, A_it=-0.5, loss=1.5))  # not .5 * 5
+    other = evaluate.ledger(BY_HAND | dict(d_k=0.1, logp_t=0, opd_coef=2))
+    assert other == pytest.approx(
+        dict(quotient=3, w_k=1.2, distillation=1.2, A_it=2.9, loss=-2.9 * 1.28))
+
+
+def test_the_examples_of_the_page_meet_every_branch():
+    examples = evaluate.checks()
+    assert len(examples) == 12
+    for x, y in examples:
+        assert x.keys() == evaluate.KNOBS.keys() and all(map(math.isfinite, y.values()))
+    for told in (lambda x, y: y["w_k"] < y["quotient"], lambda x, y: y["A_it"] < 0,
+                 lambda x, y: y["loss"] == pytest.approx(-y["A_it"] * x["dual_clip"]),
+                 lambda x, y: y["loss"] == pytest.approx(-y["A_it"] * (1 + x["clip_high"])),
+                 lambda x, y: y["loss"] == pytest.approx(-y["A_it"] * (1 - x["clip_low"])),
+                 lambda x, y: y["loss"] == pytest.approx(-y["A_it"] * x["ratio"])):
+        assert {bool(told(*example)) for example in examples} == {True, False}
+
+
+@pytest.mark.skipif(not NODE, reason="node is not here")
+def test_the_pages_arithmetic_gives_the_numbers_of_sod_mini():
+    start, end = TEMPLATE.index("// --- The ledger"), TEMPLATE.index("// --- Its sliders")
+    examples = evaluate.checks(200)
+    code = (f"const examples = {json.dumps(examples)}\n{TEMPLATE[start:end]}\nconsole.log("
+            "JSON.stringify([examples.map(e => worth(e[0])), examples.every(agrees)]))")
+    done = subprocess.run([NODE, "-"], input=code, capture_output=True, text=True, check=True)
+    values, agreed = json.loads(done.stdout)
+    for (_, theirs), ours in zip(examples, values, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-9)
+    assert agreed
+
+
+def in_browser(page, tmp_path, code=""):
+    """What headless Chromium makes of a page after a script: the document, as text."""
+    (tmp_path / "shown.html").write_text(page.replace(
+        "</html>", f'<script type="module">{code}</script></html>'))
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/b",
+         "--dump-dom", str(tmp_path / "shown.html")], capture_output=True, text=True, timeout=100)
+    return Reader(done.stdout)
+
+
+def text_of(reader, name):
+    """The text within the element with this id, up to its own end."""
+    start = next(i for i, (_, a, _) in enumerate(reader.found) if a.get("id") == name)
+    end = next(i for i, (tag, _, _) in enumerate(reader.found[start:], start)
+               if tag == "/" + reader.found[start][0])
+    return "".join(text for _, _, text in reader.found[start:end])
+
+
+@pytest.mark.skipif(not BROWSER, reason="Chromium is not here")
+def test_a_browser_checks_the_ledger_and_a_click_or_enter_fills_it_in(tmp_path):
+    failed = [a_turn(outcome="error", d=0.4), a_turn("2", "ok", d=0.8, w=0.5)]
+    rows = [a_row(1), a_row(2, failed), a_row(2, failed, correct=False)]
+    folder = a_run(tmp_path / "r", rows, [{"iteration": 1, "d": 0.3, "reward": 0.1},
+                                          {"iteration": 2, "d": 0.3, "reward": 0.2}])
+    page_of(folder)
+    page = (folder / "rollouts.html").read_text(encoding="utf-8")
+    seen = in_browser(page, tmp_path)
+    assert "same numbers as sod_mini.py on 12 examples" in text_of(seen, "checked")
+    assert "1 of 2" in text_of(seen, "count")
+    assert "✓ correct, recovery" in text_of(seen, "rollout")  # of iteration 2
+    second = 'document.querySelectorAll("#rollout [tabindex]")[2]'  # "2" of step 2
+    for act in ("click()", 'dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", '
+                           "bubbles: true}))"):
+        seen = in_browser(page, tmp_path, f"{second}.{act}")
+        assert text_of(seen, "sum_w_k") == "0.500" and text_of(seen, "run_w_k") == "0.500"
+        assert text_of(seen, "sum_A_it") == "0.107"  # .707 + .5 * (-1.3 + .1)
+        assert text_of(seen, "run_A_it") == "−0.493"  # as the row has it
+    wrong = re.sub(r'"quotient": [\d.]+', '"quotient": 7', page, count=1)
+    assert "WRONG on 1 of 12 examples" in text_of(in_browser(wrong, tmp_path), "checked")
+
+
+@pytest.mark.skipif(not BROWSER, reason="Chromium is not here")
+def test_a_browser_shows_an_sft_run_and_an_evaluation_without_what_they_lack(tmp_path):
+    def seen(path):
+        reader = in_browser(path.read_text(encoding="utf-8"), tmp_path)
+        hidden = {a["id"] for _, a, _ in reader.found if "hidden" in a}
+        return reader, hidden
+    folder = a_run(tmp_path / "s", [], [{"iteration": n, "loss": 2.5 / n} for n in (1, 2)],
+                   method="sft")
+    page_of(folder)
+    reader, hidden = seen(folder / "rollouts.html")
+    assert hidden >= {"choice", "bench", "glossary", "readout"}
+    assert "loss" in text_of(reader, "outcome")
+    turn = {"text": "print(2)", "outcome": "ok", "tool": "2"}
+    row = dict.fromkeys(evaluate.COLUMNS, 0) | {"correct": True, "turns": [turn], "answer": "2",
+                                                "finish_reason": "length", "question": "1 + 1"}
+    evaluate.write_samples(tmp_path / "m.jsonl", evaluate.Evaluation(
+        "m", "world", 1, 0, 0, ["d"], {"k": 1, "runs": 1}, [row]))
+    evaluate.write_page(tmp_path / "m.jsonl")
+    reader, hidden = seen(tmp_path / "m.html")
+    assert hidden >= {"ledger", "run", "training", "readout"} and "bench" not in hidden
+    shown = text_of(reader, "rollout")
+    assert "✓ correct, stable, cut off: token budget" in shown and "1 + 1" in shown
+    assert "trained" not in shown and "reward" not in shown and "100.0%" in text_of(
+        reader, "outcome")
+
+
+@pytest.mark.skipif(not BROWSER, reason="Chromium is not here")
+@pytest.mark.parametrize("width", [320, 1280])
+def test_no_page_is_wider_than_its_screen(tmp_path, width):
+    folder = a_run(tmp_path / "r", [a_row(1, [a_turn("x" * 300), a_turn()])],
+                   [{"iteration": 1, "d": 0.3, "reward": 0.1}])
+    (folder / "results.json").write_text('{"student before": {"correct": [[1]]}}')
+    page_of(folder)
+    frame = (f"const frame = document.createElement('iframe'); frame.width = {width}; "
+             "frame.srcdoc = PAGE; document.body.append(frame); "
+             "frame.onload = () => document.title = 'wide ' + "
+             "frame.contentDocument.documentElement.scrollWidth")
+    page = json.dumps((folder / "rollouts.html").read_text(encoding="utf-8"))
+    seen = in_browser("<!doctype html><title></title><body></html>", tmp_path,
+                      frame.replace("PAGE", page.replace("</", "<\\/")))
+    assert int(seen.all("title")[0][2].split()[1]) <= width

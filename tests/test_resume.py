@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory):
     """{kind: what the run leaves if nobody disturbs it}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("undisturbed"))
-        patch.setattr(sod, "write_page", lambda run: None)
+        patch.setattr(sod, "write_page", lambda run, wait=True: None)
         a_dozen(Path())
         for kind, options in ALL.items():
             assert command({**options, "name": kind}) == 0
@@ -164,7 +164,7 @@ def real_process(folder, options, *more):
     os.chdir(folder)
     screen = os.open("screen", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(screen, 1), os.dup2(screen, 2)
-    sod.write_page = lambda run: None
+    sod.write_page = lambda run, wait=True: None
     status = command(options, *more)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
