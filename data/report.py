@@ -44,9 +44,9 @@ fall from 3.7, in another run from 2.1, to .5, and AIME 2024 from 30.5 to 5.0. T
 from 2605.07865 (`vopd`), 2605.10889 (`wrong_only`), 2608.31046 (`negative`) and 2609.04108
 (`then`).
 
-What their authors report of the other rows, in percent right and averages over their benchmarks. None
-of these papers could be read whole: the last column says what was. `random_keep`, `constant_d1` and
-the rows with `sod_` before their name are of this study alone.
+What their authors report of the other rows, in percent right and averages over their benchmarks.
+None of these papers could be read whole: the last column says what was. `random_keep`,
+`constant_d1` and the rows with `sod_` before their name are of this study alone.
 
 | row | source | what its authors report | read |
 |---|---|---|---|
@@ -247,9 +247,9 @@ def variance_lines(found):
     """The table of `variance` in study.py: {estimate: (noise, power, cosine)}."""
     exact = found["full"][0]
     lines = ["Gradient of distillation alone at the start model, over batches of rollouts. noise: "
-             "variance of a batch's gradient, over that of the exact KL (`full`). batches: how many "
-             "must be averaged until the noise is as large as the mean gradient. cosine: of the "
-             "mean gradient to that of `full`.", "",
+             "variance of a batch's gradient, over that of the exact KL (`full`). batches: how "
+             "many must be averaged until the noise is as large as the mean gradient. cosine: of "
+             "the mean gradient to that of `full`.", "",
              "| estimate | noise | batches | cosine |", "|---|---:|---:|---:|"]
     return lines + [f"| {name} | {noise / exact:.2f} | "
                     + (f"{noise / power:.1f}" if power > 0 else "not seen") + f" | {cosine:.2f} |"
@@ -488,14 +488,15 @@ def ticks(low, high, most=5):
 
 
 def schemes_chart(scores, left=166, right=470, pitch=23):
-    """A line for each row of {row: [percent of each seed]}, the best one on top: mean, 95% interval,
-    and in figures mean and seeds. Two seeds or one have an interval too wide to tell anything."""
+    """A line for each row of {row: [percent of each seed]}, the best one on top: mean and 95%
+    interval, and the mean and the number of seeds. That of two seeds is too wide to be drawn."""
     rows = {row: t_interval(values) if len(values) > 2 else (np.mean(values),) * 3
             for row, values in scores.items()}
     rows = dict(sorted(rows.items(), key=lambda item: -item[1][0]))
     colours = {"of the paper": COLOURS[0], "of others, or ours": COLOURS[4],
                "random_keep": COLOURS[1]}
-    body, up = legend({name: f'class="line" stroke="{colour}"' for name, colour in colours.items()})
+    body, up = legend({name: f'class="line" stroke="{colour}"' for name, colour in colours.items()
+                       if name in rows or name != "random_keep"})
     levels = ticks(min(r[1] for r in rows.values()), max(r[2] for r in rows.values()))
     x_of = lambda x: left + (right - left) * (x - levels[0]) / (levels[-1] - levels[0])
     top, foot = up + 12, up + 18 + pitch * len(rows)
@@ -510,7 +511,8 @@ def schemes_chart(scores, left=166, right=470, pitch=23):
         colour = colours.get(row) or colours["of the paper" if row in OF_PAPER else
                                              "of others, or ours"]
         body += [label(left - 10, y + 5, row, ' class="small" text-anchor="end"'),
-                 f'<path class="line" stroke="{colour}" d="M{x_of(low):.1f} {y}H{x_of(high):.1f}"/>',
+                 f'<path class="line" stroke="{colour}" '
+                 f'd="M{x_of(low):.1f} {y}H{x_of(high):.1f}"/>',
                  f'<circle cx="{x_of(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>',
                  label(right + 6, y + 5, f"{mean:.1f} ({len(scores[row])})")]
     body.append(label((left + right) / 2, foot + 40, "right after training, percent",

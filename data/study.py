@@ -3,7 +3,7 @@
     python data/study.py --list                        the plan: each row, its seeds, the hours
     python data/study.py                               everything
     python data/study.py --rows sod opd mask_after_error grpo --seeds 5     half an hour
-    python data/study.py --variance                    noise of the signal's gradient, see below
+    python data/study.py --variance                    how noisy the gradient of the signal is
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
 continues an interrupted study. At its end it writes tables and figures (report.py) of all runs that
@@ -76,10 +76,10 @@ sod.WEIGHTS["rescaled"] = lambda batch, c: sod.WEIGHTS["sod"](batch, c) / mean_w
 sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(sod.step_entropy(batch), 0.1,
                                                              c.delta)
 
-# Is the d_1 of each rollout needed? "constant_d1" is Eq. 7 with one number in its place, also at the
-# first step, so that w_1 is not 1: a step 0 of this divergence is put before the rollout. The number
-# is the median d_1 of a first iteration, mean of seeds 0 to 4. Their mean d_1, .62, is drawn up by a
-# few rollouts that begin badly; with it nearly every step would have the largest weight.
+# Is the d_1 of each rollout needed? "constant_d1" is Eq. 7 with one number in its place, also at
+# the first step, so that w_1 is not 1: a step 0 of this divergence is put before the rollout. The
+# number is the median d_1 of a first iteration, mean of seeds 0 to 4. Their mean d_1, .62, is drawn
+# up by a few rollouts that begin badly; with it most steps would have the largest weight.
 D_1 = 0.29  # nats a token
 sod.WEIGHTS["constant_d1"] = lambda batch, c: sod.step_weights(
     F.pad(batch.d, (1, 0), value=D_1), c.epsilon, c.delta)[:, 1:]
@@ -102,8 +102,8 @@ def clip(agent, batch, logp_t):
 
 @torch.no_grad()
 def at_each_token(agent, batch, function):
-    """(B, T) of function(agent, Batch, (N, D) student's hidden states), which gives (N,) numbers, one
-    for each sampled token, from the whole distributions of both models."""
+    """(B, T) of function(agent, Batch, (N, D) student's hidden states), which gives one number for
+    each of N sampled tokens from the whole distributions of both models."""
     found = torch.zeros_like(batch.logp_s)
     for rows in sod.micro_batches(batch.lengths, agent.config.micro_batch_tokens):
         part = batch.select(rows)
@@ -132,14 +132,14 @@ def then(agent, batch, logp_t):
 
 
 def where(keep, batch, logp_t):
-    """The teacher's signal on the tokens that are kept, none on the others. These still count in the
-    mean over tokens and keep their outcome advantage."""
+    """The teacher's signal on the tokens that are kept, none on the others. These still count in
+    the mean over tokens and keep their outcome advantage."""
     return torch.where(keep, logp_t, batch.logp_s)
 
 
 def outcome_sign(batch):
-    """(B, 1): 1 for a right rollout, -1 for a wrong one. Unlike the sign of A, it is not 0 in a group
-    whose rollouts are all right or all wrong."""
+    """(B, 1): 1 for a right rollout, -1 for a wrong one. Unlike the sign of A, it is not 0 in a
+    group whose rollouts are all right or all wrong."""
     return torch.tensor([[1.0 if r.correct else -1.0] for r in batch.rollouts])
 
 
@@ -156,8 +156,8 @@ def aligned(agent, batch, logp_t):
 
 
 def dial(agent, batch, logp_t):
-    """In each rollout, the 40% of the tokens with the largest |p_t - p_s| count (2610.11659, with its
-    beta 1): not those that both models find unlikely, where a gap can be large for nothing."""
+    """In each rollout, the 40% of the tokens with the largest |p_t - p_s| count (2610.11659, with
+    its beta 1): not those that both models find unlikely, where a gap is easily large."""
     score = (logp_t.exp() - batch.logp_s.exp()).abs()
     score = torch.where(batch.sampled, score, -1.0)
     rank = score.argsort(1, descending=True, stable=True).argsort(1)  # 0 is the largest
@@ -172,8 +172,8 @@ def random_keep(agent, batch, logp_t):
 
 
 def residual(agent, batch, logp_t):
-    """Probabilities in place of their logarithms (2610.11519): p_t - p_s, less its mean over what the
-    student could have said there, and then less its mean over the rollout."""
+    """Probabilities in place of their logarithms (2610.11519): p_t - p_s, less its mean over what
+    the student could have said there, and then less its mean over the rollout."""
     a = logp_t.exp() - batch.logp_s.exp() - at_each_token(agent, batch, mean_residual)
     a = torch.where(batch.sampled, a, 0.0)
     return batch.logp_s + a - a.sum(1, keepdim=True) / batch.sampled.sum(1, keepdim=True).clamp(1)
@@ -188,24 +188,23 @@ def mean_residual(agent, batch, hidden_s):
 
 
 def lead(agent, batch, logp_t):
-    """The gap times max(1 - S / T, 0) (GATS). S is the share of a problem's rollouts that are right.
-    T is that of the teacher, which solves each problem of the batch once, over the problems of the
-    same difficulty: an eighth more to sample."""
-    _, _, iteration, _ = batch.rollouts[0].key
-    firsts = batch.rollouts[::agent.config.group_size]
-    tries, right = sod.sample_rollouts(agent, agent.teacher, [(r.problem, r.prompt) for r in firsts],
-                                       (agent.config.seed, "teacher", iteration)), defaultdict(list)
-    for r in tries:
+    """The gap times max(1 - S / T, 0) (GATS). S is the share of right rollouts of the problem, T
+    that of the teacher over the problems of the same difficulty. It tries each problem of the batch
+    once, which is an eighth more to sample."""
+    G, (_, _, iteration, _) = agent.config.group_size, batch.rollouts[0].key
+    firsts, right = batch.rollouts[::G], defaultdict(list)
+    for r in sod.sample_rollouts(agent, agent.teacher, [(r.problem, r.prompt) for r in firsts],
+                                 (agent.config.seed, "teacher", iteration)):
         right[r.problem.difficulty].append(float(r.correct))
     T = torch.tensor([np.mean(right[r.problem.difficulty]) for r in firsts]).float()  # (P,)
-    S = torch.tensor([float(r.correct) for r in batch.rollouts]).view(len(T), -1).mean(1)
-    ahead = torch.where(T > S, 1 - S / T, 0.0).repeat_interleave(agent.config.group_size)  # (B,)
+    S = torch.tensor([float(r.correct) for r in batch.rollouts]).view(-1, G).mean(1)
+    ahead = torch.where(T > S, 1 - S / T, 0.0).repeat_interleave(G)  # (B,)
     return batch.logp_s + ahead[:, None] * (logp_t - batch.logp_s)
 
 
 def returns(agent, batch, logp_t, gamma):
-    """A token gets its own gap and, discounted, those of all later tokens of its rollout. With gamma
-    1 this is the whole policy gradient of the KL of sequences; the usual signal is gamma 0."""
+    """A token gets its own gap and, discounted, those of all later tokens of its rollout. Gamma 1
+    would be the whole policy gradient of the KL of sequences; the usual signal is gamma 0."""
     gap, later = logp_t - batch.logp_s, torch.zeros(len(logp_t))
     found = batch.logp_s.clone()
     for t in reversed(range(gap.shape[1])):
@@ -539,7 +538,7 @@ ESTIMATES = ("sampled", "vopd", "return_9", "return_99", "full")  # of one gradi
 
 
 def variance(batches, budget=BUDGET):
-    """How far does the gradient of distillation alone differ from batch to batch at the start model?
+    """How much does the gradient of distillation alone differ between batches of the start model?
 
     Each batch of rollouts gives one gradient by each of ESTIMATES: of the signal at the sampled
     tokens (sampled), of a control in its place, or of the exact KL at the same tokens (full).
@@ -595,7 +594,7 @@ def planned(rows, seeds, folder, budget=BUDGET):
 
 
 def listing(plan, jobs):
-    """Yield a line for each row with the seeds that are stored, and last the hours that are missing.
+    """Yield a line for each row with the seeds that are stored, last the hours that are missing.
 
     A run takes as long as the stored runs of its row, else of all rows, else SECONDS.
     """
@@ -613,8 +612,8 @@ def listing(plan, jobs):
     source = (f"the {len(stored)} stored runs" if stored else
               f"{SECONDS} s a run, as those of data/study took, since none is stored")
     yield (f"{len(plan) - len(stored)} of {len(plan)} runs are missing: about "
-           f"{missing / jobs / 3600:.1f} hours, {jobs} at a time, by {source}; worlds of dials that "
-           "are still to be made take about 3 minutes each")
+           f"{missing / jobs / 3600:.1f} hours, {jobs} at a time, by {source}; each world of a "
+           "dial that is still to be made takes about 3 minutes")
 
 
 def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):

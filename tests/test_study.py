@@ -238,18 +238,16 @@ def test_controls_put_something_else_in_place_of_the_teacher():
         assert term(study.then) == expected
 
 
-def gated(control, right, gaps, agent=Run, **changes):
-    """What is left by a control of the gaps of rollouts that are right or not. Each has a prompt of
-    one token and a step for each token; gaps of another width are padding, which has no step."""
+def gated(control, right, gaps, agent=Run, p_s=None):
+    """What a control leaves of the gaps of rollouts that are right or not, each of one step a token;
+    p_s: the student's probabilities of these tokens."""
     batch = scored([[.1] * len(row) for row in gaps], [["ok"] * len(row) for row in gaps])
-    logp_t = sod.pad([[0.0] + row for row in gaps], 0.0, "cpu") - 2
-    batch.logp_s = torch.full(logp_t.shape, -2.0)
-    for name, value in changes.items():
-        setattr(batch, name, torch.tensor(value))
+    wide = lambda rows: sod.pad([[0.0] + row for row in rows], 0.0, "cpu")
+    batch.logp_s = wide([np.log(row).tolist() for row in p_s or [[.1] * len(row) for row in gaps]])
     for n, (r, correct) in enumerate(zip(batch.rollouts, right)):
         r.correct, r.key = correct, (0, "rollouts", 1, n)
-    left = study.CONTROLS[control](agent, batch, logp_t) - batch.logp_s
-    return [row[:len(gap)] for row, gap in zip(left[:, 1:].tolist(), gaps)]
+    left = study.CONTROLS[control](agent, batch, batch.logp_s + wide(gaps)) - batch.logp_s
+    return [pytest.approx(row[:len(gap)], abs=1e-4) for row, gap in zip(left[:, 1:].tolist(), gaps)]
 
 
 def test_a_gap_counts_where_it_points_as_the_outcome_does():
@@ -265,44 +263,31 @@ def test_a_rollout_counts_unless_its_gaps_in_all_point_against_the_outcome():
 
 
 def test_the_tokens_that_count_are_those_whose_probabilities_differ_most_in_each_rollout():
-    # p_s and p_t: .5 .1; .01 .0001; .5 .45; .2 .4; .1 .1; and one rollout in which they are alike
-    p_s, p_t = [.5, .01, .5, .2, .1], [.1, .0001, .45, .4, .1]
-    logs = lambda p: np.log(p).tolist()
-    gaps = (np.log(p_t) - np.log(p_s)).tolist()
-    left = gated("dial", [True, True], [gaps, [.001] * 2],
-                 logp_s=[[0.0] + logs(p_s), [0.0, -1.0, -1.0] + [-9.0] * 3])
-    batch = scored([[.1] * 5], [["ok"] * 5])
-    batch.logp_s, logp_t = torch.tensor([[0.0] + logs(p_s)]), torch.tensor([[0.0] + logs(p_t)])
-    found = (study.dial(Run, batch, logp_t) - batch.logp_s)[0, 1:].tolist()
-    assert found == pytest.approx([gaps[0], 0, 0, gaps[3], 0])  # .4 and .2 of .4 .0099 .05 .2 0
-    assert sum(g != 0 for g in left[1]) == 1  # .4 of two tokens, rounded up
+    p_s, p_t = np.array([.5, .01, .5, .2, .1]), np.array([.1, .0001, .45, .4, .1])
+    gaps = np.log(p_t / p_s).tolist()  # -1.6 -4.6 -.1 .7 0, where p_t - p_s is -.4 -.01 -.05 .2 0
+    left = gated("dial", [True, False], [gaps, [.01, .02]], p_s=[p_s, [.1, .1]])
+    assert left == [[gaps[0], 0, 0, gaps[3], 0], [0, .02]]  # two of five, and one of two
 
 
 def test_the_control_of_all_masks_keeps_a_random_80_percent_the_same_in_a_rerun():
-    (left,) = gated("random_keep", [True], [[1.0] * 4000])
-    assert np.mean(left) == pytest.approx(.8, abs=.03)
-    assert [left] == gated("random_keep", [True], [[1.0] * 4000])
-    other = type("Other", (), {"config": sod.Config(iterations=4, seed=1)})
-    assert [left] != gated("random_keep", [True], [[1.0] * 4000], other)
+    kept = lambda agent: gated("random_keep", [True], [[1.0] * 4000], agent)[0].expected
+    other = type("Other", (), {"config": sod.Config(seed=1)})
+    assert np.mean(kept(Run)) == pytest.approx(.8, abs=.03)
+    assert kept(Run) == kept(Run) != kept(other)
 
 
 def test_a_return_holds_the_discounted_gaps_of_all_later_tokens():
-    first, second = gated("return_9", [True, True], [[1.0, -2.0, 3.0], [1.0, 1.0]])
-    assert first == pytest.approx([1 + .9 * (-2 + .9 * 3), -2 + .9 * 3, 3], abs=1e-5)
-    assert second == pytest.approx([1.9, 1], abs=1e-5)
-    (third,) = gated("return_99", [True], [[1.0, 2.0]])
-    assert third == pytest.approx([1 + .99 * 2, 2], abs=1e-5)
+    assert gated("return_9", [True, True], [[1.0, -2.0, 3.0], [1.0, 1.0]]) == [
+        [1 + .9 * (-2 + .9 * 3), -2 + .9 * 3, 3], [1.9, 1]]
+    assert gated("return_99", [True], [[1.0, 2.0]]) == [[1 + .99 * 2, 2]]
 
 
 def test_residuals_are_differences_of_probabilities_centred_in_each_rollout(monkeypatch):
     monkeypatch.setattr(study, "at_each_token", lambda agent, batch, f: torch.full(
         batch.logp_s.shape, -.1))
-    half, quarter = math.log(.5), math.log(.25)
-    # p_s is .25; p_t is .5 .25 .25 and .25. Less the -.1 that was to be expected: .35 .1 .1 and .1.
-    left = gated("residual", [True, True], [[half + 2, quarter + 2, quarter + 2], [quarter + 2]],
-                 logp_s=[[quarter] * 4] * 2)
-    assert left[0] == pytest.approx([.35 - .55 / 3, .1 - .55 / 3, .1 - .55 / 3], abs=1e-6)
-    assert left[1] == pytest.approx([0], abs=1e-6)
+    double = math.log(2)  # p_s is .25, p_t .5 .25 .25: with the .1 that is expected, .35 .1 .1
+    left = gated("residual", [True, True], [[double, 0.0, 0.0], [double]], p_s=[[.25] * 3, [.25]])
+    assert left == [[.35 - .55 / 3, .1 - .55 / 3, .1 - .55 / 3], [0]]
 
 
 def test_the_residual_to_be_expected_is_the_mean_over_the_students_own_distribution():
