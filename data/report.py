@@ -498,7 +498,8 @@ def schemes_chart(scores, left=166, right=470, pitch=23):
     body, up = legend({name: f'class="line" stroke="{colour}"' for name, colour in colours.items()
                        if name in rows or name != "random_keep"})
     levels = ticks(min(r[1] for r in rows.values()), max(r[2] for r in rows.values()))
-    x_of = lambda x: left + (right - left) * (x - levels[0]) / (levels[-1] - levels[0])
+    wide = (right - left) / ((levels[-1] - levels[0]) or 1)
+    x_of = lambda x: left + wide * (x - levels[0])
     top, foot = up + 12, up + 18 + pitch * len(rows)
     for x in levels:
         body += [f'<path class="grid" d="M{x_of(x):.1f} {top}V{foot}"/>',

@@ -104,7 +104,7 @@ def clip(agent, batch, logp_t):
 def at_each_token(agent, batch, function):
     """(B, T) of function(agent, Batch, (N, D) student's hidden states), which gives one number for
     each of N sampled tokens from the whole distributions of both models."""
-    found = torch.zeros_like(batch.logp_s)
+    found = torch.zeros(batch.ids.shape, device=batch.ids.device)
     for rows in sod.micro_batches(batch.lengths, agent.config.micro_batch_tokens):
         part = batch.select(rows)
         hidden = sod.sampled_hidden(agent.student, part)
@@ -160,7 +160,7 @@ def dial(agent, batch, logp_t):
     its beta 1): not those that both models find unlikely, where a gap is easily large."""
     score = (logp_t.exp() - batch.logp_s.exp()).abs()
     score = torch.where(batch.sampled, score, -1.0)
-    rank = score.argsort(1, descending=True, stable=True).argsort(1)  # 0 is the largest
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: largest
     return where(rank < 0.4 * batch.sampled.sum(1, keepdim=True), batch, logp_t)
 
 

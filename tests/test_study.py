@@ -619,8 +619,8 @@ def test_schemes_stand_in_order_with_an_interval_from_three_seeds_on_and_chance_
     blue, grey, orange = report.COLOURS[0], report.COLOURS[4], report.COLOURS[1]
     assert re.findall(r'<circle .* fill="(.*)"', drawn) == [blue, grey, orange, blue]
     assert drawn.count("stroke-dasharray") == 1
-    alone = report.figures({"sod": recorded(50), "teacher": runs(70), "signal": {},
-                            "sod@digits-0": recorded(40)}, study.DIALS)
+    alone = report.figures({"opd": runs(50), "teacher": runs(70), "signal": {},
+                            "opd@digits-0": runs(40)}, study.DIALS)
     assert alone["schemes.svg"].count("<circle") == 1
 
 
