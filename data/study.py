@@ -573,7 +573,7 @@ def gradient_of(agent, batch, name):
     agent.student.zero_grad()
     sod.backpropagate(agent, batch)
     agent.config = config
-    found = torch.cat([p.grad.flatten() for p in agent.student.parameters()])
+    found = torch.cat([p.grad.flatten() for p in agent.student.parameters()]).double()
     agent.student.zero_grad()  # so that nothing of it gets into an update
     return found
 
