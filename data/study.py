@@ -78,8 +78,8 @@ sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(sod.step_entropy(ba
 
 # Is the d_1 of each rollout needed? "constant_d1" is Eq. 7 with one number in its place, also at
 # the first step, so that w_1 is not 1: a step 0 of this divergence is put before the rollout. The
-# number is the median d_1 of a first iteration, mean of seeds 0 to 4. Their mean d_1 is .62, for some
-# are very large; with it most steps would have the largest weight.
+# number is the median d_1 of a first iteration, mean of seeds 0 to 4. Their mean d_1 is .62, for
+# some are very large; with it most steps would have the largest weight.
 D_1 = 0.29  # nats a token
 sod.WEIGHTS["constant_d1"] = lambda batch, c: sod.step_weights(
     F.pad(batch.d, (1, 0), value=D_1), c.epsilon, c.delta)[:, 1:]
