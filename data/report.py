@@ -25,6 +25,9 @@ SUSPECTS = ("sod", "faults_10", "scored_10", "faults_30", "scored_30", "told_as_
             "unshaped", "lr_tenfold", "after_failure")  # of a collapse
 DRAWN = ("faults_30", "scored_30", "told_as_success", "lr_tenfold", "after_failure")
 APART = ("practice",)  # a dial that has a table of its own
+NO_SCHEMES = ("vanilla", "teacher", "sft", "signal", *SUSPECTS[1:-1])  # rows of another kind
+OF_PAPER = ("grpo", "opd", "opd_only", "opsd_gt", "opsd_hint", "sod", "sod_only", "decay",
+            "mask_after_error", "unclipped")
 # A backslash joins the two parts of a row that is longer than a line of code.
 OTHERS = """
 What others published by November 2026. OPD and SOD by independent hands:
@@ -40,7 +43,31 @@ What others published by November 2026. OPD and SOD by independent hands:
 Collapse (issues 22 and 24 of the authors' code): between updates 10 and 20 tool calls a rollout
 fall from 3.7, in another run from 2.1, to .5, and AIME 2024 from 30.5 to 5.0. The controls come
 from 2605.07865 (`vopd`), 2605.10889 (`wrong_only`), 2608.31046 (`negative`) and 2609.04108
-(`then`)."""
+(`then`).
+
+What their authors report of the other rows, in percent right and averages over their benchmarks.
+None of these papers could be read whole: the last column says what was. `random_keep`,
+`constant_d1` and the rows with `sod_` before their name are of this study alone.
+
+| row | source | what its authors report | read |
+|---|---|---|---|
+| agree | OPDVR, 2608.24696 | 6 of maths, Qwen3-4B: 49.1, OPD 47.8, teacher 50.4; Qwen3-1.7B-Base: \
+22.8, OPD 20.9; 40 to 50% of the tokens are left out; the gate turned round is worse than OPD | \
+another's notes |
+| aligned | RA-OPD, 2608.27960 | 7 of maths, Qwen3-8B-Base: 49.4, OPD 44.3; \
+R1-Distill-Qwen-7B: 69.3, OPD 64.4 | abstract; figures and formula in another's notes |
+| dial | DIAL-OPD, 2610.11659 | 7 of maths, 4 pairs: with 40% of each rollout's tokens up to 5.25 \
+points over OPD on all of them | notes of three others |
+| residual | Residual Advantage, 2610.11519 | 3 of maths, Qwen3-1.7B and 4B from 8B: average@8 1.7 \
+to 3.6 points over GRPO or REINFORCE++ without a teacher, better in 24 of 24 comparisons | \
+notes of two others |
+| lead | GATS | the table above; TGOPD (2609.02998), which also tries the teacher on each prompt, \
+reports gains over OPD in 6 of 6 settings | GATS was not found, its formula is second-hand; TGOPD: \
+abstract |
+| return_9, return_99 | 2603.25562 | no scores; the more a token gets of later ones, the noisier \
+the gradient and the less stable the learning, in a toy study | abstract |
+| opd_full | PowerOPD, 2606.17199 | 6 of maths, 4 pairs: its own method is up to 6.37 points over \
+sampled OPD and up to 2.59 over the exact KL | abstract |"""
 
 # --- Tables -------------------------------------------------------------------------------------
 
@@ -77,9 +104,9 @@ def tables(results, budget, dials):
     lines = ["# The study: the paper's methods in the embedded world", "",
              "Made by `python data/study.py`, with figures of the [learning curves](learning.svg), "
              "[drift after a failed call](drift.svg) beside the paper's Fig. 1, [patterns of "
-             "rollouts](patterns.svg), [weights along a rollout](weights.svg), the [dials of the "
-             "world](dials.svg), the [teacher's lead](lead.svg) and the [suspects of a "
-             "collapse](collapse.svg).", "",
+             "rollouts](patterns.svg), [weights along a rollout](weights.svg), [all schemes]"
+             "(schemes.svg) in order, the [dials of the world](dials.svg), the [teacher's lead]"
+             "(lead.svg) and the [suspects of a collapse](collapse.svg).", "",
              f"average@{budget['eval_samples']} on {budget['eval_problems']} held-out problems, in "
              "percent, mean ± std over seeds (their number); "
              f"{budget['iterations']} iterations of "
@@ -217,6 +244,19 @@ def path_of(curves, form):
     return f"{mean[0]:{form}}, {mean[lowest]:{form}} ({lowest + 1}), {mean[-1]:{form}}"
 
 
+def variance_lines(found):
+    """The table of `variance` in study.py: {estimate: (noise, power, cosine)}."""
+    exact = found["full"][0]
+    lines = ["Gradient of distillation alone at the start model, over batches of rollouts. noise: "
+             "variance of a batch's gradient, over that of the exact KL (`full`). batches: how "
+             "many must be averaged until the noise is as large as the mean gradient. cosine: of "
+             "the mean gradient to that of `full`.", "",
+             "| estimate | noise | batches | cosine |", "|---|---:|---:|---:|"]
+    return lines + [f"| {name} | {noise / exact:.2f} | "
+                    + (f"{noise / power:.1f}" if power > 0 else "not seen") + f" | {cosine:.2f} |"
+                    for name, (noise, power, cosine) in found.items()]
+
+
 def signal_lines(runs):
     """The table of signal_of in study.py: success after one move along the teacher's signal."""
     if not runs:
@@ -261,6 +301,9 @@ def figures(results, dials):
         drawn["patterns.svg"] = patterns_chart(results)
         for example in [run["example"] for run in runs if run["example"]][:1]:
             drawn["weights.svg"] = weights_picture(example)
+    if schemes := [row for row in results if row not in NO_SCHEMES and "@" not in row]:
+        drawn["schemes.svg"] = schemes_chart(
+            {row: [score(run) for run in results[row].values()] for row in schemes})
     panels = [dial_panel(what, rows_of(results, dial, values, usual))
               for dial, (what, values, usual) in dials.items()
               if dial not in APART]
@@ -443,6 +486,41 @@ def ticks(low, high, most=5):
     gap = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m * most >= 0.999 * span)
     ends = math.floor(low / gap + 1e-6), max(math.ceil(high / gap - 1e-6), 1)
     return [round(gap * n, 9) for n in range(ends[0], ends[1] + 1)]
+
+
+def schemes_chart(scores, left=166, right=470, pitch=23):
+    """A line for each row of {row: [percent of each seed]}, the best one on top: mean and 95%
+    interval, and the mean and the number of seeds. That of two seeds is too wide to be drawn."""
+    rows = {row: t_interval(values) if len(values) > 2 else (np.mean(values),) * 3
+            for row, values in scores.items()}
+    rows = dict(sorted(rows.items(), key=lambda item: -item[1][0]))
+    colours = {"of the paper": COLOURS[0], "of others, or ours": COLOURS[4],
+               "random_keep": COLOURS[1]}
+    body, up = legend({name: f'class="line" stroke="{colour}"' for name, colour in colours.items()
+                       if name in rows or name != "random_keep"})
+    levels = ticks(min(r[1] for r in rows.values()), max(r[2] for r in rows.values()))
+    wide = (right - left) / ((levels[-1] - levels[0]) or 1)
+    x_of = lambda x: left + wide * (x - levels[0])
+    top, foot = up + 12, up + 18 + pitch * len(rows)
+    for x in levels:
+        body += [f'<path class="grid" d="M{x_of(x):.1f} {top}V{foot}"/>',
+                 label(x_of(x), foot + 18, f"{x:g}", ' class="small" text-anchor="middle"')]
+    if "random_keep" in rows:  # for all others to be held against
+        body.append(f'<path class="line" stroke="{colours["random_keep"]}" stroke-dasharray="7 3" '
+                    f'd="M{x_of(rows["random_keep"][0]):.1f} {top}V{foot}"/>')
+    for n, (row, (mean, low, high)) in enumerate(rows.items()):
+        y = up + 26 + pitch * n
+        colour = colours.get(row) or colours["of the paper" if row in OF_PAPER else
+                                             "of others, or ours"]
+        body += [label(left - 10, y + 5, row, ' class="small" text-anchor="end"'),
+                 f'<path class="line" stroke="{colour}" '
+                 f'd="M{x_of(low):.1f} {y}H{x_of(high):.1f}"/>',
+                 f'<circle cx="{x_of(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>',
+                 label(right + 6, y + 5, f"{mean:.1f} ({len(scores[row])})")]
+    body.append(label((left + right) / 2, foot + 40, "right after training, percent",
+                      ' class="small" text-anchor="middle"'))
+    return svg(foot + 48, "Every scheme in order", "Success after training, mean and 95% interval "
+               "over seeds (their number); no interval for one or two seeds.", body)
 
 
 def weights_picture(row):

@@ -1,14 +1,17 @@
 """The study: the paper's methods in the embedded world, over seeds, beside what others found.
 
-    python data/study.py                               everything, about 6 hours on two cores
+    python data/study.py --list                        the plan: each row, its seeds, the hours
+    python data/study.py                               everything
     python data/study.py --rows sod opd mask_after_error grpo --seeds 5     half an hour
+    python data/study.py --variance                    how noisy the gradient of the signal is
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
 continues an interrupted study. At its end it writes tables and figures (report.py) of all runs that
 are stored there. Those in data/study were made in this way.
 
 A row is a method, a weight scheme, or one of the changes below: controls, and suspects, which might
-be what makes a run collapse. row@dial-value is the same row in a changed world:
+be what makes a run collapse. A control stands alone, with uniform weights (agree), or with the
+weights of SOD (sod_agree). row@dial-value is the same row in a changed world:
     digits     check digits of a program. Student and teacher differ by them at every call, so that
                their number decides how large d_1 is.
     persist    chance that a silent tool stays silent
@@ -27,7 +30,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -37,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import make_world
 import premises
@@ -72,6 +76,14 @@ sod.WEIGHTS["rescaled"] = lambda batch, c: sod.WEIGHTS["sod"](batch, c) / mean_w
 sod.WEIGHTS["confident"] = lambda batch, c: sod.step_weights(sod.step_entropy(batch), 0.1,
                                                              c.delta)
 
+# Is the d_1 of each rollout needed? "constant_d1" is Eq. 7 with one number in its place, also at
+# the first step, so that w_1 is not 1: a step 0 of this divergence is put before the rollout. The
+# number is the median d_1 of a first iteration, mean of seeds 0 to 4. Their mean d_1 is .62, for
+# some are very large; with it most steps would have the largest weight.
+D_1 = 0.29  # nats a token
+sod.WEIGHTS["constant_d1"] = lambda batch, c: sod.step_weights(
+    F.pad(batch.d, (1, 0), value=D_1), c.epsilon, c.delta)[:, 1:]
+
 # Where is distillation needed? Here only on wrong rollouts, or only after a failed call.
 sod.WEIGHTS["wrong_only"] = lambda batch, c: torch.tensor(
     [[0.0 if r.correct else 1.0] for r in batch.rollouts]).expand(batch.d.shape)
@@ -79,6 +91,8 @@ sod.WEIGHTS["after_failure"] = lambda batch, c: (
     sod.steps_since_failure(batch.failed) > 0).float()
 
 # --- Controls: what else could stand in place of the teacher's log-probabilities -----------------
+# A control returns (B, T) what takes the place of logp_t in the token advantage A + w gap with
+# gap = logp_t - logp_s. The teacher's own d and w are known by then and stay as they are.
 
 
 def clip(agent, batch, logp_t):
@@ -87,16 +101,22 @@ def clip(agent, batch, logp_t):
 
 
 @torch.no_grad()
-def vopd(agent, batch, logp_t):
-    """With a control variate (2605.07865): the exact KL(student || teacher) at each token is added.
-    The term is then 0 on average, and its expected gradient is the same."""
-    kl = torch.zeros_like(logp_t)
+def at_each_token(agent, batch, function):
+    """(B, T) of function(agent, Batch, (N, D) student's hidden states), which gives one number for
+    each of N sampled tokens from the whole distributions of both models."""
+    found = torch.zeros(batch.ids.shape, device=batch.ids.device)
     for rows in sod.micro_batches(batch.lengths, agent.config.micro_batch_tokens):
         part = batch.select(rows)
         hidden = sod.sampled_hidden(agent.student, part)
-        kl[rows, :part.ids.shape[1]] = sod.scatter_to_mask(sod.full_kl(agent, part, hidden),
-                                                           part.sampled)
-    return logp_t + kl
+        found[rows, :part.ids.shape[1]] = sod.scatter_to_mask(function(agent, part, hidden),
+                                                              part.sampled)
+    return found
+
+
+def vopd(agent, batch, logp_t):
+    """With a control variate (2605.07865): the exact KL(student || teacher) at each token is added.
+    The term is then 0 on average, and its expected gradient is the same."""
+    return logp_t + at_each_token(agent, batch, sod.full_kl)
 
 
 def negative(agent, batch, logp_t):
@@ -111,7 +131,91 @@ def then(agent, batch, logp_t):
     return logp_t if iteration <= agent.config.iterations // 2 else batch.logp_s
 
 
-CONTROLS = {f.__name__: f for f in (clip, vopd, negative, then)}
+def where(keep, batch, logp_t):
+    """The teacher's signal on the tokens that are kept, none on the others. These still count in
+    the mean over tokens and keep their outcome advantage."""
+    return torch.where(keep, logp_t, batch.logp_s)
+
+
+def outcome_sign(batch):
+    """(B, 1): 1 for a right rollout, -1 for a wrong one. Unlike the sign of A, it is not 0 in a
+    group whose rollouts are all right or all wrong."""
+    return torch.tensor([[1.0 if r.correct else -1.0] for r in batch.rollouts])
+
+
+def agree(agent, batch, logp_t):
+    """A gap counts where it points as the outcome does (2608.24696): upwards in a right rollout,
+    downwards in a wrong one."""
+    return where((logp_t - batch.logp_s) * outcome_sign(batch) > 0, batch, logp_t)
+
+
+def aligned(agent, batch, logp_t):
+    """A rollout's gaps count where their sum does not point against the outcome (2608.27960)."""
+    total = torch.where(batch.sampled, logp_t - batch.logp_s, 0.0).sum(1, keepdim=True)
+    return where(total * outcome_sign(batch) >= 0, batch, logp_t)
+
+
+def dial(agent, batch, logp_t):
+    """In each rollout, the 40% of the tokens with the largest |p_t - p_s| count (2610.11659, with
+    its beta 1): not those that both models find unlikely, where a gap is easily large."""
+    score = (logp_t.exp() - batch.logp_s.exp()).abs()
+    score = torch.where(batch.sampled, score, -1.0)
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: largest
+    return where(rank < 0.4 * batch.sampled.sum(1, keepdim=True), batch, logp_t)
+
+
+def random_keep(agent, batch, logp_t):
+    """A random 80% of the tokens count. A mask that does no better has not found the right ones."""
+    iteration = batch.rollouts[0].key[2]
+    numbers = sod.random_numbers(agent.config.seed, "keep", iteration).random(logp_t.shape)
+    return where(torch.tensor(numbers) < 0.8, batch, logp_t)
+
+
+def residual(agent, batch, logp_t):
+    """Probabilities in place of their logarithms (2610.11519): p_t - p_s, less its mean over what
+    the student could have said there, and then less its mean over the rollout."""
+    a = logp_t.exp() - batch.logp_s.exp() - at_each_token(agent, batch, mean_residual)
+    a = torch.where(batch.sampled, a, 0.0)
+    return batch.logp_s + a - a.sum(1, keepdim=True) / batch.sampled.sum(1, keepdim=True).clamp(1)
+
+
+def mean_residual(agent, batch, hidden_s):
+    """(N,) mean of p_t - p_s over the student's own distribution at each sampled token."""
+    hidden_t = sod.sampled_hidden(agent.teacher, sod.teacher_batch(agent, batch))
+    p_s, p_t = ((hidden @ sod.lm_head_weight(model).T / agent.config.temperature).softmax(-1)
+                for model, hidden in ((agent.student, hidden_s), (agent.teacher, hidden_t)))
+    return (p_s * (p_t - p_s)).sum(-1)
+
+
+def lead(agent, batch, logp_t):
+    """The gap times max(1 - S / T, 0) (GATS). S is the share of right rollouts of the problem, T
+    that of the teacher over the problems of the same difficulty. It tries each problem of the batch
+    once, which is an eighth more to sample."""
+    G, (_, _, iteration, _) = agent.config.group_size, batch.rollouts[0].key
+    firsts, right = batch.rollouts[::G], defaultdict(list)
+    for r in sod.sample_rollouts(agent, agent.teacher, [(r.problem, r.prompt) for r in firsts],
+                                 (agent.config.seed, "teacher", iteration)):
+        right[r.problem.difficulty].append(float(r.correct))
+    T = torch.tensor([np.mean(right[r.problem.difficulty]) for r in firsts]).float()  # (P,)
+    S = torch.tensor([float(r.correct) for r in batch.rollouts]).view(-1, G).mean(1)
+    ahead = torch.where(T > S, 1 - S / T, 0.0).repeat_interleave(G)  # (B,)
+    return batch.logp_s + ahead[:, None] * (logp_t - batch.logp_s)
+
+
+def returns(agent, batch, logp_t, gamma):
+    """A token gets its own gap and, discounted, those of all later tokens of its rollout. Gamma 1
+    would be the whole policy gradient of the KL of sequences; the usual signal is gamma 0."""
+    gap, later = logp_t - batch.logp_s, torch.zeros(len(logp_t))
+    found = batch.logp_s.clone()
+    for t in reversed(range(gap.shape[1])):
+        later = torch.where(batch.sampled[:, t], gap[:, t] + gamma * later, later)
+        found[:, t] += later
+    return found
+
+
+CONTROLS = {f.__name__: f for f in (clip, vopd, negative, then, agree, aligned, dial, random_keep,
+                                    residual, lead)}
+CONTROLS |= {"return_9": partial(returns, gamma=0.9), "return_99": partial(returns, gamma=0.99)}
 
 # --- Suspects of a collapse: faults of the machine, and answers that say nothing -----------------
 
@@ -153,11 +257,18 @@ def say_nothing(tool):
 
 def change(agent, row):
     """The changes of a row that are not settings of sod_mini."""
-    if row in CONTROLS:
-        def score_teacher(agent, batch):
-            logp_t, entropy = sod.score_by_teacher(agent, batch)
-            return CONTROLS[row](agent, batch, logp_t), entropy
-        agent.score_teacher = score_teacher
+    if control := CONTROLS.get(row.removeprefix("sod_")):
+        weighted = sod.METHODS[agent.config.method].weighted
+        scheme = agent.config.weights if weighted else "uniform"
+        weigh = sod.WEIGHTS[scheme]
+
+        def weigh_and_replace(batch, c):
+            """Weights are asked for when d is known and the advantages are not: here logp_t can be
+            replaced without a change of either d or w."""
+            w = weigh(batch, c)
+            batch.logp_t = control(agent, batch, batch.logp_t)
+            return w
+        sod.WEIGHTS[scheme] = weigh_and_replace  # of this process, which runs one row alone
     if row in FAULTS:
         rate, scored = FAULTS[row]
         break_down(agent.tool, rate)
@@ -184,7 +295,9 @@ ROWS = {
     "sft": dict(method="sft", sft_epochs=1, sft_lr=WORLD.lr),  # the budget is equal: see learn
     **{name: dict(weights=name) for name in sod.WEIGHTS if name not in ("sod", "uniform")},
     "opd_full": dict(method="opd", kl="full"), "sod_full": dict(kl="full"),
+    "sod_only_full": dict(method="sod_only", kl="full"),
     **{name: dict(method="opd") for name in CONTROLS},
+    **{f"sod_{name}": {} for name in CONTROLS if name != "negative"},  # which has no teacher
     **{name: {} for name in FAULTS}, **SUSPECTS,
     "signal": dict(iterations=1, prompts=64, num_minibatches=1, lr=1e-12, eval_samples=4),
 }
@@ -418,7 +531,89 @@ def move_along(model, batch, signal, config, lr=WORLD.lr):
             p += lr * total.sign()
 
 
+# --- How noisy is the gradient of the signal? ---------------------------------------------------
+
+
+ESTIMATES = ("sampled", "vopd", "return_9", "return_99", "full")  # of one gradient, or nearly
+
+
+def variance(batches, budget=BUDGET):
+    """How much does the gradient of distillation alone differ between batches of the start model?
+
+    Each batch of rollouts gives one gradient by each of ESTIMATES: of the signal at the sampled
+    tokens (sampled), of a control in its place, or of the exact KL at the same tokens (full).
+    returns  {estimate: (noise: sum over parameters of the variance of a batch's gradient,
+              power: squared length of the mean gradient, cosine of its mean to that of full)}
+    """
+    agent = sod.load_agent(sod.Config(method="opd_only", seed=0, **budget | dict(
+        iterations=batches, num_minibatches=1, lr=1e-12)))  # at this lr the student stays as it is
+    mean, power = dict.fromkeys(ESTIMATES, 0.0), dict.fromkeys(ESTIMATES, 0.0)
+    with agent.tool:
+        for _, batch in sod.train(agent):
+            for name in ESTIMATES:
+                gradient = gradient_of(agent, batch, name)
+                mean[name] = mean[name] + gradient / batches
+                power[name] += float(gradient @ gradient) / batches
+    found = {}
+    for name, g in mean.items():
+        noise = (power[name] - float(g @ g)) * batches / (batches - 1)
+        # The noise that is left in a mean of so many batches is no part of the signal's length.
+        found[name] = (noise, float(g @ g) - noise / batches,
+                       float(F.cosine_similarity(g, mean["full"], 0)))
+    return found
+
+
+def gradient_of(agent, batch, name):
+    """(parameters,) the gradient of a batch by one of ESTIMATES, as training would compute it."""
+    config, exact = agent.config, name == "full"
+    logp_t = CONTROLS[name](agent, batch, batch.logp_t) if name in CONTROLS else batch.logp_t
+    batch.advantages = sod.token_advantages("opd_only", batch.A, batch.logp_s, logp_t,
+                                            batch.step_id, batch.w, 0.0 if exact else 1.0)
+    agent.config = replace(config, kl="full" if exact else "sampled")
+    agent.student.zero_grad()
+    sod.backpropagate(agent, batch)
+    agent.config = config
+    found = torch.cat([p.grad.flatten() for p in agent.student.parameters()]).double()
+    agent.student.zero_grad()  # so that nothing of it gets into an update
+    return found
+
+
 # --- Many runs at a time, and again after an interruption ---------------------------------------
+
+
+SECONDS = 122  # of a run, mean of the 228 runs of data/study, which two cores did side by side
+
+
+def planned(rows, seeds, folder, budget=BUDGET):
+    """{(row, seed): its file} of the runs that are wanted, stored or not.
+
+    rows  {row: how many seeds}, of which at most `seeds` are wanted
+    """
+    return {(row, seed): file_of(row, seed, folder, budget)
+            for seed in range(seeds) for row, most in rows.items() if seed < most}
+
+
+def listing(plan, jobs):
+    """Yield a line for each row with the seeds that are stored, last the hours that are missing.
+
+    A run takes as long as the stored runs of its row, else of all rows, else SECONDS.
+    """
+    stored = {job: json.loads(path.read_text())["seconds_all"]
+              for job, path in plan.items() if path.exists()}
+    usual = np.mean(list(stored.values())) if stored else SECONDS
+    missing = 0.0
+    for row in dict.fromkeys(row for row, _ in plan):
+        wanted = sum(name == row for name, _ in plan)
+        seeds = [seed for name, seed in stored if name == row]
+        seconds = np.mean([stored[row, seed] for seed in seeds]) if seeds else usual
+        missing += (wanted - len(seeds)) * seconds
+        yield (f"{row:32} {len(seeds):2} of {wanted:2} seeds stored, {seconds:4.0f} s a run"
+               + f": {' '.join(map(str, seeds))}" * bool(seeds))
+    source = (f"the {len(stored)} stored runs" if stored else
+              f"{SECONDS} s a run, as those of data/study took, since none is stored")
+    yield (f"{len(plan) - len(stored)} of {len(plan)} runs are missing: about "
+           f"{missing / jobs / 3600:.1f} hours, {jobs} at a time, by {source}; each world of a "
+           "dial that is still to be made takes about 3 minutes")
 
 
 def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
@@ -428,8 +623,7 @@ def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
     returns  the number of runs that failed
     """
     folder = Path(folder).resolve()
-    plan = {(row, seed): file_of(row, seed, folder, budget)
-            for seed in range(seeds) for row, most in rows.items() if seed < most}
+    plan = planned(rows, seeds, folder, budget)
     folder.mkdir(parents=True, exist_ok=True)
     make_missing_worlds(rows, folder)
     todo = [job for job, path in plan.items() if not path.exists()]
@@ -489,21 +683,39 @@ def run_apart(job, plan, budget):
 
 
 def command(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    whole = sum(STUDY.values())
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"The whole study is {whole} runs of {len(STUDY)} rows, about {SECONDS} s each: "
+               f"{whole * SECONDS / 2 / 3600:.0f} hours on two cores.")
     parser.add_argument("--rows", nargs="+", default=list(STUDY), metavar="ROW",
-                        help=f"rows of the study: {', '.join(STUDY)}")
+                        help="rows of the study, by default all; --list names them")
     parser.add_argument("--seeds", type=int, default=10,
                         help="most seeds of a row [10]; many rows have 5")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [2]")
+    parser.add_argument("--list", action="store_true",
+                        help="only say what these rows have stored and how long the rest will take")
+    parser.add_argument("--variance", type=int, nargs="?", const=64, metavar="BATCHES",
+                        help="only measure the noise of the signal's gradient over so many batches "
+                             "[64, about 15 minutes of one core]")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # one run
     args = parser.parse_args(argv)
     if args.worker:
         run_one(**args.worker)
         return 0
-    if min(args.seeds, args.jobs) < 1:
-        parser.error("--seeds and --jobs must be at least 1")
-    rows = {row: STUDY.get(row, args.seeds) for row in args.rows}
-    return int(study(rows, args.seeds, args.jobs) > 0)
+    if min(args.seeds, args.jobs) < 1 or args.variance is not None and args.variance < 2:
+        parser.error("--seeds and --jobs must be at least 1, --variance at least 2")
+    rows, folder = {row: STUDY.get(row, args.seeds) for row in args.rows}, Path("runs/study")
+    if args.list:
+        print(*listing(planned(rows, args.seeds, folder.resolve()), args.jobs), sep="\n")
+        return 0
+    if args.variance:
+        text = "\n".join(report.variance_lines(variance(args.variance)))
+        tools.write_whole(folder / "variance.md", text + "\n")
+        print(f"\n{text}\n\ntable  {folder / 'variance.md'}")
+        return 0
+    return int(study(rows, args.seeds, args.jobs, folder) > 0)
 
 
 def main(argv=None):

@@ -75,6 +75,7 @@ def test_the_stored_tables_are_those_of_this_report():
     stored = (ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8").split("\n")
     assert stored[:4] == report.tables({}, study.BUDGET, study.DIALS).split("\n")[:4]
     assert [line.split(" | ")[0] for line in stored[10:12]] == ["| vanilla", "| teacher"]
+    assert "\n".join(stored).endswith(report.OTHERS + "\n")
     told = report.tables({"sod": recorded(50), "sod@digits-0": recorded(40)}, study.BUDGET,
                          study.DIALS)
     (dials,) = [line for line in told.split("\n") if line.startswith("Dials of the world.")]
@@ -194,6 +195,8 @@ def test_weight_schemes_of_the_study_keep_the_scale_or_the_shape_of_sods():
     # the teacher's entropies are a tenth of these: (.02 + .1) / (.04 + .1)
     assert sod.WEIGHTS["confident"](batch, config).flatten().tolist() == pytest.approx(
         [1, .12 / .14, 1, 1])
+    assert sod.WEIGHTS["constant_d1"](batch, config).flatten().tolist() == pytest.approx(
+        [1.2, .29 / .4, 1.2, 1.2], rel=1e-4)  # .29 / .2 and .29 / .1 are above the cap
     assert doctest.testmod(study) == doctest.TestResults(failed=0, attempted=1)
 
 
@@ -233,6 +236,95 @@ def test_controls_put_something_else_in_place_of_the_teacher():
     for iteration, expected in ((2, [-.5, -3, 2, 0, 1]), (3, [0] * 5)):
         batch.rollouts[0].key = (0, "rollouts", iteration, 0)
         assert term(study.then) == expected
+
+
+def gated(control, right, gaps, agent=Run, p_s=None):
+    """What a control leaves of the gaps of rollouts that are right or not, each of one step a token;
+    p_s: the student's probabilities of these tokens."""
+    batch = scored([[.1] * len(row) for row in gaps], [["ok"] * len(row) for row in gaps])
+    wide = lambda rows: sod.pad([[0.0] + row for row in rows], 0.0, "cpu")
+    batch.logp_s = wide([np.log(row).tolist() for row in p_s or [[.1] * len(row) for row in gaps]])
+    for n, (r, correct) in enumerate(zip(batch.rollouts, right)):
+        r.correct, r.key = correct, (0, "rollouts", 1, n)
+    left = study.CONTROLS[control](agent, batch, batch.logp_s + wide(gaps)) - batch.logp_s
+    return [pytest.approx(row[:len(gap)], abs=1e-4) for row, gap in zip(left[:, 1:].tolist(), gaps)]
+
+
+def test_a_gap_counts_where_it_points_as_the_outcome_does():
+    gaps = [[.5, -1.0, 2.0], [.5, -1.0]]
+    assert gated("agree", [True, False], gaps) == [[.5, 0, 2], [0, -1]]
+    assert gated("agree", [False, True], gaps) == [[0, -1, 0], [.5, 0]]
+
+
+def test_a_rollout_counts_unless_its_gaps_in_all_point_against_the_outcome():
+    gaps = [[.5, -1.0, 2.0], [.5, -1.0], [1.0, -1.0]]
+    assert gated("aligned", [True, True, True], gaps) == [[.5, -1, 2], [0, 0], [1, -1]]
+    assert gated("aligned", [False, False, False], gaps) == [[0, 0, 0], [.5, -1], [1, -1]]
+
+
+def test_the_tokens_that_count_are_those_whose_probabilities_differ_most_in_each_rollout():
+    p_s, p_t = np.array([.5, .01, .5, .2, .1]), np.array([.1, .0001, .45, .4, .1])
+    gaps = np.log(p_t / p_s).tolist()  # -1.6 -4.6 -.1 .7 0, where p_t - p_s is -.4 -.01 -.05 .2 0
+    left = gated("dial", [True, False], [gaps, [.01, .02]], p_s=[p_s, [.1, .1]])
+    assert left == [[gaps[0], 0, 0, gaps[3], 0], [0, .02]]  # two of five, and one of two
+
+
+def test_the_control_of_all_masks_keeps_a_random_80_percent_the_same_in_a_rerun():
+    kept = lambda agent: gated("random_keep", [True], [[1.0] * 4000], agent)[0].expected
+    other = type("Other", (), {"config": sod.Config(seed=1)})
+    assert np.mean(kept(Run)) == pytest.approx(.8, abs=.03)
+    assert kept(Run) == kept(Run) != kept(other)
+
+
+def test_a_return_holds_the_discounted_gaps_of_all_later_tokens():
+    assert gated("return_9", [True, True], [[1.0, -2.0, 3.0], [1.0, 1.0]]) == [
+        [1 + .9 * (-2 + .9 * 3), -2 + .9 * 3, 3], [1.9, 1]]
+    assert gated("return_99", [True], [[1.0, 2.0]]) == [[1 + .99 * 2, 2]]
+
+
+def test_residuals_are_differences_of_probabilities_centred_in_each_rollout(monkeypatch):
+    monkeypatch.setattr(study, "at_each_token", lambda agent, batch, f: torch.full(
+        batch.logp_s.shape, -.1))
+    double = math.log(2)  # p_s is .25, p_t .5 .25 .25: with the .1 that is expected, .35 .1 .1
+    left = gated("residual", [True, True], [[double, 0.0, 0.0], [double]], p_s=[[.25] * 3, [.25]])
+    assert left == [[.35 - .55 / 3, .1 - .55 / 3, .1 - .55 / 3], [0]]
+
+
+def test_the_residual_to_be_expected_is_the_mean_over_the_students_own_distribution():
+    agent = sod.load_agent(sod.Config(**TINY))
+    prompt = (agent.eval_set[0], sod.encode_prompt(agent.tokenizer, agent.eval_set[0]))
+    with agent.tool:
+        (rollout,) = sod.sample_rollouts(agent, agent.student, [prompt], (0, "rollouts", 1))
+    batch = sod.collate([rollout], "cpu")
+    with torch.no_grad():
+        p_s, p_t = (model(input_ids=batch.ids).logits.softmax(-1)[:, :-1]
+                    for model in (agent.student, agent.teacher))
+    batch.logp_s = torch.zeros(batch.ids.shape)
+    found = study.at_each_token(agent, batch, study.mean_residual)
+    assert torch.allclose(found[:, 1:], (p_s * (p_t - p_s)).sum(-1) * batch.sampled[:, 1:],
+                          atol=1e-5)
+    assert float(found.abs().max()) > 0.01
+
+
+def test_the_gap_counts_by_the_teachers_lead_on_problems_of_the_same_difficulty(monkeypatch):
+    problem = lambda difficulty: tools.Problem("q", "1", difficulty=difficulty)
+    batch = scored([[.1]] * 8, [["ok"]] * 8)
+    for n, (r, correct) in enumerate(zip(batch.rollouts, [1, 0, 0, 0, 1, 1, 0, 0])):
+        r.problem, r.correct = problem(3 if n < 6 else 4), bool(correct)
+        r.key = (0, "rollouts", 1, n)
+    tried = []
+
+    def solve(agent, model, prompts, key):
+        tried.append((model, len(prompts), key))
+        return [sod.Rollout(p, ids, [], correct=right) for (p, ids), right in
+                zip(prompts, [True, True, False, False])]
+    monkeypatch.setattr(sod, "sample_rollouts", solve)
+    agent = sod.Agent(sod.Config(group_size=2), None, "teacher", None, None)
+    batch.logp_s = torch.full((8, 2), -2.0)
+    left = study.lead(agent, batch, batch.logp_s + 1) - batch.logp_s
+    # T is 2/3 where the difficulty is 3 and 0 where it is 4; S is .5, 0, 1 and 0
+    assert left[:, 1].tolist() == pytest.approx([.25, .25, 1, 1, 0, 0, 0, 0])
+    assert tried == [("teacher", 4, (0, "teacher", 1))]
 
 
 def test_the_control_variate_adds_the_exact_kl_of_each_place():
@@ -300,18 +392,27 @@ def test_success_along_training_is_that_of_rollouts_which_the_sandbox_did_not_fa
     assert study.of_the_student(batch) == {"correct": 0.5, "tool_calls": 1.5}
 
 
-def test_rows_change_what_they_say_they_change(monkeypatch):
+def test_rows_change_what_they_say_they_change():
     agent = sod.Agent(sod.Config(), None, None, None, Answers())
-    monkeypatch.setattr(sod, "score_by_teacher", lambda agent, batch: (batch.logp_t, None))
-    batch = scored([[3.0]], [["ok"]])  # logp_s 3, logp_t 0
-    study.change(agent, "clip")
-    assert agent.score_teacher(agent, batch)[0].tolist() == [[0, 2]]
     study.change(agent, "faults_30")
     assert agent.grade is sod.grade_rollout
     study.change(agent, "scored_30")
     assert agent.grade is study.grade_faults
     study.change(agent, "told_as_success")
     assert agent.tool.submit(None, (0, "rollouts", 1, 0, 1)).result().outcome == "ok"
+
+
+@pytest.mark.parametrize("row, scheme", [("clip", "uniform"), ("sod_clip", "sod")])
+def test_a_control_replaces_the_signal_and_leaves_weights_and_divergence(row, scheme, monkeypatch):
+    weigh = sod.WEIGHTS[scheme]
+    monkeypatch.setitem(sod.WEIGHTS, scheme, weigh)  # so that it is put back at the end
+    agent = sod.Agent(study.config_of(row, 0, ".", study.BUDGET), None, None, None, None)
+    batch = scored([[3.0, 6.0]], [["ok", ""]])  # logp_s 3 and 6, logp_t 0
+    w, d = weigh(batch, agent.config), batch.d.clone()
+    study.change(agent, row)
+    assert sod.WEIGHTS[scheme](batch, agent.config).equal(w) and batch.d.equal(d)
+    assert batch.logp_t.tolist() == [[0, 2, 5]]
+    assert w.tolist() == [[1, pytest.approx(.5)]] if scheme == "sod" else w.tolist() == [[1, 1]]
 
 
 def test_the_table_of_suspects_shows_the_first_the_lowest_and_the_last_iteration():
@@ -366,6 +467,53 @@ def test_every_row_has_settings_and_files_of_other_settings_are_not_mixed(
     assert "the study has no row sodd; choose from vanilla" in capsys.readouterr().err
 
 
+def test_the_list_tells_stored_seeds_and_the_hours_that_are_missing(tmp_path, capsys, monkeypatch):
+    plan = study.planned({"sod": 3, "agree": 2}, 10, tmp_path)
+    assert len(plan) == 5 and list(study.listing(plan, 2))[-1].startswith(
+        f"5 of 5 runs are missing: about {5 * study.SECONDS / 7200:.1f} hours, 2 at a time, by "
+        f"{study.SECONDS} s a run, as those of data/study took")
+    for seed, seconds in ((0, 3600), (2, 7200)):
+        plan["sod", seed].write_text(json.dumps({"seconds_all": seconds}))
+    sod_line, agree_line, last = study.listing(plan, 2)
+    assert sod_line.split()[:4] == ["sod", "2", "of", "3"] and sod_line.endswith("s a run: 0 2")
+    assert agree_line.split()[:4] == ["agree", "0", "of", "2"]
+    assert last.startswith("3 of 5 runs are missing: about 2.2 hours")  # 3 of 5400 s, two at a time
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["--list", "--rows", "sod_agree", "--seeds", "2"]) == 0
+    assert capsys.readouterr().out.startswith("sod_agree") and not list(tmp_path.glob("runs"))
+    assert study.main(["--list", "--rows", "sodd"]) == 1
+
+
+def test_the_help_tells_the_plan_and_how_long_the_whole_study_takes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        study.main(["--help"])
+    told = capsys.readouterr().out
+    assert not caught.value.code and study.__doc__.strip() in told
+    whole = sum(study.STUDY.values())
+    assert (f"{whole} runs of {len(study.STUDY)} rows" in told
+            and f"{whole * study.SECONDS / 7200:.0f} hours on two cores" in told)
+
+
+def test_every_scheme_and_control_is_a_row_alone_and_most_controls_also_with_sods_weights():
+    for name in study.CONTROLS:
+        alone = study.config_of(name, 0, ".", study.BUDGET)
+        assert sod.METHODS[alone.method] == sod.METHODS["opd"]
+        if name != "negative":
+            both = study.config_of(f"sod_{name}", 0, ".", study.BUDGET)
+            assert (both.method, both.weights, both.kl) == ("sod", "sod", "sampled")
+    for row, method in (("opd_full", "opd"), ("sod_full", "sod"), ("sod_only_full", "sod_only")):
+        config = study.config_of(row, 0, ".", study.BUDGET)
+        assert (config.method, config.kl) == (method, "full")
+
+
+def test_the_exact_kl_has_the_gradient_of_the_sampled_one_with_less_noise():
+    found = study.variance(4, dict(TINY, prompts=4, group_size=4))
+    assert set(found) == set(study.ESTIMATES) and found["full"][2] == pytest.approx(1)
+    assert found["full"][0] < found["sampled"][0] and found["sampled"][2] > 0.5
+    table = report.variance_lines({"sampled": (8.0, 4.0, .5), "full": (2.0, -1.0, 1.0)})[4:]
+    assert table == ["| sampled | 4.00 | 2.0 | 0.50 |", "| full | 1.00 | not seen | 1.00 |"]
+
+
 def test_imitation_gets_as_many_conversations_and_updates_as_the_others(tmp_path):
     config = study.config_of("sft", 0, tmp_path, dict(TINY, iterations=3, num_minibatches=2))
     agent = sod.load_agent(config)
@@ -404,9 +552,10 @@ STEPS = [[[30, 9.0, 3.0]], [[0, 0, 0]], [[25, 50.0, 20.0]]]
 @pytest.mark.parametrize("run, names", [
     (dict(curve=[{"correct": .1}, {"correct": .3}], steps=[STEPS, STEPS],
           patterns=[[.5, .3, .2]] * 2, example=EXAMPLE),
-     {"learning.svg", "drift.svg", "patterns.svg", "dials.svg", "weights.svg"}),
+     {"learning.svg", "drift.svg", "patterns.svg", "dials.svg", "weights.svg",
+      "schemes.svg"}),
     (dict(curve=[{"correct": 0.0}], steps=[[[[1, 1, 1]]] * 3], patterns=[[1, 0, 0]], example=None),
-     {"learning.svg", "drift.svg", "patterns.svg", "dials.svg"})],
+     {"learning.svg", "drift.svg", "patterns.svg", "dials.svg", "schemes.svg"})],
     ids=["usual", "nothing right or often seen"])
 def test_figures_are_whole_svg_with_title_and_description_and_escape_text(run, names):
     run = run | {"correct": [[1], [0]]}
@@ -458,6 +607,23 @@ def test_no_word_of_a_figure_is_cut_or_covered_and_what_is_drawn_fills_most_of_t
     turn = {"text": "print(12345 * 6789 + 12345678)  #922", "outcome": "error", "tool": "E" * 99,
             "d": 12.34, "w": 1.2}
     readable(report.weights_picture({"question": "Add 12. " * 20, "turns": [turn] * 3}))
+
+
+def test_schemes_stand_in_order_with_an_interval_from_three_seeds_on_and_chance_marked():
+    drawn = report.schemes_chart({"opd": [40, 41], "sod": [50, 52, 54], "random_keep": [45] * 3,
+                                  "sod_random_keep": [46] * 10})
+    readable(drawn)
+    names = re.findall(r'text-anchor="end">(\w+)<', drawn)
+    assert names == ["sod", "sod_random_keep", "random_keep", "opd"]
+    assert ">52.0 (3)<" in drawn and ">40.5 (2)<" in drawn
+    ends = [(float(a), float(b)) for a, b in re.findall(r'd="M([\d.]+) \d+H([\d.]+)"', drawn)]
+    assert [b - a > 1 for a, b in ends] == [True, False, False, False]
+    blue, grey, orange = report.COLOURS[0], report.COLOURS[4], report.COLOURS[1]
+    assert re.findall(r'<circle .* fill="(.*)"', drawn) == [blue, grey, orange, blue]
+    assert drawn.count("stroke-dasharray") == 1
+    alone = report.figures({"opd": runs(50), "teacher": runs(70), "signal": {},
+                            "opd@digits-0": runs(40)}, study.DIALS)
+    assert alone["schemes.svg"].count("<circle") == 1
 
 
 def test_a_line_of_one_point_is_a_dot_and_steps_are_whole_numbers():
