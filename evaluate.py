@@ -24,6 +24,7 @@ import html
 import json
 import math
 import os
+import random
 import re
 import sys
 import zlib

@@ -247,4 +247,4 @@ def test_too_little_evidence_is_no_verdict_and_the_reason_is_told():
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(evaluate) == doctest.TestResults(failed=0, attempted=6)
+    assert doctest.testmod(evaluate) == doctest.TestResults(failed=0, attempted=4)
