@@ -234,7 +234,7 @@ PRESETS = {
     "cpu": dict(train_data="", demonstrations="", eval_data="", system=BLOCKS, calls="python",
                 dtype="bfloat16", threads=0, iterations=8, prompts=6, group_size=4,
                 num_minibatches=1, temperature=0.7, max_turns=3, max_prompt=320, max_response=144,
-                overlong_buffer=0, lr=1e-5, silent_rate=0.0, eval_problems=327, eval_samples=1,
+                overlong_buffer=0, lr=1e-5, silent_rate=0.0, eval_problems=100, eval_samples=1,
                 eval_temperature=0.7, rollout_batch=64, show_every=1, save_every=4),
     "gpu": GPU,
     "paper": dict(GPU, prompts=64, group_size=16, num_minibatches=4, max_turns=16,

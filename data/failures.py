@@ -97,8 +97,8 @@ FAILURES = [
             "Mend the tool; keep `--tool_shaping`, which pays a little for calls."),
     Failure("Entropy gone", dict(method="grpo", temperature=0.2, lr=5e-4, iterations=8),
             lambda row: (not row["correct"], -len(row["turns"])),
-            "The rollouts of a group grow alike, right or wrong together, and A is 0 in more and "
-            "more groups.",
+            "The student grows certain of what it does, right or wrong, and what it no longer "
+            "samples it cannot learn.",
             "A lower `--lr` or a higher `--temperature`."),
 ]
 

@@ -178,4 +178,4 @@ def test_the_settings_for_a_small_real_pair_are_a_preset_that_works(world, tmp_p
     with pytest.raises(SystemExit):
         sod.parse_config(given[:2])  # names no problems
     agent = sod.preflight(config)
-    assert len(agent.train_set) == 2000 and len(agent.eval_set) == 327
+    assert len(agent.train_set) == 2000 and len(agent.eval_set) == 100
