@@ -929,12 +929,6 @@ def micro_batches(lengths, max_tokens, rows=None, shared=0):
         yield batch
 
 
-def my_micro_batches(batch, max_tokens):
-    """The rows of a Batch that this process works on, cut by micro_batches."""
-    rows = my_share(range(len(batch.lengths)))
-    return with_bar(micro_batches(batch.lengths, max_tokens, rows, batch.shared), batch.lengths)
-
-
 def hidden_states(model, ids, shared=0):
     """(B, T) ids -> (B, T, D). The first `shared` ids, the same in each row, are read once: the
     later ones attend to their keys and values, through which the gradient flows back. Right
@@ -1760,6 +1754,12 @@ def process_group():
 def my_share(items):
     """Every RANKS-th of some items: this process's part of the work."""
     return items[RANK::RANKS]
+
+
+def my_micro_batches(batch, max_tokens):
+    """The rows of a Batch that this process works on, cut by micro_batches."""
+    rows = my_share(range(len(batch.lengths)))
+    return with_bar(micro_batches(batch.lengths, max_tokens, rows, batch.shared), batch.lengths)
 
 
 def all_gather(value):
@@ -3013,8 +3013,8 @@ def add_options(parser, kind, words):
 
 
 ELSEWHERE = {  # what other trainers call an option, and how it is called here
-    "learning_rate": "lr", "batch_size": "prompts", "num_generations": "group_size", "model":
-    "student", "dataset": "train_data", "max_steps": "iterations", "output_dir": "out"}
+    "learning_rate": "lr", "batch_size": "prompts", "num_generations": "group_size",
+    "model": "student", "dataset": "train_data", "max_steps": "iterations", "output_dir": "out"}
 
 
 def parse_options(parser, argv):

@@ -242,7 +242,7 @@ class PythonCalls:
         return {"role": "user", "content": f"{fence}output\n{text}\n{fence}"}
 
     def parse(self, text):
-        """As HermesCalls.parse. A block after \\boxed{} is a part of the answer and does not run."""
+        """As HermesCalls.parse. A block after \\boxed{} is part of the answer and does not run."""
         text = without_thoughts(text, "```py")
         blocks = list(self.BLOCK.finditer(text))
         if not blocks or last_boxed(text[:blocks[0].start()]) is not None:
@@ -429,7 +429,8 @@ def same_answer(answer, truth):
     """True if two short LaTeX strings name the same number, product, set, tuple, interval or text.
 
     A unit counts only where both sides have one. 50% equals 50, because a question that asks "what
-    percent" has 50 as its truth, and 0.5, which it is; but 50 does not equal 0.5. There is no algebra: 2+3x and 3x+2 are two texts.
+    percent" has 50 as its truth, and 0.5, which it is; but 50 does not equal 0.5. There is no
+    algebra: 2+3x and 3x+2 are two texts.
 
     >>> same_answer(r"\\frac{1}{2}", ".5"), same_answer("2, 1", r"\\{1,2\\}")
     (True, True)

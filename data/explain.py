@@ -4,7 +4,7 @@
     python data/explain.py --seed 7 --weights uniform      options are those of sod_mini.py
 
 Each number stands beside the name and the line of the function in sod_mini.py that made it. These
-are called here one after the other, as `train_step` does; nothing is computed in this file.
+are called here one after the other, as `train_step` does; this file takes no more than means.
 """
 import contextlib
 import inspect
@@ -60,6 +60,7 @@ def explain(agent):
         f"as ids {by(sod.encode_prompt)}: {len(ids)} tokens, which end with "
         f"{tokenizer.decode(ids[-4:])!r}")
     rollouts = sod.sample_rollouts(agent, student, prompts, (config.seed, "rollouts", 1))
+    sod.check_sandbox(rollouts)
     for r in rollouts:
         r.reward = sod.outcome_reward(r, config)
     batch = sod.collate(rollouts, student.device)
@@ -91,11 +92,12 @@ def explain(agent):
                 "w       " + numbers(batch.w[i, :steps], "{:5.2f}"),
                 "failed  " + "  ".join(f"{'yes' if x else 'no':>5}"
                                        for x in batch.failed[i, :steps].tolist()))
+    coef = config.opd_coef if config.kl == "sampled" else 0.0  # kl full: the KL is in the loss
     batch.advantages = sod.token_advantages(config.method, batch.A, batch.logp_s, batch.logp_t,
-                                            batch.step_id, batch.w, config.opd_coef)
+                                            batch.step_id, batch.w, coef)
     if method.scorer:
         say(f"6. What a token is worth {by(sod.token_advantages)}",
-            *token_lines(batch, tokenizer))
+            *token_lines(batch, tokenizer, method.outcome, coef))
     loss, clip_frac = sod.backpropagate(agent, batch)
     say(f"7. The update {by(sod.policy_loss)} {by(sod.backpropagate)}",
         f"loss {loss:+.4f} nats, of which only the gradient matters; {clip_frac:.0%} of tokens "
@@ -110,13 +112,13 @@ def explain(agent):
           if of.any()])
 
 
-def token_lines(batch, tokenizer):
+def token_lines(batch, tokenizer, outcome, coef):
     """A_it of the token that gets the most from the teacher, and of the one that loses most."""
     worth = torch.where(batch.sampled, batch.logp_t - batch.logp_s, 0.0)
     for name, place in (("most for", worth.argmax()), ("most against", worth.argmin())):
         i, t = divmod(int(place), worth.shape[1])
         k = int(batch.step_id[i, t])
-        A, w = float(batch.A[i]), float(batch.w[i, k - 1])
+        A, w = float(batch.A[i]) * outcome, coef * float(batch.w[i, k - 1])
         s, teacher = float(batch.logp_s[i, t]), float(batch.logp_t[i, t])
         yield (f"the teacher is {name} {tokenizer.decode([int(batch.ids[i, t])])!r} in step {k} of "
                f"rollout {i + 1}:")

@@ -153,6 +153,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=PAGE, help=f"the page [{PAGE.name}]")
     parser.add_argument("--only", default="", help="those whose title holds this text")
     options = parser.parse_args(argv)
+    if options.only and options.out == PAGE:
+        parser.error("--only makes a part of the page: name another file for it with --out")
     results = []
     for failure in FAILURES:
         if options.only in failure.title:

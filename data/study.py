@@ -698,7 +698,7 @@ def command(argv):
                         help="only say what these rows have stored and how long the rest will take")
     parser.add_argument("--variance", type=int, nargs="?", const=64, metavar="BATCHES",
                         help="only measure the noise of the signal's gradient over so many batches "
-                             "[64, about 15 minutes of one core]")
+                             "[64]")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # one run
     args = parser.parse_args(argv)
     if args.worker:
