@@ -132,6 +132,15 @@ def test_ids_that_all_rows_begin_with_are_read_once_and_scores_and_gradient_stay
     assert (gradient_once - plain).norm() / plain.norm() < 1e-5
 
 
+def test_the_last_id_of_a_prompt_is_never_shared_so_that_a_row_without_a_response_has_one_left(
+        scored):
+    assert sod.shared_prefix([[1, 2, 3]] * 2) == 2 and sod.shared_prefix([[1, 2, 3], [1, 4]]) == 1
+    agent, _ = scored
+    bare = sod.Rollout(None, [5, 6, 7, 8], [], finish_reason="infrastructure")
+    batch = sod.collate([bare, bare], "cpu")
+    assert batch.shared == 3 and not sod.score(agent, agent.student, batch)[0].any()
+
+
 def test_recomputed_layers_which_keep_no_cache_read_whole_rows(scored):
     agent, batch = scored
     longer = with_examples(batch)
