@@ -1540,7 +1540,8 @@ class ContinuousBatch:
 
     def decode_pass(self, rows, next_token):
         """Read the last id of the first slots and put the next one in its place."""
-        logits = self.forward(self.last[:rows, None], self.start[:rows])
+        hidden = self.forward(self.last[:rows, None], self.start[:rows])[:, 0]
+        logits = F.linear(hidden, lm_head_weight(self.model))  # (rows, V)
         self.last[:rows] = next_token(logits, self.uniforms[:rows])
         self.start[:rows] += 1
 
@@ -1568,7 +1569,7 @@ class ContinuousBatch:
 
         ids      (R, n), for positions start[r] .. start[r] + n - 1
         rows     (R,) slots, or None for the first R
-        returns  (R, V) logits after the last id
+        returns  (R, n, D) states, which only decoding multiplies with the vocabulary
         """
         R, n = ids.shape
         # Padding comes after a row's last id: later ids overwrite what it writes, unseen. It must
@@ -1578,8 +1579,9 @@ class ContinuousBatch:
         held = slice(R) if rows is None else rows
         self.places = written, positions, (held, slice(None), slice(self.length))
         mask = torch.arange(self.length, device=ids.device) <= positions[:, :, None]  # (R, n, L)
-        return self.model(ids, attention_mask=mask[:, None], position_ids=positions, use_cache=True,
-                          past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        return self.model.base_model(
+            input_ids=ids, attention_mask=mask[:, None], position_ids=positions, use_cache=True,
+            past_key_values=self.cache).last_hidden_state
 
 
 def record(work, graphs):
