@@ -244,10 +244,10 @@ def path_of(curves, form):
     return f"{mean[0]:{form}}, {mean[lowest]:{form}} ({lowest + 1}), {mean[-1]:{form}}"
 
 
-def variance_lines(found):
+def variance_lines(found, student, batches):
     """The table of `variance` in study.py: {estimate: (noise, power, cosine)}."""
     exact = found["full"][0]
-    lines = ["Gradient of distillation alone at the start model, over batches of rollouts. noise: "
+    lines = [f"Gradient of distillation alone of {student}, over {batches} batches. noise: "
              "variance of a batch's gradient, over that of the exact KL (`full`). batches: how "
              "many must be averaged until the noise is as large as the mean gradient. cosine: of "
              "the mean gradient to that of `full`.", "",

@@ -4,6 +4,7 @@
     python data/study.py                               everything
     python data/study.py --rows sod opd mask_after_error grpo --seeds 5     half an hour
     python data/study.py --variance                    how noisy the gradient of the signal is
+    python data/study.py --variance --student runs/default       and how noisy after a run
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
 continues an interrupted study. At its end it writes tables and figures (report.py) of all runs that
@@ -307,7 +308,7 @@ DIALS = {  # name: (what it turns, the values that are compared, that of the wor
     "sure": ("chance that the teacher learnt in bursts", (0, 0.5, 1), 0),
     "practice": ("share of the teacher's practice", (0.4, 0.7, 0.8, 1), 1)}
 DECISIVE = ("sod", "opd", "decay", "mask_after_error", "grpo", "sod_only", "opd_only", "constant",
-            "rescaled", "confident")
+            "rescaled", "confident", "sod_full", "opd_full", "sod_only_full")
 METHODS = ("sod", "opd", "mask_after_error")
 DIALLED = {"digits": ("vanilla", *METHODS), "persist": ("vanilla", *METHODS), "sure": METHODS,
            "practice": ("teacher", "sod", "opd")}
@@ -537,15 +538,15 @@ def move_along(model, batch, signal, config, lr=WORLD.lr):
 ESTIMATES = ("sampled", "vopd", "return_9", "return_99", "full")  # of one gradient, or nearly
 
 
-def variance(batches, budget=BUDGET):
-    """How much does the gradient of distillation alone differ between batches of the start model?
+def variance(batches, student=WORLD.student, budget=BUDGET):
+    """How much does the gradient of distillation alone differ between batches of a student?
 
     Each batch of rollouts gives one gradient by each of ESTIMATES: of the signal at the sampled
     tokens (sampled), of a control in its place, or of the exact KL at the same tokens (full).
     returns  {estimate: (noise: sum over parameters of the variance of a batch's gradient,
               power: squared length of the mean gradient, cosine of its mean to that of full)}
     """
-    agent = sod.load_agent(sod.Config(method="opd_only", seed=0, **budget | dict(
+    agent = sod.load_agent(sod.Config(method="opd_only", student=student, **budget | dict(
         iterations=batches, num_minibatches=1, lr=1e-12)))  # at this lr the student stays as it is
     mean, power = dict.fromkeys(ESTIMATES, 0.0), dict.fromkeys(ESTIMATES, 0.0)
     with agent.tool:
@@ -699,6 +700,8 @@ def command(argv):
     parser.add_argument("--variance", type=int, nargs="?", const=64, metavar="BATCHES",
                         help="only measure the noise of the signal's gradient over so many batches "
                              "[64]")
+    parser.add_argument("--student", default=WORLD.student, metavar="MODEL",
+                        help="whose batches --variance takes, by default the embedded student's")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # one run
     args = parser.parse_args(argv)
     if args.worker:
@@ -711,9 +714,11 @@ def command(argv):
         print(*listing(planned(rows, args.seeds, folder.resolve()), args.jobs), sep="\n")
         return 0
     if args.variance:
-        text = "\n".join(report.variance_lines(variance(args.variance)))
-        tools.write_whole(folder / "variance.md", text + "\n")
-        print(f"\n{text}\n\ntable  {folder / 'variance.md'}")
+        found = variance(args.variance, args.student)
+        text = "\n".join(report.variance_lines(found, args.student, args.variance))
+        path = folder / f"variance-{Path(args.student).name}.md"
+        tools.write_whole(path, text + "\n")
+        print(f"\n{text}\n\ntable  {path}")
         return 0
     return int(study(rows, args.seeds, args.jobs, folder) > 0)
 

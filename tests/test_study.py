@@ -507,11 +507,12 @@ def test_every_scheme_and_control_is_a_row_alone_and_most_controls_also_with_sod
 
 
 def test_the_exact_kl_has_the_gradient_of_the_sampled_one_with_less_noise():
-    found = study.variance(4, dict(TINY, prompts=4, group_size=4))
+    found = study.variance(4, budget=dict(TINY, prompts=4, group_size=4))
     assert set(found) == set(study.ESTIMATES) and found["full"][2] == pytest.approx(1)
     assert found["full"][0] < found["sampled"][0] and found["sampled"][2] > 0.5
-    table = report.variance_lines({"sampled": (8.0, 4.0, .5), "full": (2.0, -1.0, 1.0)})[4:]
-    assert table == ["| sampled | 4.00 | 2.0 | 0.50 |", "| full | 1.00 | not seen | 1.00 |"]
+    lines = report.variance_lines({"sampled": (8.0, 4.0, .5), "full": (2.0, -1.0, 1.0)}, "mine", 9)
+    assert lines[0].startswith("Gradient of distillation alone of mine, over 9 batches.")
+    assert lines[4:] == ["| sampled | 4.00 | 2.0 | 0.50 |", "| full | 1.00 | not seen | 1.00 |"]
 
 
 def test_imitation_gets_as_many_conversations_and_updates_as_the_others(tmp_path):
