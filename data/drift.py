@@ -3,8 +3,9 @@
     python data/drift.py runs/NAME [FIGURE.svg]
 
 It prints a table of d, w and the teacher's entropy: by what became of the calls before a step (the
-patterns of premises.py), and by what became of its own call. It writes a figure of d and entropy
-by step, beside the paper's. Rollouts that the machine failed are left out: they have no scores.
+patterns of premises.py), and by what became of its own call. It says how far apart the methods are
+on these tokens. It writes a figure of d and entropy by step, beside the paper's. Rollouts that the
+machine failed are left out: they have no scores.
 """
 import argparse
 import sys
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import numpy as np
+import torch
 
 import evaluate
 import premises
@@ -24,17 +26,41 @@ import study
 
 
 def read(folder):
-    """([(Rollout, [(d, w, entropy) of each step]), ...], how many more the machine failed).
-    Of its turns a Rollout has only the outcomes."""
+    """(the stored rows of the rollouts, how many more the machine failed)."""
     path = folder / "rollouts.jsonl"
     rows = [evaluate.read_rollout(*line) for line in evaluate.lines_of(path)]
-    found = [(sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"]) for turn in row["turns"]]),
-              [tuple(map(turn.get, ("d", "w", "entropy_t"))) for turn in row["turns"]])
-             for row in rows if row.get("finish_reason") != "infrastructure"]
-    if not found or any(None in step for _, steps in found for step in steps):
+    found = [row for row in rows if row.get("finish_reason") != "infrastructure"]
+    if not found or any(turn.get(name) is None for row in found for turn in row["turns"]
+                        for name in ("d", "w", "entropy_t")):
         raise sod.UserError(f"{path} holds no rollouts with d, w and entropy_t of each step; give "
                             "the folder of a run with a teacher")
     return found, len(rows) - len(found)
+
+
+def steps_of(rows):
+    """[(Rollout, [(d, w, entropy) of each step])]; of its turns a Rollout has only the outcomes."""
+    return [(sod.Rollout(None, [], [sod.Turn(outcome=turn["outcome"]) for turn in row["turns"]]),
+             [tuple(map(turn.get, ("d", "w", "entropy_t"))) for turn in row["turns"]])
+            for row in rows]
+
+
+def cosines(rows, config):
+    """(cosine of the token advantages of sod to those of opd, and to those of grpo, tokens), over
+    all tokens that are stored with their log-probabilities. With a cosine near 1 no number of seeds
+    tells two methods apart."""
+    A, gap, w = [], [], []
+    for row in rows:
+        weights = sod.step_weights(torch.tensor([[turn["d"] for turn in row["turns"]]]),
+                                   config.epsilon, config.delta)[0].tolist()
+        for turn, w_k in zip(row["turns"], weights):
+            found = np.subtract(turn.get("logp_t") or [], turn.get("logp_s") or [])
+            gap.extend(found)
+            A.extend([row["advantage"]] * len(found))
+            w.extend([w_k] * len(found))
+    A, gap, w = map(np.array, (A, gap, w))
+    cosine = lambda a, b: float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1))
+    sod_signal = A + config.opd_coef * w * gap
+    return cosine(sod_signal, A + config.opd_coef * gap), cosine(sod_signal, A), len(A)
 
 
 def by_pattern(rollouts):
@@ -74,10 +100,17 @@ def command(argv):
     parser.add_argument("folder", type=Path, help="folder of a run")
     parser.add_argument("figure", type=Path, nargs="?", help="[drift.svg in that folder]")
     given = parser.parse_args(argv)
-    (rollouts, failed), path = read(given.folder), given.figure or given.folder / "drift.svg"
+    (rows, failed), path = read(given.folder), given.figure or given.folder / "drift.svg"
+    rollouts = steps_of(rows)
     path.write_text(figure(rollouts), encoding="utf-8")
-    print(f"{len(rollouts)} rollouts of {given.folder}, without {failed} that the machine failed\n"
-          f"\n{table(rollouts)}\n\nfigure  {path}")
+    print(f"{len(rows)} rollouts of {given.folder}, without {failed} that the machine failed\n"
+          f"\n{table(rollouts)}\n")
+    to_opd, to_grpo, tokens = cosines(rows, sod.Config())
+    if tokens:
+        print("cosine of the token advantages of sod to those of opd "
+              f"{to_opd:.3f}, to those of grpo {to_grpo:.3f} ({tokens:,} tokens; 1: the same "
+              "direction, so that the two teach the same)\n")
+    print(f"figure  {path}")
 
 
 def main(argv=None):

@@ -117,6 +117,16 @@ def test_steps_after_a_failure_at_step_2_are_told_apart_as_in_the_papers_figure(
     assert recovers[3] == pytest.approx([1, .7, .06])
 
 
+def test_how_far_apart_two_methods_are_is_the_cosine_of_their_token_advantages():
+    """w = 1, .5 by Eq. 7, whatever the run weighed by; gaps 1 and 2. Without an outcome sod has
+    1, 1, opd 1, 2 and grpo nothing; with A = 1 they have 2, 2 and 2, 3 and 1, 1."""
+    turns = [{"d": d, "w": 9.0, "logp_s": [-3.0], "logp_t": [-3.0 + gap]}
+             for d, gap in ((0.2, 1.0), (0.4, 2.0))]
+    for A, to_opd, to_grpo in ((0.0, 3 / 10 ** 0.5, 0.0), (1.0, 10 / 104 ** 0.5, 1.0)):
+        found = drift.cosines([{"advantage": A, "turns": turns}], sod.Config())
+        assert found == pytest.approx((to_opd, to_grpo, 2), abs=1e-5)
+
+
 def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
     d = [[.1, .2, .3, .4], [.5, .6], [.1, .9, .8, .7]]
     batch = scored(d, [["ok", "error", "timeout", ""], ["ok", ""], ["ok", "error", "ok", ""]])
@@ -127,20 +137,22 @@ def test_a_run_of_ones_own_is_profiled_from_its_rollouts(tmp_path, capsys):
     path = tmp_path / "rollouts.jsonl"
     rollouts = list(sod.rollout_rows(batch, 1, None, 0))
     path.write_text("".join(json.dumps(row) + "\n" for row in rollouts))
-    found = drift.by_pattern(drift.read(tmp_path)[0])
+    by_pattern = lambda: drift.by_pattern(drift.steps_of(drift.read(tmp_path)[0]))
+    found = by_pattern()
     for name, (steps, d_k, w, entropy) in study.premises.drift(batch).items():
         assert found[name][0] == steps
         assert found[name][2:] == pytest.approx((d_k, w, entropy), abs=1e-4)
     assert found["its call fails"][:3] == pytest.approx((3, 1, .3))
     assert found["clean"][1] == pytest.approx(2 / 3)
-    assert drift.main([str(tmp_path)]) == 0 and "| after more | 1 |" in capsys.readouterr().out
+    assert drift.main([str(tmp_path)]) == 0 and "| after more | 1 |" in (
+        said := capsys.readouterr().out) and "cosine" not in said  # no token is stored
     assert (tmp_path / "drift.svg").read_text().startswith("<svg")
     shown = (tmp_path / "drift.svg").read_text()
     unscored = [{"text": "", "outcome": "sandbox_error", "tool": "", "d": d, "w": w, "entropy_t": h}
                 for d, w, h in ((0.0, 1.0, 0.0), (None, None, None))]  # as it was, as it is stored
     lost = [rollouts[0] | {"finish_reason": "infrastructure", "turns": [turn]} for turn in unscored]
     path.write_text("".join(json.dumps(row) + "\n" for row in rollouts + lost))
-    assert drift.by_pattern(drift.read(tmp_path)[0]) == found
+    assert by_pattern() == found
     assert drift.main([str(tmp_path)]) == 0 and (tmp_path / "drift.svg").read_text() == shown
     assert "3 rollouts" in (said := capsys.readouterr().out) and "without 2 that" in said
     untaught = rollouts[0] | {"turns": [unscored[1]]}
