@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, SMALL
 import evaluate
 import sod_mini as sod
 import tools
@@ -41,6 +41,22 @@ def test_commands_use_options_that_exist(monkeypatch, script, parse, least):
     assert len(commands) >= least
     for command in commands:
         parse(shlex.split(command, comments=True))
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs_in_its_order_and_each_part_ends_with_a_verdict(tmp_path, capsys):
+    part = README[README.index("The paper's pipeline"):README.index("## Make it yours")]
+    commands = re.findall(r"python sod_mini\.py (--.+ --name (\w+))", part)
+    assert [name for _, name in commands] == ["cold_teacher", "teacher", "student"]
+    small = {name: value for name, value in SMALL.items() if name not in ("student", "teacher")}
+    few = [str(word) for name, value in {**small, "preset": "world", "sft_epochs": 2}.items()
+           for word in (f"--{name}", value)]
+    for words, name in commands:
+        words = shlex.split(words.replace("runs/", f"{tmp_path}/"), comments=True)
+        assert sod.main([*words, *few, "--out", str(tmp_path)]) is None
+        table = capsys.readouterr().out
+        assert "| student after |" in table and "student after minus before: " in table, name
+        assert (tmp_path / name / "checkpoint" / "model.safetensors").exists()
 
 
 def test_tables_name_every_method_and_weight_scheme():
