@@ -10,7 +10,7 @@ the student sampled. Where the student has drifted from the teacher, the teacher
 
 Notation (code: paper)
     logp_s, logp_t   log pi_theta, log pi_teacher of the sampled token      nats
-    A                outcome advantage of a rollout within its group       no unit
+    A, A_it          advantage of a rollout in its group; of a token: Eq. 8 no unit
     d, w             (B, K) divergence (Eq. 6) and weight (Eq. 7) of steps  nats/token, no unit
     step k           one assistant turn, its end token included: k = 1..K
     step_id          k for a token that the student sampled in step k, 0 for every other token
@@ -130,7 +130,7 @@ class Config(Sampling):
     dual_clip: float = 3.0                  # where A_it < 0 the loss is at most dual_clip * |A_it|
     tool_shaping: bool = True               # wrong answers cost .1 less for each of up to 4 calls
     overlong_buffer: int = 64               # over the last so many tokens reward falls by up to 1
-    lr: float = 3e-4                        # AdamW step size
+    lr: float = 3e-4                        # learning rate of AdamW
     warmup: int = 0                         # updates from 0 to lr; constant afterwards
     beta1: float = 0.9                      # AdamW: decay of the mean gradient
     beta2: float = 0.999                    # AdamW: decay of the mean squared gradient
@@ -319,7 +319,7 @@ class Batch:
     logp_t: torch.Tensor = None      # the teacher, nats; None in methods without one
     entropy_t: torch.Tensor = None   # nats
     d: torch.Tensor = None           # (B, K) Eq. 6, nats/token
-    w: torch.Tensor = None           # (B, K) Eq. 7
+    w: torch.Tensor = None           # (B, K) of WEIGHTS: Eq. 7, or ones
     A: torch.Tensor = None           # (B,) within its group
     advantages: torch.Tensor = None  # A_it; None for demonstrations
 
@@ -345,8 +345,8 @@ class Batch:
 
 
 def collate(rollouts, device, prompts=None):
-    """Rollouts as a Batch, with other prompts than their own where these are given. A rollout that
-    the machine failed has no tokens of the student's: nothing is learnt from it."""
+    """Rollouts as a Batch, with other prompts than their own where these are given. The tokens of a
+    rollout that the machine failed are of no step: nothing is learnt from it."""
     ids, step_ids, prompts = [], [], prompts or [r.prompt for r in rollouts]
     for r, prompt in zip(rollouts, prompts):
         steps = [0] * r.response_len if r.lost else r.step_id[len(r.prompt):]
@@ -357,7 +357,7 @@ def collate(rollouts, device, prompts=None):
     rewards = [math.nan if r.lost else float(r.reward) for r in rollouts]
     failed = [[turn.failed for turn in r.turns] for r in rollouts]
     lengths, shared = [len(row) for row in ids], shared_prefix(prompts)
-    # Reading the start apart costs a second pass through the layers, and in that one a mask.
+    # A start read apart costs a second pass with a mask: worth it from a third of all tokens on.
     shared = shared if 3 * shared * len(ids) > sum(lengths) else 0
     return Batch(rollouts, lengths, shared, pad(ids, 0, device), pad(step_ids, 0, device),
                  pad(failed, False, device), torch.tensor(rewards).to(device))
@@ -470,8 +470,8 @@ def step_weights(d, epsilon=1e-6, delta=0.2):
 
     The first step is the reference because nothing has gone wrong before it: d_1 is how far these
     two models differ on this problem anyway. With a constant as reference, a problem on which they
-    always differ would get low weights at every step. The price: where d_1 is near 0, distillation
-    is switched off for the rest of the rollout (see the scheme "floor"). Weights above 1 let a step
+    always differ would get low weights at every step. The price: where d_1 is near 0, later steps
+    with a larger d get hardly any weight (see the scheme "floor"). Weights above 1 let a step
     at which the two agree better than at the first one count a little more.
 
     d        (B, K) divergence of each step, nats/token
@@ -505,7 +505,7 @@ WEIGHTS = {
     # 0 after the first failed call, 1 up to it
     "mask_after_error": lambda batch, c: (steps_since_failure(batch.failed) == 0).float(),
     "unclipped": lambda batch, c: step_weights(batch.d, c.epsilon, math.inf),
-    # Not in the paper: a first step that is known by heart (d_1 near 0) cannot switch off the rest.
+    # Not in the paper: a first step on which the two agree (d_1 near 0) cannot switch off the rest.
     "floor": lambda batch, c: step_weights(batch.d.clamp(min=c.floor), c.epsilon, c.delta),
 }
 
@@ -548,7 +548,7 @@ def token_advantages(method, A, logp_s, logp_t, step_id, w, opd_coef=1.0):
     A                outcome advantage of each rollout, (B,), or of each token, (B, T)
     logp_s, logp_t   (B, T) log-probabilities of the sampled tokens, nats; grpo takes None
     step_id          (B, T) k, or 0 for tokens that get no advantage
-    w                (B, K) weight of each step; methods without distillation take None
+    w                (B, K) weight of each step, ones for opd and opsd; grpo takes None
     returns          (B, T) A_it, 0 outside the steps, detached
     """
     B, T = step_id.shape
@@ -575,10 +575,10 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
     """Clipped surrogate on token advantages, with the dual clip where they are negative.
 
     In the first update after sampling every ratio is 1 and nothing is clipped. The later updates
-    meet weights that have moved; logp_old and the advantages stay as they were when the batch was
-    sampled, since the ratio corrects for just that. The distillation part is clipped together with
-    the outcome part, for it is a part of the advantage. The mean is over all tokens of the update;
-    a mean for each rollout would give each token of a long rollout a smaller weight.
+    meet parameters that have moved; logp_old and the advantages stay as they were when the batch
+    was sampled, since the ratio corrects for just that. The distillation part is clipped together
+    with the outcome part, for it is a part of the advantage. The mean is over all tokens of the
+    update; a mean for each rollout would give each token of a long rollout a smaller weight.
 
     logp, logp_old  (B, T) log-probabilities now (with gradient) and when sampled, nats
     advantages      (B, T) A_it

@@ -714,6 +714,7 @@ def command(argv):
         print(*listing(planned(rows, args.seeds, folder.resolve()), args.jobs), sep="\n")
         return 0
     if args.variance:
+        folder.mkdir(parents=True, exist_ok=True)
         found = variance(args.variance, args.student)
         text = "\n".join(report.variance_lines(found, args.student, args.variance))
         path = folder / f"variance-{Path(args.student).name}.md"

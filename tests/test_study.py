@@ -527,6 +527,15 @@ def test_the_exact_kl_has_the_gradient_of_the_sampled_one_with_less_noise():
     assert lines[4:] == ["| sampled | 4.00 | 2.0 | 0.50 |", "| full | 1.00 | not seen | 1.00 |"]
 
 
+def test_the_noise_of_a_student_is_written_where_no_study_has_been(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    measured = lambda batches, student: {"sampled": (8.0, 4.0, 0.5), "full": (2.0, 1.0, 1.0)}
+    monkeypatch.setattr(study, "variance", measured)
+    assert study.main(["--variance", "2", "--student", "runs/mine"]) == 0
+    text = (tmp_path / "runs" / "study" / "variance-mine.md").read_text()
+    assert "of runs/mine, over 2 batches" in text and text in capsys.readouterr().out
+
+
 def test_imitation_gets_as_many_conversations_and_updates_as_the_others(tmp_path):
     config = study.config_of("sft", 0, tmp_path, dict(TINY, iterations=3, num_minibatches=2))
     agent = sod.load_agent(config)
