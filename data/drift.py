@@ -44,14 +44,13 @@ def steps_of(rows):
             for row in rows]
 
 
-def cosines(rows, config):
+def cosines(rows):
     """(cosine of the token advantages of sod to those of opd, and to those of grpo, tokens), over
-    all tokens that are stored with their log-probabilities. With a cosine near 1 no number of seeds
-    tells two methods apart."""
+    all tokens that are stored with their log-probabilities, w by Eq. 7 with the paper's settings.
+    With a cosine near 1 it takes very many seeds to tell two methods apart."""
     A, gap, w = [], [], []
     for row in rows:
-        weights = sod.step_weights(torch.tensor([[turn["d"] for turn in row["turns"]]]),
-                                   config.epsilon, config.delta)[0].tolist()
+        weights = sod.step_weights(torch.tensor([[turn["d"] for turn in row["turns"]]]))[0].tolist()
         for turn, w_k in zip(row["turns"], weights):
             found = np.subtract(turn.get("logp_t") or [], turn.get("logp_s") or [])
             gap.extend(found)
@@ -59,8 +58,7 @@ def cosines(rows, config):
             w.extend([w_k] * len(found))
     A, gap, w = map(np.array, (A, gap, w))
     cosine = lambda a, b: float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1))
-    sod_signal = A + config.opd_coef * w * gap
-    return cosine(sod_signal, A + config.opd_coef * gap), cosine(sod_signal, A), len(A)
+    return cosine(A + w * gap, A + gap), cosine(A + w * gap, A), len(A)
 
 
 def by_pattern(rollouts):
@@ -105,7 +103,7 @@ def command(argv):
     path.write_text(figure(rollouts), encoding="utf-8")
     print(f"{len(rows)} rollouts of {given.folder}, without {failed} that the machine failed\n"
           f"\n{table(rollouts)}\n")
-    to_opd, to_grpo, tokens = cosines(rows, sod.Config())
+    to_opd, to_grpo, tokens = cosines(rows)
     if tokens:
         print("cosine of the token advantages of sod to those of opd "
               f"{to_opd:.3f}, to those of grpo {to_grpo:.3f} ({tokens:,} tokens; 1: the same "

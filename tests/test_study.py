@@ -123,7 +123,7 @@ def test_how_far_apart_two_methods_are_is_the_cosine_of_their_token_advantages()
     turns = [{"d": d, "w": 9.0, "logp_s": [-3.0], "logp_t": [-3.0 + gap]}
              for d, gap in ((0.2, 1.0), (0.4, 2.0))]
     for A, to_opd, to_grpo in ((0.0, 3 / 10 ** 0.5, 0.0), (1.0, 10 / 104 ** 0.5, 1.0)):
-        found = drift.cosines([{"advantage": A, "turns": turns}], sod.Config())
+        found = drift.cosines([{"advantage": A, "turns": turns}])
         assert found == pytest.approx((to_opd, to_grpo, 2), abs=1e-5)
 
 
