@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import evaluate
 import premises
@@ -48,17 +49,20 @@ def cosines(rows):
     """(cosine of the token advantages of sod to those of opd, and to those of grpo, tokens), over
     all tokens that are stored with their log-probabilities, w by Eq. 7 with the paper's settings.
     With a cosine near 1 it takes very many seeds to tell two methods apart."""
-    A, gap, w = [], [], []
+    signals = {"sod": [], "opd": [], "grpo": []}
     for row in rows:
-        weights = sod.step_weights(torch.tensor([[turn["d"] for turn in row["turns"]]]))[0].tolist()
-        for turn, w_k in zip(row["turns"], weights):
-            found = np.subtract(turn.get("logp_t") or [], turn.get("logp_s") or [])
-            gap.extend(found)
-            A.extend([row["advantage"]] * len(found))
-            w.extend([w_k] * len(found))
-    A, gap, w = map(np.array, (A, gap, w))
-    cosine = lambda a, b: float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b) or 1))
-    return cosine(A + w * gap, A + gap), cosine(A + w * gap, A), len(A)
+        turns, A = row["turns"], torch.tensor([row["advantage"]])
+        of_tokens = lambda name: [x for turn in turns for x in turn.get(name) or []]
+        logp_s, logp_t = (torch.tensor([of_tokens(name)]) for name in ("logp_s", "logp_t"))
+        step_id = torch.tensor([[k for k, turn in enumerate(turns, start=1)
+                                 for _ in turn.get("logp_s") or []]], dtype=torch.long)
+        w = sod.step_weights(torch.tensor([[turn["d"] for turn in turns]]))
+        for method, found in signals.items():
+            w_k = w if sod.METHODS[method].weighted else torch.ones_like(w)
+            found.append(sod.token_advantages(method, A, logp_s, logp_t, step_id, w_k)[0])
+    of_sod, of_opd, of_grpo = map(torch.cat, signals.values())
+    return (float(F.cosine_similarity(of_sod, of_opd, 0)),
+            float(F.cosine_similarity(of_sod, of_grpo, 0)), len(of_sod))
 
 
 def by_pattern(rollouts):

@@ -699,8 +699,8 @@ def command(argv):
                         help="only say what these rows have stored and how long the rest will take")
     parser.add_argument("--variance", type=int, nargs="?", const=64, metavar="BATCHES",
                         help="only measure the noise of the signal's gradient over so many batches "
-                             "[64]")
-    parser.add_argument("--student", default=WORLD.student, metavar="MODEL",
+                             "[64, about 15 minutes of one core]")
+    parser.add_argument("--student", metavar="MODEL",
                         help="whose batches --variance takes, by default the embedded student's")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)  # one run
     args = parser.parse_args(argv)
@@ -709,15 +709,18 @@ def command(argv):
         return 0
     if min(args.seeds, args.jobs) < 1 or args.variance is not None and args.variance < 2:
         parser.error("--seeds and --jobs must be at least 1, --variance at least 2")
+    if args.student and not args.variance:
+        parser.error("--student is the model of --variance; rows of the study have their own")
     rows, folder = {row: STUDY.get(row, args.seeds) for row in args.rows}, Path("runs/study")
     if args.list:
         print(*listing(planned(rows, args.seeds, folder.resolve()), args.jobs), sep="\n")
         return 0
     if args.variance:
         folder.mkdir(parents=True, exist_ok=True)
-        found = variance(args.variance, args.student)
-        text = "\n".join(report.variance_lines(found, args.student, args.variance))
-        path = folder / f"variance-{Path(args.student).name}.md"
+        student = args.student or WORLD.student
+        found = variance(args.variance, student)
+        text = "\n".join(report.variance_lines(found, student, args.variance))
+        path = folder / f"variance-{Path(student).name}.md"
         tools.write_whole(path, text + "\n")
         print(f"\n{text}\n\ntable  {path}")
         return 0

@@ -153,7 +153,7 @@ def test_what_all_prompts_begin_with_is_read_once_and_the_rollouts_stay(
 
 def test_what_is_only_read_is_not_multiplied_with_the_vocabulary(monkeypatch, tokenizer):
     """torch multiplies (rows, 1, D) states, cut out of longer ones, by a copy of the head for each
-    row where the weights are frozen and bf16: .3 to 1.2 seconds a row of a 0.5B to 1.5B."""
+    row where the weights are frozen and bf16: .5 to 1.2 seconds a row of a 0.5B to 1.5B."""
     model = make_model("qwen3", MODELS["qwen3"])
     head, sizes, real = model.get_output_embeddings().weight, [], torch.nn.functional.linear
 

@@ -534,6 +534,18 @@ def test_the_noise_of_a_student_is_written_where_no_study_has_been(tmp_path, mon
     assert study.main(["--variance", "2", "--student", "runs/mine"]) == 0
     text = (tmp_path / "runs" / "study" / "variance-mine.md").read_text()
     assert "of runs/mine, over 2 batches" in text and text in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        study.main(["--rows", "sod", "--student", "runs/mine"])
+    assert "is the model of --variance" in capsys.readouterr().err
+
+
+def test_the_noise_is_that_of_the_student_who_is_named(monkeypatch):
+    def load(config):
+        raise AssertionError(f"loaded {config.student}")
+    monkeypatch.setattr(study.sod, "load_agent", load)
+    for named, loaded in (({"student": "mine"}, "mine"), ({}, study.WORLD.student)):
+        with pytest.raises(AssertionError, match=f"loaded {loaded}"):
+            study.variance(2, **named)
 
 
 def test_imitation_gets_as_many_conversations_and_updates_as_the_others(tmp_path):
