@@ -87,7 +87,8 @@ def test_the_stored_tables_are_those_of_this_report():
 def test_every_interval_that_the_readme_tells_stands_in_the_tables_of_the_study():
     pairs = lambda text: {tuple(sorted(map(float, pair))) for pair in re.findall(
         r"([-+]?[\d.]*\d)\s+to\s+([-+]?[\d.]*\d)", text)}
-    stored = pairs((ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8"))
+    stored = set().union(*(pairs((ROOT / "data" / "study" / name).read_text(encoding="utf-8"))
+                           for name in ("README.md", "signals.md")))
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What to expect")[2]
     told = pairs(section.partition("\n## ")[0])
     assert len(told) > 10 and all({pair, (-pair[1], -pair[0])} & stored for pair in told)
