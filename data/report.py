@@ -117,7 +117,7 @@ def tables(results, budget, dials):
              "| row | average | minus opd | minus sod | minus grpo | tokens sampled | seconds |",
              "|---|---:|---|---|---|---:|---:|"]
     lines += [row_line(results, row) for row in results if row != "signal" and "@" not in row]
-    lines += drift_lines(results.get("sod", {}))
+    lines += gate_lines(results) + drift_lines(results.get("sod", {}))
     turned = [dial_lines(results, what, rows_of(results, dial, values, usual))
               for dial, (what, values, usual) in dials.items() if dial not in APART]
     if any(turned):
@@ -144,6 +144,27 @@ def row_line(results, row):
     return (f"| {row} | {average(results, row)} | {against(results, row, 'opd')} | "
             f"{against(results, row, 'sod')} | {against(results, row, 'grpo')} | {tokens:,.0f} | "
             f"{seconds:.0f} |")
+
+
+def run_lines(results):
+    """A line of runs.csv for each run, so that other tables can be made of runs that are gone."""
+    return ["row,seed,percent", *(f"{row},{seed},{score(run):.3f}" for row, runs in results.items()
+                                 if row != "signal" for seed, run in runs.items())]
+
+
+def gate_lines(results):
+    """What others put in place of the teacher's signal: alone, and with SOD's weights."""
+    pairs = [(row, f"sod_{row}") for row in results if f"sod_{row}" in results]
+    lines = ["", "What others put in place of the signal, alone and with the weights of SOD, also "
+             "against the control that each mask needs: a random 80% of the tokens.", "",
+             "| row | alone | minus opd | minus random_keep | with SOD's weights | minus sod | "
+             "minus sod_random_keep |", "|---|---:|---|---|---:|---|---|"]
+    for alone, weighted in pairs:
+        cells = [cell for row, rivals in ((alone, ("opd", "random_keep")),
+                                          (weighted, ("sod", "sod_random_keep")))
+                 for cell in (average(results, row), *(against(results, row, r) for r in rivals))]
+        lines.append(f"| {alone} | " + " | ".join(cells) + " |")
+    return lines if pairs else []
 
 
 def drift_lines(runs):
@@ -490,7 +511,8 @@ def ticks(low, high, most=5):
 
 def schemes_chart(scores, left=166, right=470, pitch=23):
     """A line for each row of {row: [percent of each seed]}, the best one on top: mean and 95%
-    interval, and the mean and the number of seeds. That of two seeds is too wide to be drawn."""
+    interval, and the mean and the number of seeds. That of two seeds is too wide to be drawn. A row
+    below half of the best one is an arrow to the left, so that the others can be told apart."""
     rows = {row: t_interval(values) if len(values) > 2 else (np.mean(values),) * 3
             for row, values in scores.items()}
     rows = dict(sorted(rows.items(), key=lambda item: -item[1][0]))
@@ -498,7 +520,8 @@ def schemes_chart(scores, left=166, right=470, pitch=23):
                "random_keep": COLOURS[1]}
     body, up = legend({name: f'class="line" stroke="{colour}"' for name, colour in colours.items()
                        if name in rows or name != "random_keep"})
-    levels = ticks(min(r[1] for r in rows.values()), max(r[2] for r in rows.values()))
+    near = [r for r in rows.values() if 2 * r[0] >= max(mean for mean, *_ in rows.values())]
+    levels = ticks(min(r[1] for r in near), max(r[2] for r in near))
     wide = (right - left) / ((levels[-1] - levels[0]) or 1)
     x_of = lambda x: left + wide * (x - levels[0])
     top, foot = up + 12, up + 18 + pitch * len(rows)
@@ -510,17 +533,19 @@ def schemes_chart(scores, left=166, right=470, pitch=23):
                     f'd="M{x_of(rows["random_keep"][0]):.1f} {top}V{foot}"/>')
     for n, (row, (mean, low, high)) in enumerate(rows.items()):
         y = up + 26 + pitch * n
-        colour = colours.get(row) or colours["of the paper" if row in OF_PAPER else
-                                             "of others, or ours"]
-        body += [label(left - 10, y + 5, row, ' class="small" text-anchor="end"'),
-                 f'<path class="line" stroke="{colour}" '
-                 f'd="M{x_of(low):.1f} {y}H{x_of(high):.1f}"/>',
-                 f'<circle cx="{x_of(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>',
+        colour = colours.get(row.removeprefix("sod_")) or colours[
+            "of the paper" if row in OF_PAPER else "of others, or ours"]
+        drawn = [f'<path class="line" stroke="{colour}" d="M{x_of(low):.1f} {y}H{x_of(high):.1f}"/>',
+                 f'<circle cx="{x_of(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>']
+        if mean < levels[0]:
+            drawn = [f'<path fill="{colour}" d="M{left} {y}l10 -5v10z"/>']
+        body += [label(left - 10, y + 5, row, ' class="small" text-anchor="end"'), *drawn,
                  label(right + 6, y + 5, f"{mean:.1f} ({len(scores[row])})")]
     body.append(label((left + right) / 2, foot + 40, "right after training, percent",
                       ' class="small" text-anchor="middle"'))
     return svg(foot + 48, "Every scheme in order", "Success after training, mean and 95% interval "
-               "over seeds (their number); no interval for one or two seeds.", body)
+               "over seeds (their number); no interval for one or two seeds; an arrow is "
+               "a row far below.", body)
 
 
 def weights_picture(row):

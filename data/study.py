@@ -308,7 +308,7 @@ DIALS = {  # name: (what it turns, the values that are compared, that of the wor
     "sure": ("chance that the teacher learnt in bursts", (0, 0.5, 1), 0),
     "practice": ("share of the teacher's practice", (0.4, 0.7, 0.8, 1), 1)}
 DECISIVE = ("sod", "opd", "decay", "mask_after_error", "grpo", "sod_only", "opd_only", "constant",
-            "rescaled", "confident", "sod_full", "opd_full", "sod_only_full")
+            "rescaled", "confident", "sod_full", "opd_full", "sod_only_full", "constant_d1")
 METHODS = ("sod", "opd", "mask_after_error")
 DIALLED = {"digits": ("vanilla", *METHODS), "persist": ("vanilla", *METHODS), "sure": METHODS,
            "practice": ("teacher", "sod", "opd")}
@@ -634,6 +634,7 @@ def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
     results = read_runs(folder, budget)
     text = report.tables(results, budget, DIALS)
     tools.write_whole(folder / "README.md", text + "\n")
+    tools.write_whole(folder / "runs.csv", "\n".join(report.run_lines(results)) + "\n")
     for name, svg in report.figures(results, DIALS).items():
         tools.write_whole(folder / name, svg)
     print(f"\n{text}\n\ntables and figures  {folder}")

@@ -1,4 +1,5 @@
 """The study: verdicts over seeds, what is recorded of a run, interruption, figures."""
+import csv
 import doctest
 import json
 import math
@@ -92,6 +93,52 @@ def test_every_interval_that_the_readme_tells_stands_in_the_tables_of_the_study(
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What to expect")[2]
     told = pairs(section.partition("\n## ")[0])
     assert len(told) > 10 and all({pair, (-pair[1], -pair[0])} & stored for pair in told)
+
+
+def stored_runs():
+    """{row: {seed: run}} of data/study/runs.csv."""
+    found = {}
+    with open(ROOT / "data" / "study" / "runs.csv", encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            found.setdefault(line["row"], {})[int(line["seed"])] = {
+                "correct": [float(line["percent"]) / 100]}
+    return found
+
+
+def test_each_figure_of_signals_md_comes_from_the_runs_that_are_listed_beside_it():
+    folder, found = ROOT / "data" / "study", stored_runs()
+    assert all(seeds.keys() == set(range(len(seeds))) for seeds in found.values())
+    text = (folder / "signals.md").read_text(encoding="utf-8")
+    asked = {}
+    for seeds, rows in re.findall(r"study\.py(?: --seeds (\d+))? --rows ([\w ]+)\n", text):
+        asked |= {row: min(int(seeds or 10), study.STUDY[row]) for row in rows.split()}
+    assert asked == {row: len(seeds) for row, seeds in found.items()}
+    table = [line for line in report.gate_lines(found) if line.startswith("|")]
+    assert len(table) == 10 and "\n".join(["", *table, ""]) in text
+    averages = re.findall(r"^\| `(\w+)` \|.*?(\d\d\.\d ± \d\.\d \(\d+\))", text, re.M)
+    assert len(averages) > 5
+    assert [told for _, told in averages] == [report.average(found, row) for row, _ in averages]
+    verdicts = re.findall(r"`(\w+)` minus `(\w+)`\)? \| ([-+\d.]+ \(.*?\) \w+)", text)
+    assert len(verdicts) > 5
+    assert [told for *_, told in verdicts] == [report.against(found, a, b) for a, b, _ in verdicts]
+    schemes = {row: [report.score(run) for run in seeds.values()] for row, seeds in found.items()
+               if row not in report.NO_SCHEMES and "@" not in row}
+    assert (folder / "schemes.svg").read_text(encoding="utf-8") == report.schemes_chart(schemes)
+
+
+def test_what_others_put_in_place_of_the_signal_stands_beside_a_random_mask():
+    found = {"opd": runs(40, 42), "sod": runs(50, 52), "agree": runs(44, 46), "dial": runs(1),
+             "random_keep": runs(43, 45), "sod_agree": runs(49, 51),
+             "sod_random_keep": runs(50, 53)}
+    agree, control = report.gate_lines(found)[5:]
+    assert agree == ("| agree | 45.0 ± 1.4 (2) | +4.0 (+4.0 to +4.0) better | +1.0 (+1.0 to +1.0) "
+                     "better | 50.0 ± 1.4 (2) | -1.0 (-1.0 to -1.0) worse | "
+                     + report.against(found, "sod_agree", "sod_random_keep") + " |")
+    assert control.startswith("| random_keep | 44.0 ± 1.4 (2) | +3.0 (+3.0 to +3.0) better |  | ")
+    assert report.gate_lines({"opd": runs(40), "agree": runs(40)}) == []
+    assert report.run_lines(found | {"signal": runs(1)})[:3] == [
+        "row,seed,percent", "opd,0,40.000", "opd,1,42.000"]
+    assert len(report.run_lines(found)) == 14
 
 
 # --- What is recorded of a run ----------------------------------------------------------------
@@ -573,7 +620,7 @@ def test_a_killed_run_is_lost_alone_and_the_same_command_continues(tmp_path, mon
     monkeypatch.undo()
     assert study.study(rows, 1, 2, tmp_path, TINY) == 0
     assert "2 runs, 1 done" in capsys.readouterr().out
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".svg"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".svg", ".csv"}
 
 
 # --- Figures ----------------------------------------------------------------------------------
@@ -653,9 +700,13 @@ def test_schemes_stand_in_order_with_an_interval_from_three_seeds_on_and_chance_
     assert ">52.0 (3)<" in drawn and ">40.5 (2)<" in drawn
     ends = [(float(a), float(b)) for a, b in re.findall(r'd="M([\d.]+) \d+H([\d.]+)"', drawn)]
     assert [b - a > 1 for a, b in ends] == [True, False, False, False]
-    blue, grey, orange = report.COLOURS[0], report.COLOURS[4], report.COLOURS[1]
-    assert re.findall(r'<circle .* fill="(.*)"', drawn) == [blue, grey, orange, blue]
+    blue, orange = report.COLOURS[0], report.COLOURS[1]
+    assert re.findall(r'<circle .* fill="(.*)"', drawn) == [blue, orange, orange, blue]
     assert drawn.count("stroke-dasharray") == 1
+    far = report.schemes_chart({"sod": [50, 52, 54], "opd": [40] * 3, "return_99": [0, 1, 2]})
+    readable(far)
+    assert far.count("<circle") == 2 and far.count("z\"/>") == 1 and ">1.0 (3)<" in far
+    assert re.findall(r'middle">(\d+)<', far)[0] == "40"
     alone = report.figures({"opd": runs(50), "teacher": runs(70), "signal": {},
                             "opd@digits-0": runs(40)}, study.DIALS)
     assert alone["schemes.svg"].count("<circle") == 1
