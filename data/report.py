@@ -520,8 +520,9 @@ def schemes_chart(scores, left=166, right=470, pitch=23):
                "random_keep": COLOURS[1]}
     body, up = legend({name: f'class="line" stroke="{colour}"' for name, colour in colours.items()
                        if name in rows or name != "random_keep"})
-    near = [r for r in rows.values() if 2 * r[0] >= max(mean for mean, *_ in rows.values())]
-    levels = ticks(min(r[1] for r in near), max(r[2] for r in near))
+    least = max(mean for mean, *_ in rows.values()) / 2
+    near = [row for row in rows.values() if row[0] >= least]
+    levels = ticks(min(low for _, low, _ in near), max(high for *_, high in near))
     wide = (right - left) / ((levels[-1] - levels[0]) or 1)
     x_of = lambda x: left + wide * (x - levels[0])
     top, foot = up + 12, up + 18 + pitch * len(rows)
@@ -537,7 +538,7 @@ def schemes_chart(scores, left=166, right=470, pitch=23):
             "of the paper" if row in OF_PAPER else "of others, or ours"]
         drawn = [f'<path class="line" stroke="{colour}" d="M{x_of(low):.1f} {y}H{x_of(high):.1f}"/>',
                  f'<circle cx="{x_of(mean):.1f}" cy="{y}" r="5" fill="{colour}"/>']
-        if mean < levels[0]:
+        if mean < least:
             drawn = [f'<path fill="{colour}" d="M{left} {y}l10 -5v10z"/>']
         body += [label(left - 10, y + 5, row, ' class="small" text-anchor="end"'), *drawn,
                  label(right + 6, y + 5, f"{mean:.1f} ({len(scores[row])})")]
