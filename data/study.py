@@ -8,7 +8,8 @@
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
 continues an interrupted study. At its end it writes tables and figures (report.py) of all runs that
-are stored there. Those in data/study were made in this way.
+are stored there, and their results, a line a run, as runs.csv. Those in data/study were made in
+this way.
 
 A row is a method, a weight scheme, or one of the changes below: controls, and suspects, which might
 be what makes a run collapse. A control stands alone, with uniform weights (agree), or with the

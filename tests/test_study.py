@@ -118,7 +118,7 @@ def test_each_figure_of_signals_md_comes_from_the_runs_that_are_listed_beside_it
     averages = re.findall(r"^\| `(\w+)` \|.*?(\d\d\.\d ± \d\.\d \(\d+\))", text, re.M)
     assert len(averages) > 5
     assert [told for _, told in averages] == [report.average(found, row) for row, _ in averages]
-    verdicts = re.findall(r"`(\w+)` minus `(\w+)`\)? \| ([-+\d.]+ \(.*?\) \w+)", text)
+    verdicts = re.findall(r"`(\w+)` minus `(\w+)` \| ([-+\d.]+ \(.*?\) \w+)", text)
     assert len(verdicts) > 5
     assert [told for *_, told in verdicts] == [report.against(found, a, b) for a, b, _ in verdicts]
     schemes = {row: [report.score(run) for run in seeds.values()] for row, seeds in found.items()
@@ -693,15 +693,15 @@ def test_no_word_of_a_figure_is_cut_or_covered_and_what_is_drawn_fills_most_of_t
 
 def test_schemes_stand_in_order_with_an_interval_from_three_seeds_on_and_chance_marked():
     drawn = report.schemes_chart({"opd": [40, 41], "sod": [50, 52, 54], "random_keep": [45] * 3,
-                                  "sod_random_keep": [46] * 10})
+                                  "sod_random_keep": [46] * 10, "agree": [44] * 3})
     readable(drawn)
     names = re.findall(r'text-anchor="end">(\w+)<', drawn)
-    assert names == ["sod", "sod_random_keep", "random_keep", "opd"]
+    assert names == ["sod", "sod_random_keep", "random_keep", "agree", "opd"]
     assert ">52.0 (3)<" in drawn and ">40.5 (2)<" in drawn
     ends = [(float(a), float(b)) for a, b in re.findall(r'd="M([\d.]+) \d+H([\d.]+)"', drawn)]
-    assert [b - a > 1 for a, b in ends] == [True, False, False, False]
-    blue, orange = report.COLOURS[0], report.COLOURS[1]
-    assert re.findall(r'<circle .* fill="(.*)"', drawn) == [blue, orange, orange, blue]
+    assert [b - a > 1 for a, b in ends] == [True, False, False, False, False]
+    blue, grey, orange = report.COLOURS[0], report.COLOURS[4], report.COLOURS[1]
+    assert re.findall(r'<circle .* fill="(.*)"', drawn) == [blue, orange, orange, grey, blue]
     assert drawn.count("stroke-dasharray") == 1
     far = report.schemes_chart({"sod": [50, 52, 54], "opd": [40] * 3, "return_99": [0, 1, 2]})
     readable(far)
