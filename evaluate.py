@@ -19,6 +19,7 @@ Notation
     score       share of correct samples of one problem
 """
 import argparse
+import contextlib
 import hashlib
 import html
 import json
@@ -76,6 +77,18 @@ def benchmark_config(data, given):
     is_world = data == "world" or sod.is_embedded(data)
     defaults = dict(limit=sod.Config.eval_problems) if is_world else PAPER
     return EvalConfig(**{**defaults, **given})
+
+
+def asking_config(model, given):
+    """The settings of one question: those of the run that the model comes from, so that it is asked
+    as it was trained; else the world's for an embedded model, and the paper's for others."""
+    folder = Path(sod.model_folder(model))
+    for run in folder.parents[:2]:  # of RUN/checkpoint and RUN/saves/iteration-N
+        if sod.is_run(run):
+            stored = parse_line(run / "config.json", tools.read_text(run / "config.json"))
+            shared = {f.name: stored[f.name] for f in fields(sod.Sampling) if f.name in stored}
+            return EvalConfig(**{**shared, **given})
+    return benchmark_config(model, given)
 
 
 def stored_settings(config):
@@ -415,9 +428,10 @@ def sample_benchmark(name, data, problems, model, tokenizer, config):
               "sample them again, as after an edit, delete that file", file=sys.stderr)
     print(f"{data}  {sod.how_sampled(tokenizer, config, config.temperature, config.top_p)}")
     agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
+    sole_writer = contextlib.nullcontext() if sod.RANK else tools.locked(path)
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
                desc=path.stem, disable=True if sod.RANK else None)
-    with agent.tool, open(os.devnull if sod.RANK else path, "a", encoding="utf-8") as file, bar:
+    with agent.tool, sole_writer, open(os.devnull if sod.RANK else path, "a", encoding="utf-8") as file, bar:
         for rows in sample_the_rest(agent, evaluation, prompts):
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
@@ -433,13 +447,15 @@ def resume(path, evaluation):
     Only whole batches are kept. A sample has random numbers of its own, but the last digits of a
     model's output may depend on which samples are computed beside it.
     """
-    if lines_of(path):  # there are none where the first line is not finished
-        evaluation.rows = read_samples(path, finished=False).rows
-    done, batch = len(evaluation.rows), evaluation.settings["rollout_batch"]
-    if batch and done < evaluation.expected:
-        done -= done % batch
-    evaluation.rows = evaluation.rows[:done]
-    write_samples(path, evaluation)
+    path.touch()
+    with tools.locked(path):  # another evaluation may be writing to it
+        if lines_of(path):  # there are none where the first line is not finished
+            evaluation.rows = read_samples(path, finished=False).rows
+        done, batch = len(evaluation.rows), evaluation.settings["rollout_batch"]
+        if batch and done < evaluation.expected:
+            done -= done % batch
+        evaluation.rows = evaluation.rows[:done]
+        write_samples(path, evaluation)
     return evaluation.rows
 
 
@@ -487,6 +503,12 @@ def rescore(path, given):
     if missing := {row["problem"] for row in old.rows} - problems.keys():
         raise UserError(f"{old.data} lacks {len(missing)} problems of {path} ({min(missing)}, "
                         "...); rescoring needs the file that was evaluated")
+    for row in old.rows:  # rows without an id of their own are counted by line
+        asked = problems[row["problem"]].question
+        if row.get("question", asked) != asked:
+            raise UserError(f"{row['problem']} of {old.data} has another question than in {path}; "
+                            "rescoring needs the file as it was evaluated, with no row added, "
+                            "taken out or moved (an id in each row allows for that)")
     with sod.load_tool(config)[0] as tool:
         rows = [grade_again(row, problems[row["problem"]], tool)
                 for row in tqdm(old.rows, disable=None)]
@@ -537,6 +559,7 @@ def ask(question, model, teacher, config):
     tokenizer, *other = [sod.load_tokenizer(name, run.thinking, calls)
                          for name in (model, teacher) if name]
     student, *scorer = [sod.load_model(name, device, dtype) for name in (model, teacher) if name]
+    sod.check_model(model, student, tokenizer, run)
     if teacher:
         sod.check_pair(student, *scorer, tokenizer, *other, run)
     prompts, _ = sod.fitting_prompts([tools.Problem(question, "")], tokenizer, run)
@@ -674,6 +697,8 @@ def page_data(folder, asked):
     """All that the page of a run shows, as plain values: the numbers of its files, and those that
     sod_mini makes of them."""
     stored = parse_line(folder / "config.json", tools.read_text(folder / "config.json"))
+    if "model_type" in stored:
+        raise UserError(f"{folder} is a model, not a run; name the folder of a run, as runs/NAME")
     # A sod.Config would refuse a method that no longer exists, and its page can still be made.
     config = SimpleNamespace(**{f.name: f.default for f in fields(sod.Config)} | stored)
     curves = [parse_line(*line) for line in lines_of(folder / "metrics.jsonl")]
@@ -861,11 +886,13 @@ def parse(argv=None):
                         + ", ".join(BENCHMARKS) + "; default: world")
     sod.add_options(parser, EvalConfig, sod.choices())
     args = sod.parse_options(parser, argv)
-    if args.teacher and not args.ask or args.ask and args.data:
-        parser.error("--ask takes a question and perhaps a --teacher, and no --data; the teacher "
-                     "is for --ask alone")
+    command = next((name for name in TAKES if getattr(args, name)), "")
+    asks = args.ask is not None
+    if args.teacher and not asks or asks and (args.data or command or not args.ask.strip()):
+        parser.error("--ask takes a question and perhaps a --teacher, and no --data or other "
+                     "command; the teacher is for --ask alone")
     given = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if hasattr(args, f.name)}
-    if command := next((name for name in TAKES if getattr(args, name)), ""):
+    if command:
         idle = given.keys() - TAKES[command] | ({"data"} if args.data else set())
         if idle:
             parser.error(f"--{command} does not use {', '.join(sorted(idle))}; leave it out")
@@ -884,12 +911,11 @@ def evaluate_all(models, datas, given):
                                                   sod.student_context(config).calls)
             sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
     device, dtype = sod.choose_device(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    finished = defaultdict(list)
+    threads, finished = torch.get_num_threads(), defaultdict(list)
     for name in models:
         model = sod.load_model(name, device, dtype)
         for data, config in configs.items():
+            torch.set_num_threads(config.threads or threads)
             evaluation, path = sample_benchmark(name, data, problems[data], model,
                                                 tokenizers[name], config)
             print(f"samples  {path}")
@@ -907,9 +933,9 @@ def run(args, given):
     elif args.compare:
         print(compare_evaluations(*map(read_samples, args.compare), args.compare))
     elif args.ask:
-        config = benchmark_config("asked" if args.model else "world", given)
         sod.transformers.utils.logging.disable_progress_bar()
-        ask(args.ask, (args.model or [sod.Config.student])[0], args.teacher, config)
+        model = (args.model or [sod.Config.student])[0]
+        ask(args.ask, model, args.teacher, asking_config(model, given))
     else:
         models = args.model or [sod.Config.student, sod.Config.teacher]
         with sod.process_group():

@@ -86,7 +86,7 @@ class Sampling:
     tool_chars: int = 4096                  # longest tool answer; the cut is marked
     tool_modules: str = ""                  # imported once for all programs, as in numpy,sympy
     tool_unsafe: bool = False               # run programs even where they cannot be contained
-    silent_rate: float = 0.1                # chance that the tool stops answering, at each call
+    silent_rate: float = 0.1                # chance that a tool that answers falls silent
     silent_persist: float = 0.5             # chance that a silent tool stays so at the next call
     rollout_engine: str = "continuous"      # continuous: our batching; generate: Hugging Face's
     rollout_batch: int = 256                # rollouts sampled side by side; 0: all of them
@@ -96,7 +96,7 @@ class Sampling:
     device: str = "auto"                    # auto: cuda where there is one, else cpu
     dtype: str = "auto"                     # auto: bfloat16 on cuda, float32 on cpu
     threads: int = 1                        # CPU threads of torch; 0: as many as it likes
-    seed: int = 0                           # of sampling, data order and tool silence
+    seed: int = 0                           # of sampling, data order, tool silence, random init
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Config(Sampling):
     """
     method: str = "sod"                     # vanilla only measures, sft imitates; see METHODS
     weights: str = "sod"                    # step weights of sod and sod_only: see WEIGHTS
-    kl: str = "sampled"                     # sampled: the paper's; full: the exact KL, as a loss
+    kl: str = "sampled"                     # sampled, or full: the exact KL, not in the paper
     student: str = f"{WORLD}/student"       # the model we train: a folder or a Hub id
     teacher: str = f"{WORLD}/teacher"       # the model that scores: a folder or a Hub id
     teacher_system: str = ""                # what it reads in place of --system, "" for the same
@@ -139,7 +139,7 @@ class Config(Sampling):
     sft_epochs: int = 3                     # passes over the demonstrations
     sft_batch: int = 32                     # demonstrations an update
     sft_lr: float = 2e-3                    # peak; 10% warm-up, then a cosine towards 0
-    eval_problems: int = 200                # held-out problems to measure on
+    eval_problems: int = 200                # held-out problems to measure on: the first ones
     eval_samples: int = 4                   # samples a problem: average@k
     eval_temperature: float = 1.0           # as the paper
     eval_top_p: float = 1.0                 # the paper's .6 would hide this student's unreliability
@@ -577,8 +577,9 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low=0.2, clip_high=0.28, 
     In the first update after sampling every ratio is 1 and nothing is clipped. The later updates
     meet parameters that have moved; logp_old and the advantages stay as they were when the batch
     was sampled, since the ratio corrects for just that. The distillation part is clipped together
-    with the outcome part, for it is a part of the advantage. The mean is over all tokens of the
-    update; a mean for each rollout would give each token of a long rollout a smaller weight.
+    with the outcome part, for it is a part of the advantage; the exact KL is not, being a loss of
+    its own. The mean is over all tokens of the update; a mean for each rollout would give each
+    token of a long rollout a smaller weight.
 
     logp, logp_old  (B, T) log-probabilities now (with gradient) and when sampled, nats
     advantages      (B, T) A_it
@@ -626,8 +627,8 @@ def token_logprobs(hidden, weight, targets, temperature=1.0, entropy=False):
 
 
 def reverse_kl(hidden_s, weight_s, hidden_t, weight_t, temperature=1.0):
-    """Exact KL(student || teacher) at each position, over the whole vocabulary (kl="full"). Beyond
-    the paper, whose term is a one-sample estimate of this one's gradient.
+    """Exact KL(student || teacher) at each position, over the whole vocabulary, for kl="full".
+    Beyond the paper, whose term is a one-sample estimate of this one's gradient.
 
         log_p, log_q = [(h @ w.T / temperature).log_softmax(-1)   # (..., V), never in memory
                         for h, w in ((hidden_s, weight_s), (hidden_t, weight_t))]

@@ -1577,8 +1577,8 @@ class PythonTool:
 class SilentTool(PythonTool):
     """The tool of the embedded world, which is silent at some turns: their calls time out.
 
-    rate     chance that it is silent at a turn
-    persist  the same chance where it was silent at the turn before
+    rate     chance that it falls silent: at the first turn, and after a turn at which it was not
+    persist  chance that it stays silent at the next turn
 
     Silence is a function of the place alone, so `submit` needs a place, made of numbers and text.
     """

@@ -5,6 +5,7 @@ import csv
 import json
 import pickle
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import sod_mini as sod
 import tools
 from conftest import PROCESSES, WORLD
 from evaluate import BENCHMARKS, PAPER, EvalConfig, Evaluation, load_benchmark
+from tools import UserError
 
 STUDENT = str(WORLD / "student")
 
@@ -258,6 +261,39 @@ def test_an_evaluation_killed_in_its_first_line_or_amid_a_batch_continues(whole,
         assert len(one.rows) == left - 1
 
 
+def test_two_evaluations_cannot_write_to_one_file(whole, tmp_path):
+    path, one = tmp_path / "a.jsonl", evaluate.read_samples(whole[0])
+    path.write_text(before := whole[0].read_text())
+    with tools.locked(path), pytest.raises(UserError, match="is in use by another process"):
+        evaluate.resume(path, one)
+    assert path.read_text() == before
+
+
+def test_a_file_that_is_being_sampled_is_locked_until_it_is_finished(tmp_path, monkeypatch):
+    def sample(*_):
+        with pytest.raises(UserError, match="is in use"), tools.locked(next(tmp_path.glob("*.j*"))):
+            pass
+        yield []
+    monkeypatch.setattr(evaluate, "sample_the_rest", sample)
+    model, tokenizer = sod.load_model(STUDENT, "cpu", sod.torch.float32), sod.load_tokenizer(STUDENT)
+    path = evaluate.sample_benchmark("m", "d", [tools.Problem("q", "5")], model, tokenizer,
+                                     EvalConfig(out=str(tmp_path)))[1]
+    with tools.locked(path):
+        pass
+
+
+def test_each_benchmark_is_sampled_with_the_threads_that_its_table_tells(tmp_path, monkeypatch):
+    """The world takes one thread, other data as many as there are."""
+    data, used, usual = write(tmp_path, {"question": "q", "answer": "1"}), [], torch.get_num_threads
+    monkeypatch.setattr(evaluate, "sample_benchmark", lambda name, data, *_: used.append(usual())
+                        or (SimpleNamespace(data=data), "path"))
+    monkeypatch.setattr(evaluate, "markdown", lambda evaluations: "")
+    torch.set_num_threads(2)
+    evaluate.evaluate_all([STUDENT], ["world", str(data), "world"], {"max_response": 9,
+                                                                     "max_prompt": 99})
+    assert used == [1, 2]
+
+
 def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeypatch):
     drawn = []
 
@@ -460,6 +496,17 @@ def test_rescoring_takes_the_answers_of_today_and_files_of_another_version(tmp_p
     assert "lacks 1 problems of" in said(capsys, "--rescore", path)
 
 
+def test_samples_are_not_graded_as_answers_to_another_question(tmp_path, capsys):
+    """Rows without an id are counted by line: one more on top moves all the others."""
+    asked = [{"question": f"q{p}", "answer": "2"} for p in (0, 1)]
+    data = write(tmp_path, *asked)
+    rows = [row(p.id, False, sample=0, question=p.question) for p in load(data)]
+    path = stored(tmp_path / "a.jsonl", rows, data=data, k=1, tool_unsafe=True)
+    assert "2 of 2 grades changed" in said(capsys, "--rescore", path, status=0)
+    write(tmp_path, {"question": "q", "answer": "2"}, *asked)
+    assert "has another question than in" in said(capsys, "--rescore", path)
+
+
 class BrokenTool:
     """A sandbox that fails whatever it is asked to run."""
     __enter__ = lambda self: self
@@ -588,7 +635,29 @@ def test_one_question_is_answered_on_the_screen_and_a_teacher_adds_d_and_w(capsy
     assert capsys.readouterr().out.splitlines()[-1] == "ended by length"
 
 
-@pytest.mark.parametrize("words", [["--teacher", "x"], ["--ask", "q", "--data", "world"]])
+def test_a_model_is_asked_with_the_settings_of_the_run_that_it_comes_from(tmp_path):
+    config = sod.Config(system="S", max_response=99, eval_top_p=0.5)
+    (tmp_path / "run").mkdir()
+    sod.write_config(config, tmp_path / "run")
+    for model in ("checkpoint", "saves/iteration-2"):
+        (tmp_path / "run" / model).mkdir(parents=True)
+        for path in (tmp_path / "run", tmp_path / "run" / model):
+            asked = evaluate.asking_config(str(path), {"max_turns": 3})
+            assert (asked.system, asked.max_response, asked.max_turns) == ("S", 99, 3)
+            assert asked.top_p == 1.0
+    assert evaluate.asking_config(STUDENT, {}) == evaluate.benchmark_config("world", {})
+    assert evaluate.asking_config("Qwen/Qwen3-0.6B", {}).max_response == PAPER["max_response"]
+
+
+def test_a_question_for_which_the_window_is_too_small_is_refused(tmp_path, capsys):
+    shutil.copytree(STUDENT, tmp_path / "copy")
+    assert evaluate.main(["--ask", "q", "--model", str(tmp_path / "copy")]) == 1
+    assert "reads 1024 tokens; max_prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [
+    ["--teacher", "x"], ["--ask", "q", "--data", "world"], ["--ask", ""], ["--ask", " "],
+    ["--ask", "q", "--page", "runs/x"], ["--ask", "q", "--compare", "a", "b"]])
 def test_a_teacher_is_for_a_question_and_a_question_needs_no_data(words, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(words)

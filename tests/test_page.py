@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import SMALL, command, json_lines
+from conftest import SMALL, WORLD, command, json_lines
 
 import evaluate
 import sod_mini as sod
@@ -279,6 +279,13 @@ def test_a_run_of_a_method_or_scheme_that_is_gone_can_still_be_looked_at(tmp_pat
     folder = a_run(tmp_path / "r", [a_row(1)], **stored)
     _, data, _ = page_of(folder)
     assert str([*stored.values()][0]) in data["about"] or "gone" in stored
+
+
+def test_a_model_has_no_page(tmp_path, capsys):
+    shutil.copytree(WORLD / "student", tmp_path / "model")
+    assert evaluate.main(["--page", str(tmp_path / "model")]) == 1
+    assert "is a model, not a run" in capsys.readouterr().err
+    assert not (tmp_path / "model" / "rollouts.html").exists()
 
 
 def test_a_page_that_cannot_be_written_is_told_and_does_no_harm(tmp_path, capfd):
