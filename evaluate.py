@@ -232,11 +232,6 @@ def skew_interval(values):
             float(max(high, mean - error * inverse(-t))))
 
 
-# Where two models score alike on all but n problems, one of them wins all n by chance with a
-# probability of 2 / 2^n. For n = 5 that is 1 in 16, more than the 1 in 20 of a 95% interval.
-FEWEST_DIFFERING = 6
-
-
 @dataclass
 class Comparison:
     """B minus A over the problems that both answered, in points (0.01 of a fraction of 1)."""
@@ -276,7 +271,7 @@ def verdict(result, names=("A", "B")):
     """The sentence of a comparison. It gives the interval also where this decides nothing."""
     low, high, size = (round(x, 1) + 0.0 for x in (result.low, result.high, result.difference))
     excludes_0 = result.low > 0 or result.high < 0
-    if excludes_0 and result.differing >= FEWEST_DIFFERING:
+    if excludes_0 and result.differing >= sod.FEWEST_DIFFERING:
         better = names[1] if result.low > 0 else names[0]
         low, high = sorted((abs(low), abs(high)))
         return f"{better} is better by {abs(size):.1f} points, 95% interval {low:.1f} to {high:.1f}"
@@ -287,7 +282,7 @@ def verdict(result, names=("A", "B")):
         return f"{sentence}: both score the same on every problem"
     if excludes_0:
         sentence += (f": the interval excludes 0, but the scores differ on {result.differing} of "
-                     f"them only, and below {FEWEST_DIFFERING} chance alone does that too often")
+                     f"them only, and below {sod.FEWEST_DIFFERING} chance alone does that too often")
     return sentence
 
 

@@ -389,7 +389,7 @@ class Agent:
     iteration: int = 0               # iterations that are done: a resumed run goes on after them
     sizes: dict = field(default_factory=dict)  # what retry_on_oom has halved
     halvings: int = 0                # how often memory ran out
-    digests: dict = field(default_factory=dict)  # of scripts and data as they were at the start
+    digests: dict = field(default_factory=dict)  # of scripts, data and teacher at the start
     seconds: Counter = field(default_factory=Counter)  # of each kind of work, since last read
     # What a study may replace by functions of its own:
     grade: object = field(default_factory=lambda: grade_rollout)
@@ -2056,6 +2056,8 @@ def load_agent(config):
                 f"the student's start, told the {scorer}")
         print_model("teacher", name, agent.teacher,
                     scorer == "teacher" or config.init == "pretrained", agent)
+        if scorer == "teacher":  # which may be a run that is trained further
+            agent.digests["the teacher"] = str(weights_crc(agent.teacher))
         agent.teacher.to(device if config.offload == "none" else "cpu")
     return agent
 
@@ -2860,12 +2862,15 @@ NO_MATTER = ("rollout_batch", "micro_batch_tokens", "decode_chunk", "tool_poll_t
 
 
 def measured_with(agent, model):
-    """What a result depends on: weights, problems with their prompts, sampling, the grader."""
+    """What a result depends on: weights, problems with their prompts, what functions of the user's
+    do, sampling, the grader."""
     prompts, _ = fitting_prompts(agent.eval_set, agent.tokenizer, agent.config)
+    functions = [tool.source for tool in call_form(agent.config.calls, agent.config.tools).known]
+    read = repr((functions, prompts)).encode("utf-8", "surrogatepass")
     names = [f.name for f in fields(Sampling) if f.name not in NO_MATTER]
     names += ["eval_samples", "eval_temperature", "eval_top_p"]
     return {**{name: getattr(agent.config, name) for name in names},
-            "prompts": hashlib.sha256(repr(prompts).encode("utf-8", "surrogatepass")).hexdigest(),
+            "prompts": hashlib.sha256(read).hexdigest(),
             "weights": weights_crc(model), "grader": agent.digests.get("tools.py")}
 
 
@@ -2911,6 +2916,11 @@ def results_table(results):
     return "\n".join(lines)
 
 
+# Where two models score alike on all but n problems, one of them wins all n by chance with a
+# probability of 2 / 2^n. For n = 5 that is 1 in 16, more than the 1 in 20 of a 95% interval.
+FEWEST_DIFFERING = 6
+
+
 def what_changed(results, config):
     """The sentence on what training has changed, problem by problem; "" where that is not known."""
     if not {"student before", "student after"} <= results.keys():
@@ -2921,7 +2931,13 @@ def what_changed(results, config):
     mean, low, high = (round(x, 1) + 0.0 for x in (mean, low, high))  # + 0.0: no -0.0
     sentence = (f"\n\nstudent after minus before: {mean:+} points, 95% interval {low} to {high} "
                 "over problems, paired")
-    if high < 0:
+    differing = np.count_nonzero(after != before)
+    if not differing:
+        sentence += "; the same on every problem"
+    elif differing < FEWEST_DIFFERING and (low > 0 or high < 0):
+        sentence += (f"; the two differ on {differing} problems only, and below "
+                     f"{FEWEST_DIFFERING} chance alone does that too often")
+    elif high < 0:
         name = "sft_lr" if config.method == "sft" else "lr"
         sentence += (f"; this run made the student worse: try a lower --{name} than "
                      f"{getattr(config, name)}")
@@ -3145,7 +3161,8 @@ def train_to_files(agent, folder):
     A first Ctrl-C, SIGTERM or SIGHUP ends the run after the iteration under way, a second one at
     once. After an error what was learnt before it is saved, unless weights have moved since.
     """
-    config, history = agent.config, []
+    config, history = agent.config, stored_metrics(folder)
+    begun = len(history)
     moves = lambda: agent.optimizer.updates if agent.optimizer else 0
     written = moves()  # updates of the iterations whose numbers are in the files
     try:
@@ -3157,7 +3174,7 @@ def train_to_files(agent, folder):
                 agent.iteration, written = m["iteration"], moves()
                 history.append(m)
                 show_iteration(m, batch, history, config)
-                stop_if_skipped(history)
+                stop_if_skipped(history[begun:])  # a resumed run has a lower lr, perhaps
                 stop = any(all_gather(bool(requests)))
                 if stop or config.save_every and agent.iteration % config.save_every == 0:
                     save_run(agent, folder)
@@ -3169,6 +3186,14 @@ def train_to_files(agent, folder):
         if agent.iteration and moves() == written and not isinstance(error, tools.WriteError):
             save_run(agent, folder)
         raise
+
+
+def stored_metrics(folder):
+    """The numbers of the iterations before a resume, which health looks back upon; what was not
+    finite is left out."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [{name: x for name, x in json.loads(line).items() if x is not None} for line in lines]
 
 
 def stop_if_skipped(history, most=3):

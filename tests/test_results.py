@@ -65,6 +65,19 @@ def test_a_result_is_measured_again_where_the_worked_examples_have_changed(folde
     assert stored()["student before"]["measured_with"] != before["measured_with"]
 
 
+def test_a_result_depends_on_what_functions_of_the_users_do(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sod, "fitting_prompts", lambda *_: ([], 0))
+    functions, model = folder / "functions.py", torch.nn.Linear(2, 2)
+    agent = sod.Agent(small(tools=str(functions)), model, None, None, None, eval_set=[])
+
+    def measured(does):
+        sod.call_form.cache_clear()
+        functions.write_text('def f(a: int):\n    """Double.\n\n    Args:\n        a: A number.\n'
+                             f'    """\n    return {does}\n')
+        return sod.measured_with(agent, model)
+    assert measured("2 * a") == measured("2 * a") != measured("3 * a")
+
+
 @pytest.mark.parametrize("option, value", [("threads", 2), ("micro_batch_tokens", 999),
                                            ("sft_lr", 0.01)])
 def test_what_does_not_decide_it_leaves_it(monkeypatch, option, value):
@@ -104,13 +117,17 @@ def test_the_card_names_a_base_model_only_where_it_is_one_of_the_hub(folder):  #
 @pytest.mark.parametrize("after, changes, said", [
     # -100, 0, 50, 50 points: mean 0, std sqrt(5000), so 0 -+ 3.182 sqrt(5000 / 4)
     ([[0, 0], [1, 1], [1, 0], [1, 0]], {}, "+0.0 points, 95% interval -100.0 to 100.0 over problems"),
-    # -50, -50, -100, -50: mean -62.5, std 25, so -62.5 -+ 3.182 * 25 / 2
-    ([[1, 0], [1, 0], [0, 0], [1, 0]], {}, "-62.5 points, 95% interval -100.0 to -22.7 over "
+    # six times -50 and a -100: mean -57.1, std 18.9, so -57.1 -+ 2.447 * 18.9 / sqrt(7)
+    ([[1, 0]] * 6 + [[0, 0]], {}, "-57.1 points, 95% interval -74.6 to -39.7 over "
      "problems, paired; this run made the student worse: try a lower --lr than 0.001"),
-    ([[0, 0]] * 4, dict(method="sft"), "worse: try a lower --sft_lr than 0.002"),
+    ([[0, 0]] * 6, dict(method="sft"), "worse: try a lower --sft_lr than 0.002"),
+    # five of a hundred differ: mean -5, std 21.9, so -5 -+ 1.984 * 21.9 / 10
+    ([[0, 0]] * 5 + [[1, 1]] * 95, {}, "-5.0 points, 95% interval -9.3 to -0.7 over problems, "
+     "paired; the two differ on 5 problems only, and below 6 chance alone does that too often"),
+    ([[1, 1]] * 4, {}, "to 0.0 over problems, paired; the same on every problem"),
     ([[0, 1]], {}, "-50.0 points, 95% interval -100.0 to 100.0 over problems")])
 def test_table_and_card_end_with_the_paired_difference(after, changes, said):
-    before = [[1, 1], [1, 1], [1, 1], [1, 1]][:len(after)]
+    before = [[1, 1]] * len(after)
     if "+0.0" in said:
         before[2:] = [[0, 0], [0, 0]]
     results = {f"student {when}": np.array(x) for when, x in (("before", before), ("after", after))}

@@ -105,6 +105,29 @@ def test_every_kind_of_state_is_taken_over(monkeypatch, changes):
     assert resume() == 0 and result(RUN) == result(Path("runs/whole"))
 
 
+def test_another_teacher_under_the_same_name_is_told(folder, monkeypatch, capsys):
+    shutil.copytree(WORLD / "teacher", folder / "T")
+    act_at(2, {**SOD, "teacher": "T"}, monkeypatch)
+    shutil.copytree(WORLD / "student", folder / "T", dirs_exist_ok=True)
+    capsys.readouterr()
+    assert resume() == 0
+    assert capsys.readouterr().out.count("NOTE: the teacher has changed since this run was") == 1
+
+
+def test_health_looks_back_upon_the_iterations_before_a_resume(monkeypatch):
+    """A collapse is told where calls have halved within ten iterations."""
+    act_at(3, SFT, monkeypatch)
+    seen = []
+    monkeypatch.setattr(sod, "news", lambda history: seen.append(
+        [m["iteration"] for m in history]) or [])
+    assert resume() == 0 and seen[0] == [1, 2, 3] and len(seen) > 1
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    assert sod.stored_metrics(RUN) == rows
+    with (RUN / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 99, "loss": null}\n')
+    assert sod.stored_metrics(RUN)[-1] == {"iteration": 99}
+
+
 def test_an_error_saves_what_was_learnt_before_it(monkeypatch, capsys):
     assert act_at(4, {**SFT, "save_every": 0}, monkeypatch) == 1
     assert capsys.readouterr().err.endswith(
