@@ -218,7 +218,8 @@ class PythonCalls:
     """A call is the first ```python block of a turn (as in ToRA, Qwen2.5-Math, ReTool), its answer
     an ```output block in the next user turn. A template that knows no tools serves as well. The
     functions of a user's tools are at hand in every program."""
-    BLOCK = re.compile(r"^[ \t]*```(?:python3?|py)[ \t]*\n(.*?)(^[ \t]*```[ \t]*$|\Z)", re.M | re.S)
+    BLOCK = re.compile(r"^([ \t]*)```(?:python3?|py)[ \t]*\n(.*?)(^[ \t]*```[ \t]*$|\Z)",
+                       re.M | re.S)
     schemas = None
 
     def __init__(self, tools=(INTERPRETER,)):
@@ -247,10 +248,22 @@ class PythonCalls:
         blocks = list(self.BLOCK.finditer(text))
         if not blocks or last_boxed(text[:blocks[0].start()]) is not None:
             return None
-        if not blocks[0][2]:
+        indent, code, closed = blocks[0].groups()
+        if not closed:
             return ToolCall(fault="unclosed", message="Program not run: found ```python without a "
                             f"line ``` at its end. Write it as\n{self.render('...')}")
-        return ToolCall(code=self.source + blocks[0][1], ignored=len(blocks) - 1)
+        return ToolCall(code=self.source + moved_left(code, indent), ignored=len(blocks) - 1)
+
+
+def moved_left(code, indent):
+    """A program without the indentation of its fence, as in a list, where all its lines have it.
+
+    >>> moved_left("   if 1:\\n       print(2)\\n", "   ")
+    'if 1:\\n    print(2)\\n'
+    """
+    lines = code.splitlines(keepends=True)
+    inside = all(line.startswith(indent) or not line.strip() for line in lines)
+    return "".join(line.removeprefix(indent) for line in lines) if inside else code
 
 
 CALLS = {"hermes": HermesCalls, "python": PythonCalls}
@@ -702,14 +715,15 @@ def last_program(text):
     Differs from the authors' code: there the program is what stands between two </think>, and each
     \\n in it becomes a line break, even within a string.
     """
-    found, label, lines = {}, None, []
+    found, label, lines, indent = {}, None, [], ""
     for line in text.splitlines(keepends=True):
         fence = line.strip()
         if fence.startswith("```") and (len(fence) > 3 or label is None):
             label, lines = fence[3:].strip().lower(), []  # a labelled fence always opens a block
+            indent = line[:line.index("`")]
         elif fence == "```":
-            found["python" if label in ("python", "python3", "py") else label] = "".join(lines)
-            label = None
+            name = "python" if label in ("python", "python3", "py") else label
+            found[name], label = moved_left("".join(lines), indent), None
         else:
             lines.append(line)
     return found.get("python", found.get(""))
@@ -725,8 +739,6 @@ def code_for_test(program, test):
         program = f"exec(compile({program!r}, '<program>', 'exec', dont_inherit=True))\n"
     if not is_functional(test):
         return PRELUDE + program
-    if not test["fn_name"].isidentifier():
-        raise UserError(f"{test['fn_name']!r} is not the name of a function")
     lines = [line for line in test["input"].split("\n") if line.strip()]
     return PRELUDE + program + CALL.format(name=test["fn_name"], lines=lines, mark=MARK)
 
@@ -1226,8 +1238,12 @@ def read_tests(tests, function=""):
     """
     if isinstance(tests, dict):
         function = tests.get("fn_name") or function
+        inputs, outputs = (tests.get(name, []) for name in ("inputs", "outputs"))
+        if len(inputs) != len(outputs):
+            raise UserError(f"found tests with {len(inputs)} inputs and {len(outputs)} outputs; "
+                            "needed as many of each.")
         tests = [{"input": given, "output": wanted, "type": "functional" if function else "stdin"}
-                 for given, wanted in zip(tests.get("inputs", []), tests.get("outputs", []))]
+                 for given, wanted in zip(inputs, outputs)]
     return [read_test(test, function) for test in tests or []]
 
 
@@ -1236,20 +1252,25 @@ def read_test(test, function):
         raise UserError(f"found the test {test!r:.80}; needed "
                         "{\"input\": \"...\", \"output\": \"...\"}.")
     kind = test.get("testtype") or test.get("type") or "stdin"
-    name = test.get("fn_name") or function
-    if kind not in ("stdin", "functional") or kind == "functional" and not name:
+    name = str(test.get("fn_name") or function)
+    if kind not in ("stdin", "functional") or kind == "functional" and not name.isidentifier():
         raise UserError(f"found a {kind} test for the function {name!r}; needed stdin, or "
                         "functional with a function name (fn_name, metadata.func_name).")
     given, wanted = test["input"], test["output"]
-    if not isinstance(given, str):  # arguments as values: one JSON text a line
+    if not isinstance(given, (str, list)):
+        raise UserError(f"found the input {given!r:.80} of a test; needed text, or a list of "
+                        "arguments.")
+    if isinstance(given, list):  # arguments as values: one JSON text a line
         given = "\n".join(json.dumps(argument) for argument in given)
     wanted = wanted if isinstance(wanted, str) else json.dumps(wanted)
     if kind == "functional":
-        try:
-            json.loads(wanted)
-        except ValueError:
-            raise UserError(f"found the output {wanted!r:.80} of {name}; needed JSON, for it is "
-                            "compared with what the function returns.") from None
+        for what, text in (*(("input", line) for line in given.split("\n") if line.strip()),
+                           ("output", wanted)):
+            try:
+                json.loads(text)
+            except ValueError:
+                raise UserError(f"found the {what} {text!r:.80} of {name}; needed JSON: an argument "
+                                "of the function a line, and what it returns.") from None
     return {"input": given, "output": wanted, "type": kind,
             "fn_name": name if kind == "functional" else ""}
 

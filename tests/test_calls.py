@@ -25,6 +25,7 @@ BLOCK = PYTHON.render
     (BLOCK("print(1)") + "\nSo \\boxed{1}.", "print(1)\n", 0),  # a guess before the tool's answer
     ("```py\n1\n```", "1\n", 0), ("  ```python  \n1\n  ```  ", "1\n", 0),
     (BLOCK('s = """\nnot ``` an end\n"""'), 's = """\nnot ``` an end\n"""\n', 0),
+    ("1. So:\n   ```python\n   if 1:\n\n       print(2)\n   ```", "if 1:\n\n    print(2)\n", 0),
     ("```text\nno\n```\n" + BLOCK("1"), "1\n", 0), (BLOCK(""), "\n", 0),
     ("<think>\n" + BLOCK("2") + "\n</think>\n" + BLOCK("1"), "1\n", 0),
     (BLOCK("print('</think>')"), "print('</think>')\n", 0)])

@@ -357,7 +357,8 @@ def test_a_fault_of_the_sandbox_is_told_apart_from_a_wrong_program():
     (fenced("a", ""), "a\n"), (fenced("a", "Python3"), "a\n"),
     (fenced("a") + "\n```python\ncut", "a\n"), ("```\nleft open\n```python\nb\n```", "b\n"),
     ("```python\n    s = '\\n'\n\n```", "    s = '\\n'\n\n"), (fenced("a", "cpp"), None),
-    ("  ```py\nx\n  ```", "x\n"), ("<think>\n```python\na\n```\n</think>", "a\n"),
+    ("  ```py\nx\n  ```", "x\n"), ("- So:\n  ```py\n  if 1:\n    x\n  ```", "if 1:\n  x\n"), (
+        "\t```py\n\tx\ny\n\t```", "\tx\ny\n"), ("<think>\n```python\na\n```\n</think>", "a\n"),
 ])
 def test_the_last_fenced_program_is_found_unchanged(text, program):
     assert last_program(text) == program
@@ -382,4 +383,4 @@ def test_a_megabyte_of_output_is_compared_in_time():
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=7)
+    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=8)
