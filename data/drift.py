@@ -24,6 +24,7 @@ import premises
 import report
 import sod_mini as sod
 import study
+import tools
 
 
 def read(folder):
@@ -66,7 +67,8 @@ def cosines(rows):
 
 
 def by_pattern(rollouts):
-    """{pattern: (steps, share of calls that fail, median d, mean w, mean entropy)}."""
+    """{pattern: (steps, share of them whose call fails, median d, mean w, mean entropy)}. A step
+    without a call, such as a final answer, counts as one whose call does not fail."""
     steps = {name: [] for name in (*premises.PATTERNS, "its call works", "its call fails")}
     for rollout, values in rollouts:
         for pattern, turn, step in zip(premises.step_patterns(rollout), rollout.turns, values):
@@ -104,7 +106,8 @@ def command(argv):
     given = parser.parse_args(argv)
     (rows, failed), path = read(given.folder), given.figure or given.folder / "drift.svg"
     rollouts = steps_of(rows)
-    path.write_text(figure(rollouts), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tools.write_whole(path, figure(rollouts))
     print(f"{len(rows)} rollouts of {given.folder}, without {failed} that the machine failed\n"
           f"\n{table(rollouts)}\n")
     to_opd, to_grpo, tokens = cosines(rows)

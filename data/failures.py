@@ -155,12 +155,16 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.only and options.out == PAGE:
         parser.error("--only makes a part of the page: name another file for it with --out")
+    chosen = [failure for failure in FAILURES if options.only in failure.title]
+    if not chosen:
+        parser.error(f"no title holds {options.only!r}; they are: "
+                     + "; ".join(failure.title for failure in FAILURES))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
-    for failure in FAILURES:
-        if options.only in failure.title:
-            with tempfile.TemporaryDirectory() as folder:
-                results.append((failure, *provoke(failure, folder)))
-            print(failure.title, file=sys.stderr)
+    for failure in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append((failure, *provoke(failure, folder)))
+        print(failure.title, file=sys.stderr)
     tools.write_whole(options.out, "\n".join(page(results)))
 
 

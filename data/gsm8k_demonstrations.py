@@ -100,6 +100,7 @@ def command(argv):
                         help="form of the calls, as in sod_mini.py [hermes]")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
+    given.target.parent.mkdir(parents=True, exist_ok=True)
     rng, written, left_out = random.Random(given.seed), [], 0
     render = tools.CALLS[given.calls]().render
     rows = [row for _, row in tools.read_rows(given.source)]

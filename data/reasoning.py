@@ -47,9 +47,10 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         from reasoning_gym import create_dataset
-    except ImportError:
-        raise tools.UserError("the problems come from the package reasoning-gym, which is not "
-                              "installed: pip install reasoning-gym") from None
+    except ModuleNotFoundError as error:
+        raise tools.UserError("the problems come from the package reasoning-gym, which cannot be "
+                              f"imported, for {error.name} is not installed: pip install "
+                              "reasoning-gym") from None
     train = problems(create_dataset, TRAIN_SEED, TRAIN_SIZE)
     known = {row["question"] for row in train}
     test = [row for row in problems(create_dataset, TEST_SEED, TEST_SIZE)

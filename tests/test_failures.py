@@ -29,6 +29,18 @@ def test_the_page_has_every_failure_of_the_table_in_its_order():
     assert places == sorted(places) and page.count("\n## ") == len(places)
 
 
+def test_a_title_that_does_not_exist_is_refused_and_a_folder_is_made_before_the_work(
+        tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        failures.main(["--only", "Typo", "--out", str(tmp_path / "page.md")])
+    assert stop.value.code == 2 and "no title holds 'Typo'" in capsys.readouterr().err
+    page = tmp_path / "new" / "page.md"
+    monkeypatch.setattr(failures, "provoke", lambda *_: [page.parent.exists() or pytest.fail()])
+    monkeypatch.setattr(failures, "page", lambda results: ["made"])
+    failures.main(["--only", "falls silent", "--out", str(page)])
+    assert page.read_text() == "made"
+
+
 @pytest.mark.slow
 def test_a_failure_is_provoked_again(tmp_path):
     failures.main(["--only", "falls silent", "--out", str(tmp_path / "page.md")])
