@@ -282,7 +282,8 @@ def verdict(result, names=("A", "B")):
         return f"{sentence}: both score the same on every problem"
     if excludes_0:
         sentence += (f": the interval excludes 0, but the scores differ on {result.differing} of "
-                     f"them only, and below {sod.FEWEST_DIFFERING} chance alone does that too often")
+                     f"them only, and below {sod.FEWEST_DIFFERING} chance alone does that too "
+                     "often")
     return sentence
 
 
@@ -423,10 +424,11 @@ def sample_benchmark(name, data, problems, model, tokenizer, config):
               "sample them again, as after an edit, delete that file", file=sys.stderr)
     print(f"{data}  {sod.how_sampled(tokenizer, config, config.temperature, config.top_p)}")
     agent = sod.Agent(config, model, None, tokenizer, sod.load_tool(config)[0])
+    place = os.devnull if sod.RANK else path
     sole_writer = contextlib.nullcontext() if sod.RANK else tools.locked(path)
     bar = tqdm(total=evaluation.expected, initial=len(evaluation.rows), unit="sample",
                desc=path.stem, disable=True if sod.RANK else None)
-    with agent.tool, sole_writer, open(os.devnull if sod.RANK else path, "a", encoding="utf-8") as file, bar:
+    with agent.tool, sole_writer, open(place, "a", encoding="utf-8") as file, bar:
         for rows in sample_the_rest(agent, evaluation, prompts):
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()

@@ -1269,8 +1269,8 @@ def read_test(test, function):
             try:
                 json.loads(text)
             except ValueError:
-                raise UserError(f"found the {what} {text!r:.80} of {name}; needed JSON: an argument "
-                                "of the function a line, and what it returns.") from None
+                raise UserError(f"found the {what} {text!r:.80} of {name}; needed JSON: an "
+                                "argument of the function a line, and what it returns.") from None
     return {"input": given, "output": wanted, "type": kind,
             "fn_name": name if kind == "functional" else ""}
 

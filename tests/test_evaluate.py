@@ -275,9 +275,9 @@ def test_a_file_that_is_being_sampled_is_locked_until_it_is_finished(tmp_path, m
             pass
         yield []
     monkeypatch.setattr(evaluate, "sample_the_rest", sample)
-    model, tokenizer = sod.load_model(STUDENT, "cpu", sod.torch.float32), sod.load_tokenizer(STUDENT)
-    path = evaluate.sample_benchmark("m", "d", [tools.Problem("q", "5")], model, tokenizer,
-                                     EvalConfig(out=str(tmp_path)))[1]
+    path = evaluate.sample_benchmark(
+        "m", "d", [tools.Problem("q", "5")], sod.load_model(STUDENT, "cpu", torch.float32),
+        sod.load_tokenizer(STUDENT), EvalConfig(out=str(tmp_path)))[1]
     with tools.locked(path):
         pass
 
