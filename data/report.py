@@ -189,7 +189,8 @@ def dial_lines(results, heading, values):
     values  {value of the dial: {row: runs}}
     """
     lines = ["", f"| {heading} | d_1 | B | M | B / (B + M) | w | lost | start | opd | sod | "
-             "mask_after_error | sod minus opd | sod minus mask |", "|---:" * 11 + "|---|---|"]
+             "mask_after_error | sod minus opd | sod minus mask | sod_full minus sod |",
+             "|---:" * 11 + "|---" * 3 + "|"]
     for value, rows in values.items():
         if runs := rows.get("sod", {}).values():
             laws = [f"{np.mean([run['first']['law'][name] for run in runs]):.2f}"
@@ -198,7 +199,8 @@ def dial_lines(results, heading, values):
             # Where a dial changes only the teacher, the start is that of the usual world.
             cells = [average(rows if "vanilla" in rows else results, "vanilla"),
                      *(average(rows, row) for row in ("opd", "sod", "mask_after_error"))]
-            cells += [against(rows, "sod", rival) for rival in ("opd", "mask_after_error")]
+            cells += [against(rows, *pair) for pair in (
+                ("sod", "opd"), ("sod", "mask_after_error"), ("sod_full", "sod"))]
             lines.append(f"| {value} | " + " | ".join(laws + cells) + " |")
     return lines if len(lines) > 4 else []
 

@@ -2,14 +2,15 @@
 
     python data/study.py --list                        the plan: each row, its seeds, the hours
     python data/study.py                               everything
-    python data/study.py --rows sod opd mask_after_error grpo --seeds 5     half an hour
+    python data/study.py --rows sod opd mask_after_error grpo --seeds 5     20 minutes
     python data/study.py --variance                    how noisy the gradient of the signal is
     python data/study.py --variance --student runs/default       and how noisy after a run
 
 Each row and seed is one run in a process of its own, stored in runs/study. The same command
-continues an interrupted study. At its end it writes tables and figures (report.py) of all runs that
-are stored there, and their results, a line a run, as runs.csv. Those in data/study were made in
-this way.
+continues an interrupted study, and names the stored runs that other scripts have made. At its end
+it writes tables and figures (report.py) of all runs that are stored there, and their results, a
+line a run, as runs.csv. Of what lies in data/study, runs.csv and schemes.svg are the newest, with
+signals.md, which explains them; the tables in README.md are of an earlier version.
 
 A row is a method, a weight scheme, or one of the changes below: controls, and suspects, which might
 be what makes a run collapse. A control stands alone, with uniform weights (agree), or with the
@@ -23,6 +24,7 @@ weights of SOD (sod_agree). row@dial-value is the same row in a changed world:
 """
 import argparse
 import copy
+import hashlib
 import json
 import os
 import random
@@ -310,11 +312,11 @@ DIALS = {  # name: (what it turns, the values that are compared, that of the wor
     "practice": ("share of the teacher's practice", (0.4, 0.7, 0.8, 1), 1)}
 DECISIVE = ("sod", "opd", "decay", "mask_after_error", "grpo", "sod_only", "opd_only", "constant",
             "rescaled", "confident", "sod_full", "opd_full", "sod_only_full", "constant_d1")
-METHODS = ("sod", "opd", "mask_after_error")
-DIALLED = {"digits": ("vanilla", *METHODS), "persist": ("vanilla", *METHODS), "sure": METHODS,
-           "practice": ("teacher", "sod", "opd")}
+METHODS = ("sod", "opd", "mask_after_error", "sod_full")
+DIALLED = {"digits": ("vanilla", *METHODS, "opd_full", "floor"), "persist": ("vanilla", *METHODS),
+           "sure": METHODS, "practice": ("teacher", "sod", "opd")}
 STUDY = {**{row: 10 if row in DECISIVE else 5 for row in ROWS},  # row: how many seeds
-         **{f"{row}@{dial}-{value}": 5 for dial, (_, values, usual) in DIALS.items()
+         **{f"{row}@{dial}-{value}": 8 for dial, (_, values, usual) in DIALS.items()
             for value in values if value != usual for row in DIALLED[dial]}}
 
 
@@ -373,7 +375,7 @@ def run_one(row, seed, folder, budget):
     with agent.tool:
         result = (signal_of if row.startswith("signal") else learn)(agent)
         result["correct"] = sod.measure(agent, agent.student).tolist()
-    tools.write_whole(path, json.dumps({"row": row, "seed": seed, **result,
+    tools.write_whole(path, json.dumps({"row": row, "seed": seed, "scripts": SCRIPTS, **result,
                                         "seconds_all": time.perf_counter() - clock}))
 
 
@@ -595,6 +597,21 @@ def planned(rows, seeds, folder, budget=BUDGET):
             for seed in range(seeds) for row, most in rows.items() if seed < most}
 
 
+# A digest of the scripts that decide what a run does, as they are now.
+SCRIPTS = hashlib.sha256(b"".join(Path(script).read_bytes() for script in (
+    sod.__file__, tools.__file__, __file__))).hexdigest()[:12]
+
+
+def notes_on(plan):
+    """Yield a NOTE where stored runs are of other scripts: an edit since then is not in them."""
+    stored = [job for job, path in plan.items() if path.exists()
+              and json.loads(path.read_text()).get("scripts") != SCRIPTS]
+    if stored:
+        yield (f"NOTE: sod_mini.py, tools.py or study.py has changed since {len(stored)} of the "
+               f"stored runs were made ({', '.join(dict.fromkeys(row for row, _ in stored))}); "
+               "delete their files in runs/study to run them again")
+
+
 def listing(plan, jobs):
     """Yield a line for each row with the seeds that are stored, last the hours that are missing.
 
@@ -629,6 +646,8 @@ def study(rows, seeds, jobs, folder="runs/study", budget=BUDGET):
     folder.mkdir(parents=True, exist_ok=True)
     make_missing_worlds(rows, folder)
     todo = [job for job, path in plan.items() if not path.exists()]
+    for note in notes_on(plan):
+        print(note)
     print(f"{len(rows)} rows, {len(plan)} runs, {len(plan) - len(todo)} done; "
           "after an interruption the same command continues", flush=True)
     failed = run_all(todo, jobs, plan, budget)
@@ -695,7 +714,7 @@ def command(argv):
     parser.add_argument("--rows", nargs="+", default=list(STUDY), metavar="ROW",
                         help="rows of the study, by default all; --list names them")
     parser.add_argument("--seeds", type=int, default=10,
-                        help="most seeds of a row [10]; many rows have 5")
+                        help="most seeds of a row [10]; many rows have fewer")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [2]")
     parser.add_argument("--list", action="store_true",
                         help="only say what these rows have stored and how long the rest will take")
@@ -715,7 +734,8 @@ def command(argv):
         parser.error("--student is the model of --variance; rows of the study have their own")
     rows, folder = {row: STUDY.get(row, args.seeds) for row in args.rows}, Path("runs/study")
     if args.list:
-        print(*listing(planned(rows, args.seeds, folder.resolve()), args.jobs), sep="\n")
+        plan = planned(rows, args.seeds, folder.resolve())
+        print(*listing(plan, args.jobs), *notes_on(plan), sep="\n")
         return 0
     if args.variance:
         folder.mkdir(parents=True, exist_ok=True)

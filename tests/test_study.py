@@ -54,12 +54,14 @@ def test_the_report_says_how_many_seeds_each_row_has():
 
 def test_a_dial_has_a_line_for_each_of_its_worlds_that_was_run():
     results = {"sod": recorded(50, 52), "opd": runs(49, 50), "vanilla@digits-0": runs(20, 21),
-               "sod@digits-0": recorded(40, 42), "mask_after_error@digits-0": runs(44, 47)}
+               "sod@digits-0": recorded(40, 42), "mask_after_error@digits-0": runs(44, 47),
+               "sod_full@digits-0": runs(47, 49)}
     values = report.rows_of(results, "digits", (0, 1, 3), 3)
     none, three = report.dial_lines(results, "check digits", values)[-2:]
     assert none.split(" | ")[:8] == ["| 0", "0.30", "2.00", "3.00", "0.40", "0.90", "4.0",
                                      "20.5 ± 0.7 (2)"]
     assert "| 41.0 ± 1.4 (2) | 45.5 ± 2.1 (2) |" in none and "-4.5 (" in none
+    assert none.endswith("| +7.0 (+7.0 to +7.0) better |") and three.endswith("|  |")
     assert three.startswith("| 3 |") and "+1.5 (" in three
     assert report.dial_lines({}, "check digits", {0: {}, 3: {}}) == []
 
@@ -110,7 +112,7 @@ def test_each_figure_of_signals_md_comes_from_the_runs_that_are_listed_beside_it
     assert all(seeds.keys() == set(range(len(seeds))) for seeds in found.values())
     text = (folder / "signals.md").read_text(encoding="utf-8")
     asked = {}
-    for seeds, rows in re.findall(r"study\.py(?: --seeds (\d+))? --rows ([\w ]+)\n", text):
+    for seeds, rows in re.findall(r"study\.py(?: --seeds (\d+))? --rows ([\w@. -]+)\n", text):
         asked |= {row: min(int(seeds or 10), study.STUDY[row]) for row in rows.split()}
     assert asked == {row: len(seeds) for row, seeds in found.items()}
     table = [line for line in report.gate_lines(found) if line.startswith("|")]
@@ -118,11 +120,23 @@ def test_each_figure_of_signals_md_comes_from_the_runs_that_are_listed_beside_it
     averages = re.findall(r"^\| `(\w+)` \|.*?(\d\d\.\d ± \d\.\d \(\d+\))", text, re.M)
     assert len(averages) > 5
     assert [told for _, told in averages] == [report.average(found, row) for row, _ in averages]
-    verdicts = re.findall(r"`(\w+)` minus `(\w+)` \| ([-+\d.]+ \(.*?\) \w+)", text)
+    verdicts = re.findall(r"`([\w@.-]+)` minus `([\w@.-]+)` \| ([-+\d.]+ \(.*?\) \w+)", text)
     assert len(verdicts) > 5
     assert [told for *_, told in verdicts] == [report.against(found, a, b) for a, b, _ in verdicts]
+    worlds = re.findall(r"^\| `@(\S+)` \| (.*) \|$", text, re.M)
+    assert worlds == [(world, " | ".join(
+        [report.average(found, f"{row}@{world}") for row in ("opd", "sod", "sod_full")]
+        + [report.against(found, f"{a}@{world}", f"{b}@{world}")
+           for a, b in (("sod", "opd"), ("sod_full", "sod"), ("sod_full", "opd"))]))
+        for world in ("digits-0", "persist-0.8", "sure-1")]
+    others = re.findall(r"^\| `(\w+)` \| [^|]+ \| (\d.* \(\d\)) \| (.*) \| (.*) \|$", text, re.M)
+    assert len(others) > 5 and others == [
+        (row, report.average(found, row), report.against(found, row, "sod"),
+         report.against(found, row, "opd")) for row, *_ in others]
     schemes = {row: [report.score(run) for run in seeds.values()] for row, seeds in found.items()
                if row not in report.NO_SCHEMES and "@" not in row}
+    assert {row for row in schemes if report.against(found, row, "sod").endswith(" better")} == {
+        "sod_full", "sod_only_full"}  # no gate or weight of others
     assert (folder / "schemes.svg").read_text(encoding="utf-8") == report.schemes_chart(schemes)
 
 
@@ -538,6 +552,12 @@ def test_the_list_tells_stored_seeds_and_the_hours_that_are_missing(tmp_path, ca
     assert sod_line.split()[:4] == ["sod", "2", "of", "3"] and sod_line.endswith("s a run: 0 2")
     assert agree_line.split()[:4] == ["agree", "0", "of", "2"]
     assert last.startswith("3 of 5 runs are missing: about 2.2 hours")  # 3 of 5400 s, two at a time
+    assert len(list(study.notes_on(plan))) == 1
+    plan["sod", 0].write_text(json.dumps({"seconds_all": 1, "scripts": study.SCRIPTS}))
+    (note,) = study.notes_on(plan)
+    assert "has changed since 1 of the stored runs were made (sod); delete" in note
+    plan["sod", 2].unlink()
+    assert not list(study.notes_on(plan))
     monkeypatch.chdir(tmp_path)
     assert study.main(["--list", "--rows", "sod_agree", "--seeds", "2"]) == 0
     assert capsys.readouterr().out.startswith("sod_agree") and not list(tmp_path.glob("runs"))
@@ -619,7 +639,7 @@ def test_a_killed_run_is_lost_alone_and_the_same_command_continues(tmp_path, mon
     assert [path.name[:5] for path in tmp_path.glob("*.json")] == ["opd-0"]
     monkeypatch.undo()
     assert study.study(rows, 1, 2, tmp_path, TINY) == 0
-    assert "2 runs, 1 done" in capsys.readouterr().out
+    assert "2 runs, 1 done" in (said := capsys.readouterr().out) and "NOTE" not in said
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".svg", ".csv"}
 
 
