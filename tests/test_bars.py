@@ -68,8 +68,8 @@ def test_sampling_counts_the_rollouts_that_are_finished(tokenizer, seconds):
     assert "sampling:  50%" in said and "1.00/2.00 [" in said and "sampling: 100%" in said
 
 
-def test_the_bar_of_a_run_has_its_total(monkeypatch):
+def test_the_bar_of_a_run_has_its_total(tmp_path, monkeypatch):
     for name in ("train", "save_run"):
         monkeypatch.setattr(sod, name, lambda *arguments: ())
     agent = sod.Agent(small(iterations=6), None, None, None, None)
-    assert "0/6 [" in shown(lambda: sod.train_to_files(agent, None))
+    assert "0/6 [" in shown(lambda: sod.train_to_files(agent, tmp_path))
