@@ -212,7 +212,7 @@ def test_a_setting_of_the_reward_alone_troubles_nobody_else(scripts, python, tra
     for _ in range(2):
         status, said = python("evaluate.py", "--limit", 2, "--k", 1,
                               "--model", "data/world/student")
-        assert status == 0 and "| data/world/student | " in said
+        assert status == 0 and "| data/world/student | " in said, said
     # What is stored is not sampled again, though there may have been an edit in the meantime.
     assert "2 of 2 samples were in runs/evaluate/" in said and "delete that file" in said
 
