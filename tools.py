@@ -1427,18 +1427,14 @@ def stop_requests():
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes from writing to the same folder or file. The lock ends with this process,
-    even if it is killed; a child that it was just starting may hold it for a moment longer."""
+    """Keep other processes from writing to the same folder. The lock ends with this process, even
+    if it is killed."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        for pause in (0, 0.1, 0.9, None):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if pause is None:
-                    raise UserError(f"{folder} is in use by another process; let it end") from None
-                time.sleep(pause)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another process; let it end") from None
         yield
     finally:
         os.close(fd)
