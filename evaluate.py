@@ -909,6 +909,7 @@ def evaluate_all(models, datas, given):
             sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
     device, dtype = sod.choose_device(config)
     threads, finished = torch.get_num_threads(), defaultdict(list)
+    torch.set_num_threads(config.threads or threads)
     for name in models:
         model = sod.load_model(name, device, dtype)
         for data, config in configs.items():
