@@ -757,7 +757,7 @@ def choose(known, asked, path):
 
 def said_then(history):
     """What sod_mini.news said after these iterations; what was not finite is left out."""
-    return sod.news([{name: x for name, x in m.items() if x is not None} for m in history])
+    return sod.news([sod.finite(m) for m in history])
 
 
 def results_of(path):
@@ -877,7 +877,8 @@ def parse(argv=None):
                       help="write rollouts.html of a run, by default with three iterations; or "
                       "FILE.html of a file of samples")
     parser.add_argument("--ask", metavar="QUESTION", help="one question to the first model, by "
-                        "default the embedded student: the conversation, as it is sampled")
+                        "default the embedded student: the conversation, as it is sampled; the "
+                        "model of a run is asked as it was trained")
     parser.add_argument("--teacher", metavar="MODEL", help="with --ask: d and w of each step")
     parser.add_argument("--data", nargs="+", help="files, or names: world, "
                         + ", ".join(BENCHMARKS) + "; default: world")
@@ -909,7 +910,7 @@ def evaluate_all(models, datas, given):
             sod.check_model(name, sod.skeleton(name), tokenizers[name], config)
     device, dtype = sod.choose_device(config)
     threads, finished = torch.get_num_threads(), defaultdict(list)
-    torch.set_num_threads(config.threads or threads)
+    torch.set_num_threads(config.threads or threads)  # loading a model takes threads, too
     for name in models:
         model = sod.load_model(name, device, dtype)
         for data, config in configs.items():

@@ -3189,11 +3189,15 @@ def train_to_files(agent, folder):
 
 
 def stored_metrics(folder):
-    """The numbers of the iterations before a resume, which health looks back upon; what was not
-    finite is left out."""
+    """The numbers of the iterations before a resume, which health looks back upon."""
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [{name: x for name, x in json.loads(line).items() if x is not None} for line in lines]
+    return [finite(json.loads(line)) for line in lines]
+
+
+def finite(m):
+    """The stored numbers of an iteration without those that were not finite, which are null."""
+    return {name: x for name, x in m.items() if x is not None}
 
 
 def stop_if_skipped(history, most=3):

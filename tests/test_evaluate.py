@@ -284,15 +284,16 @@ def test_a_file_that_is_being_sampled_is_locked_until_it_is_finished(tmp_path, m
 
 def test_each_benchmark_is_sampled_with_the_threads_that_its_table_tells(tmp_path, monkeypatch):
     """The world takes one thread, other data as many as there are."""
-    data, used, sampled = write(tmp_path, {"question": "q", "answer": "1"}), [], []
+    data, used = write(tmp_path, {"question": "q", "answer": "1"}), []
+    loaded, sampled = [], []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(sod, "load_model", lambda *_: None)
+    monkeypatch.setattr(sod, "load_model", lambda *_: loaded.append(used[:]))
     monkeypatch.setattr(evaluate, "sample_benchmark", lambda name, data, *_: sampled.append(
         used[-1]) or (None, "path"))
     monkeypatch.setattr(evaluate, "markdown", lambda evaluations: "")
     evaluate.evaluate_all([STUDENT], ["world", str(data)], {"max_response": 9, "max_prompt": 99})
-    assert sampled == [1, 5]
+    assert sampled == [1, 5] and loaded == [[5]]  # set before a model is loaded
 
 
 def test_every_sample_has_random_numbers_of_its_own_whatever_came_before(monkeypatch):
