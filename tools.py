@@ -1427,8 +1427,8 @@ def stop_requests():
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes from writing to the same folder or file. The lock ends with this process, even
-    if it is killed."""
+    """Keep other processes from writing to the same folder or file. The lock ends with this
+    process, even if it is killed."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         try:
